@@ -1,0 +1,298 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include <assert.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <gmem/as.h>
+#include <gmem/internal.h>
+
+int gmem_as_init(struct gmem_as *as)
+{
+	as->regions = calloc(8, sizeof(*as->regions));
+	if (!as->regions)
+		return -ENOMEM;
+	as->count = 0;
+	as->capacity = 8;
+	as->views = NULL;
+	gmem_rwlock_init(&as->lock, GMEM_RANK_AS);
+	gmem_mutex_init(&as->views_lock, GMEM_RANK_VIEWS);
+	return 0;
+}
+
+void gmem_as_deinit(struct gmem_as *as)
+{
+	assert(!as->count && !as->views);
+	free(as->regions);
+	gmem_rwlock_deinit(&as->lock);
+	gmem_mutex_deinit(&as->views_lock);
+}
+
+/* Index of the first region that ends behind va. */
+static size_t find(struct gmem_as *as, uint64_t va)
+{
+	size_t low = 0, high = as->count;
+
+	while (low < high) {
+		size_t mid = (low + high) / 2;
+
+		if (as->regions[mid]->va + as->regions[mid]->bytes <= va)
+			low = mid + 1;
+		else
+			high = mid;
+	}
+	return low;
+}
+
+static int grow_locked(struct gmem_as *as, size_t count)
+{
+	struct gmem_region **grown;
+
+	if (count <= as->capacity)
+		return 0;
+	grown = realloc(as->regions, as->capacity * 2 * sizeof(*grown));
+	if (!grown)
+		return -ENOMEM;
+	as->regions = grown;
+	as->capacity *= 2;
+	return 0;
+}
+
+static void link_object(struct gmem_region *region)
+{
+	struct gmem_object *object = region->object;
+
+	gmem_mutex_lock(&object->lock);
+	region->next = object->regions;
+	object->regions = region;
+	object->regions_generation++;
+	gmem_mutex_unlock(&object->lock);
+	atomic_fetch_add(&object->core->region_count, 1);
+}
+
+static void unlink_object(struct gmem_region *region)
+{
+	struct gmem_object *object = region->object;
+	struct gmem_region **at = &object->regions;
+
+	gmem_mutex_lock(&object->lock);
+	while (*at != region)
+		at = &(*at)->next;
+	*at = region->next;
+	object->regions_generation++;
+	gmem_mutex_unlock(&object->lock);
+	atomic_fetch_sub(&object->core->region_count, 1);
+}
+
+static void place_locked(struct gmem_as *as, struct gmem_region *region)
+{
+	size_t at = find(as, region->va);
+
+	memmove(&as->regions[at + 1], &as->regions[at], (as->count - at) * sizeof(*as->regions));
+	as->regions[at] = region;
+	as->count++;
+}
+
+static void take_out_locked(struct gmem_as *as, size_t at)
+{
+	memmove(&as->regions[at], &as->regions[at + 1], (as->count - at - 1) * sizeof(*as->regions));
+	as->count--;
+}
+
+static int insert_locked(struct gmem_as *as, struct gmem_object *object, uint64_t va, uint64_t offset, uint64_t bytes,
+			 enum gmem_fork fork, bool committed)
+{
+	struct gmem_region *region;
+	size_t at = find(as, va);
+
+	if (at < as->count && as->regions[at]->va < va + bytes)
+		return -EEXIST;
+	region = malloc(sizeof(*region));
+	if (!region || grow_locked(as, as->count + 1)) {
+		free(region);
+		return -ENOMEM;
+	}
+	*region = (struct gmem_region){ .va = va, .bytes = bytes, .offset = offset, .as = as, .fork = fork,
+					.committed = committed, .object = gmem_object_ref(object) };
+	place_locked(as, region);
+	link_object(region);
+	return 0;
+}
+
+int gmem_as_insert(struct gmem_as *as, struct gmem_object *object, uint64_t va, uint64_t offset, uint64_t bytes,
+		   enum gmem_fork fork, bool committed)
+{
+	int err;
+
+	gmem_rwlock_write(&as->lock);
+	err = insert_locked(as, object, va, offset, bytes, fork, committed);
+	gmem_rwlock_unlock(&as->lock);
+	return err;
+}
+
+int gmem_as_insert_private(struct gmem_as *as, struct gmem_object *object, uint64_t va, uint64_t offset, uint64_t bytes,
+			   enum gmem_fork fork, bool committed)
+{
+	return insert_locked(as, object, va, offset, bytes, fork, committed);
+}
+
+void gmem_as_commit(struct gmem_as *as, uint64_t va)
+{
+	size_t at;
+
+	gmem_rwlock_write(&as->lock);
+	at = find(as, va);
+	if (at < as->count && as->regions[at]->va == va)
+		as->regions[at]->committed = true;
+	gmem_rwlock_unlock(&as->lock);
+}
+
+/* Changes what a region covers; the object's readers see it in one step. */
+static void resize(struct gmem_region *region, uint64_t va, uint64_t offset, uint64_t bytes)
+{
+	gmem_mutex_lock(&region->object->lock);
+	region->va = va;
+	region->offset = offset;
+	region->bytes = bytes;
+	region->object->regions_generation++;
+	gmem_mutex_unlock(&region->object->lock);
+}
+
+/* Cuts [start, end) out of the region at index at; returns the piece that went, with an object reference. */
+static struct gmem_region cut_locked(struct gmem_as *as, size_t at, uint64_t start, uint64_t end)
+{
+	struct gmem_region *region = as->regions[at], piece;
+	uint64_t region_end = region->va + region->bytes;
+
+	start = start > region->va ? start : region->va;
+	end = end < region_end ? end : region_end;
+	piece = *region;
+	piece.va = start;
+	piece.offset = region->offset + (start - region->va);
+	piece.bytes = end - start;
+	if (start == region->va && end == region_end) {
+		take_out_locked(as, at);
+		unlink_object(region);
+		free(region);
+		return piece; /* takes over the region's reference */
+	}
+	gmem_object_ref(region->object);
+	if (start == region->va) {
+		resize(region, end, region->offset + (end - region->va), region_end - end);
+	} else {
+		uint64_t tail_offset = region->offset + (end - region->va);
+
+		resize(region, region->va, region->offset, start - region->va);
+		/* Out of memory: the tail is forgotten, and a touch of it is a clear SIGBUS. */
+		if (end < region_end)
+			insert_locked(as, region->object, end, tail_offset, region_end - end, region->fork,
+				      region->committed);
+	}
+	return piece;
+}
+
+void gmem_as_remove(struct gmem_as *as, uint64_t va, uint64_t bytes, gmem_piece_fn fn, void *arg)
+{
+	for (;;) {
+		struct gmem_region piece;
+		size_t at;
+
+		gmem_rwlock_write(&as->lock);
+		at = find(as, va);
+		if (at == as->count || as->regions[at]->va >= va + bytes) {
+			gmem_rwlock_unlock(&as->lock);
+			return;
+		}
+		piece = cut_locked(as, at, va, va + bytes);
+		gmem_rwlock_unlock(&as->lock);
+		if (fn)
+			fn(piece.object, piece.offset, piece.bytes, arg);
+		gmem_object_unref(piece.object);
+	}
+}
+
+void gmem_as_move(struct gmem_as *as, uint64_t from, uint64_t to, uint64_t bytes)
+{
+	gmem_rwlock_write(&as->lock);
+	for (;;) {
+		size_t at = find(as, from);
+		struct gmem_region piece;
+
+		if (at == as->count || as->regions[at]->va >= from + bytes)
+			break;
+		piece = cut_locked(as, at, from, from + bytes);
+		insert_locked(as, piece.object, to + (piece.va - from), piece.offset, piece.bytes, piece.fork,
+			      piece.committed);
+		gmem_object_unref(piece.object); /* the inserted region has its own, or none could be made */
+	}
+	gmem_rwlock_unlock(&as->lock);
+}
+
+int gmem_as_lookup(struct gmem_as *as, uint64_t va, struct gmem_place *ret)
+{
+	struct gmem_region *region;
+	uint64_t offset, page, start, end;
+	size_t at;
+
+	gmem_rwlock_read(&as->lock);
+	at = find(as, va);
+	if (at == as->count || as->regions[at]->va > va) {
+		gmem_rwlock_unlock(&as->lock);
+		return -ENOENT;
+	}
+	region = as->regions[at];
+	offset = region->offset + (va - region->va);
+	ret->index = offset >> region->object->shift;
+	page = ret->index << region->object->shift;
+	start = page > region->offset ? page : region->offset;
+	end = page + (1ull << region->object->shift);
+	if (end > region->offset + region->bytes)
+		end = region->offset + region->bytes;
+	ret->range = (struct gmem_range){ region->va + (start - region->offset), end - start };
+	ret->region_va = region->va;
+	ret->region_bytes = region->bytes;
+	ret->region_offset = region->offset;
+	ret->committed = region->committed;
+	ret->object = gmem_object_ref(region->object);
+	gmem_rwlock_unlock(&as->lock);
+	return 0;
+}
+
+void gmem_as_add_view(struct gmem_as *as, struct gmem_view *view)
+{
+	gmem_mutex_lock(&as->views_lock);
+	view->next = as->views;
+	as->views = gmem_view_ref(view);
+	gmem_mutex_unlock(&as->views_lock);
+}
+
+bool gmem_as_remove_view(struct gmem_as *as, struct gmem_view *view)
+{
+	struct gmem_view **at;
+	bool found = false;
+
+	gmem_mutex_lock(&as->views_lock);
+	for (at = &as->views; *at && *at != view; at = &(*at)->next)
+		;
+	if (*at) {
+		*at = view->next;
+		found = true;
+	}
+	gmem_mutex_unlock(&as->views_lock);
+	if (found)
+		gmem_view_unref(view);
+	return found;
+}
+
+struct gmem_view *gmem_as_view(struct gmem_as *as, int hnid)
+{
+	struct gmem_view *view;
+
+	gmem_mutex_lock(&as->views_lock);
+	for (view = as->views; view && (view->hnid != hnid || atomic_load(&view->dead)); view = view->next)
+		;
+	if (view)
+		gmem_view_ref(view);
+	gmem_mutex_unlock(&as->views_lock);
+	return view;
+}

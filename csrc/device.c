@@ -1,0 +1,329 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Devices and contexts: attaching a driver as an hnode, opening it for a session, bringing everything home again.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <gmem/internal.h>
+#include <gmem/reclaim.h>
+#include <gmem/uffd.h>
+
+static int refuse(const struct gmem_driver_config *config, int err, const char *why)
+{
+	if (config->message && !config->message[0])
+		snprintf(config->message, GMEM_MESSAGE_MAX, "%s", why);
+	return err;
+}
+
+static int free_hnid_locked(struct gmem_core *core, const char *name)
+{
+	int free_hnid = -ENOSPC;
+
+	for (int h = GMEM_HNODE_MAX - 1; h >= 0; h--) {
+		struct gmem_hnode *hnode = gmem_core_hnode(core, h);
+
+		if (hnode && !strcmp(hnode->name, name))
+			return -EEXIST;
+		if (!hnode && h != GMEM_HOST)
+			free_hnid = h;
+	}
+	return free_hnid;
+}
+
+static int check_info(const struct gmem_driver_config *config, const struct gmem_driver_ops *ops,
+		      const struct gmem_device_info *info)
+{
+	if (info->capacity_bytes < 4096)
+		return refuse(config, -EINVAL, "capacity: smaller than one page of 4096 bytes");
+	if ((info->caps & GMEM_CAP_PEER) && !(ops->peer_map && ops->peer_unmap))
+		return refuse(config, -EINVAL, "driver: a peer needs peer_map and peer_unmap");
+	if (!(info->caps & (GMEM_CAP_PEER | GMEM_CAP_CPU_VISIBLE)))
+		return refuse(config, -EINVAL, "driver: needs GMEM_CAP_PEER or GMEM_CAP_CPU_VISIBLE");
+	return 0;
+}
+
+static int make_hnode(struct gmem_core *core, int hnid, const struct gmem_driver_ops *ops,
+		      const struct gmem_driver_config *config, struct gmem_device *device, struct gmem_hnode **ret)
+{
+	struct gmem_device_info info = { 0 };
+	struct gmem_hnode *hnode;
+	int err = ops->info(device, &info);
+
+	if (!err)
+		err = check_info(config, ops, &info);
+	if (!err)
+		err = gmem_hnode_create(core, hnid, config->name, info.capacity_bytes, &hnode);
+	if (err)
+		return err;
+	memcpy(&hnode->ops_copy, ops, ops->size < sizeof(*ops) ? ops->size : sizeof(*ops));
+	hnode->ops = &hnode->ops_copy;
+	hnode->device = device;
+	hnode->info = info;
+	err = gmem_hnode_is_peer(hnode) ? 0 : gmem_reclaimer_start(hnode);
+	if (err) {
+		gmem_hnode_destroy(hnode);
+		return err;
+	}
+	*ret = hnode;
+	return 0;
+}
+
+int gmem_device_attach(struct gmem_core *core, const struct gmem_driver_ops *ops,
+		       const struct gmem_driver_config *config, int *ret_hnid)
+{
+	struct gmem_hnode *hnode;
+	struct gmem_device *device;
+	int hnid, err;
+
+	if (config->message)
+		config->message[0] = '\0';
+	if (!ops || ops->abi != GMEM_DRIVER_ABI || !ops->probe || !ops->info)
+		return refuse(config, -EINVAL, "driver: wrong ABI version, or without probe and info");
+	if (!config->name || !config->name[0] || strlen(config->name) >= GMEM_NAME_MAX)
+		return refuse(config, -EINVAL, "name: empty or too long");
+	gmem_mutex_lock(&core->devices_lock);
+	hnid = free_hnid_locked(core, config->name);
+	if (hnid < 0) {
+		err = refuse(config, hnid, hnid == -EEXIST ? "name: already attached" : "too many devices");
+		goto out;
+	}
+	err = ops->probe(config, &device);
+	if (err) {
+		refuse(config, err, "the driver's probe failed");
+		goto out;
+	}
+	err = make_hnode(core, hnid, ops, config, device, &hnode);
+	if (err) {
+		refuse(config, err, "the device could not be set up");
+		if (ops->remove)
+			ops->remove(device);
+		goto out;
+	}
+	atomic_store(&core->hnodes[hnid], hnode);
+	*ret_hnid = hnid;
+out:
+	gmem_mutex_unlock(&core->devices_lock);
+	return err;
+}
+
+static struct gmem_view *context_on(struct gmem_core *core, int hnid)
+{
+	struct gmem_view *view = NULL;
+
+	gmem_rwlock_read(&core->sessions_lock);
+	for (size_t b = 0; b < GMEM_SESSION_BUCKETS && !view; b++)
+		for (struct gmem_session *s = core->sessions[b]; s && !view; s = s->next)
+			view = gmem_as_view(&s->as, hnid);
+	gmem_rwlock_unlock(&core->sessions_lock);
+	return view;
+}
+
+static void end_contexts(struct gmem_core *core, int hnid)
+{
+	struct gmem_view *view;
+
+	while ((view = context_on(core, hnid))) {
+		if (view->pidfd >= 0)
+			syscall(SYS_pidfd_send_signal, view->pidfd, SIGKILL, NULL, 0);
+		gmem_session_unwatch(view->session, view);
+		gmem_view_unref(view);
+	}
+}
+
+/* Acquires of contexts that were ended are nobody's to release. */
+static void forget_holds(struct gmem_hnode *hnode)
+{
+	gmem_mutex_lock(&hnode->lock);
+	for (uint32_t i = 1; i < hnode->frames_bumped; i++)
+		hnode->frames[i].holds = 0;
+	gmem_mutex_unlock(&hnode->lock);
+}
+
+static void set_draining(struct gmem_hnode *hnode, bool draining)
+{
+	gmem_mutex_lock(&hnode->lock);
+	hnode->draining = draining;
+	gmem_mutex_unlock(&hnode->lock);
+}
+
+int gmem_device_detach(struct gmem_core *core, int hnid, bool force)
+{
+	struct gmem_hnode *hnode;
+	int err = 0;
+
+	if (hnid <= GMEM_HOST || hnid >= GMEM_HNODE_MAX)
+		return -EINVAL;
+	gmem_mutex_lock(&core->devices_lock);
+	hnode = gmem_core_hnode(core, hnid);
+	if (!hnode)
+		err = -ENOENT;
+	else if (!force && atomic_load(&hnode->contexts))
+		err = -EBUSY;
+	if (err)
+		goto out;
+	set_draining(hnode, true);
+	end_contexts(core, hnid);
+	if (force)
+		forget_holds(hnode);
+	err = gmem_reclaim_drain(hnode);
+	if (err) {
+		set_draining(hnode, false);
+		goto out;
+	}
+	gmem_reclaimer_stop(hnode);
+	atomic_store(&core->hnodes[hnid], NULL);
+	if (hnode->ops->remove)
+		hnode->ops->remove(hnode->device);
+	hnode->next_retired = core->retired;
+	core->retired = hnode;
+out:
+	gmem_mutex_unlock(&core->devices_lock);
+	return err;
+}
+
+/* ---- contexts ---- */
+
+static int context_device(struct gmem_core *core, int hnid)
+{
+	struct gmem_hnode *hnode = gmem_core_hnode(core, hnid);
+
+	if (!hnode || hnid == GMEM_HOST)
+		return -ENODEV;
+	return hnode->info.caps & GMEM_CAP_COMPUTE ? 0 : -EOPNOTSUPP;
+}
+
+int gmem_context_files(struct gmem_core *core, uint64_t id, int hnid, int ret_fds[GMEM_CLASS_COUNT])
+{
+	struct gmem_session *session;
+	int err = context_device(core, hnid);
+
+	if (err)
+		return err;
+	session = gmem_session_get(core, id);
+	if (!session)
+		return -ENOENT;
+	err = gmem_session_borrow(session, hnid, ret_fds);
+	gmem_session_unref(session);
+	return err;
+}
+
+int gmem_context_overlays(struct gmem_core *core, uint64_t id, int hnid, struct gmem_region_info *regions,
+			  size_t capacity, size_t *ret_count)
+{
+	struct gmem_session *session = gmem_session_get(core, id);
+	size_t count = 0;
+	int err = 0;
+
+	if (!session)
+		return -ENOENT;
+	gmem_rwlock_read(&session->as.lock);
+	for (size_t i = 0; !err && i < session->as.count; i++) {
+		struct gmem_region *region = session->as.regions[i];
+		struct gmem_file *file;
+
+		if (region->object->account == session->account)
+			continue;
+		err = gmem_object_file(region->object, hnid, &file);
+		if (!err && count < capacity)
+			regions[count] = (struct gmem_region_info){
+				.va = region->va, .bytes = region->bytes, .fork = region->fork,
+				.offset = region->object->offset + region->offset,
+				.page_bytes = 1ull << region->object->shift, .class_ = region->object->class_,
+				.fd = file->fd,
+			};
+		count++;
+	}
+	gmem_rwlock_unlock(&session->as.lock);
+	if (!err)
+		*ret_count = count;
+	gmem_session_unref(session);
+	return err;
+}
+
+int gmem_context_attach(struct gmem_core *core, uint64_t id, int hnid, int uffd, int pidfd, pid_t pid,
+			uint64_t *ret_context)
+{
+	struct gmem_session *session = gmem_session_get(core, id);
+	struct gmem_hnode *hnode = gmem_core_hnode(core, hnid);
+	uint64_t context = atomic_fetch_add(&core->next_id, 1);
+	struct gmem_view *view;
+	int err = !session ? -ENOENT : context_device(core, hnid);
+
+	if (!err)
+		err = gmem_uffd_check(uffd);
+	if (!err)
+		err = gmem_uffd_api(uffd, gmem_session_features(core, false));
+	for (int c = 0; !err && c < GMEM_CLASS_COUNT; c++)
+		if (c == GMEM_CLASS_SMALL || core->hugepages)
+			err = gmem_uffd_register(uffd, core->window.part_base[c], core->window.part_bytes[c]);
+	if (!err) {
+		atomic_fetch_add(&core->context_count, 1);
+		atomic_fetch_add(&hnode->contexts, 1);
+		err = gmem_session_watch(session, hnid, context, uffd, pidfd, pid, false, &view);
+		if (err) {
+			atomic_fetch_sub(&core->context_count, 1);
+			atomic_fetch_sub(&hnode->contexts, 1);
+		}
+	}
+	if (err) {
+		if (uffd >= 0)
+			close(uffd);
+		if (pidfd >= 0)
+			close(pidfd);
+	} else {
+		*ret_context = context;
+	}
+	gmem_session_unref(session);
+	return err;
+}
+
+int gmem_context_detach(struct gmem_core *core, uint64_t context)
+{
+	struct gmem_view *view = gmem_context_find(core, context);
+
+	if (!view)
+		return -ENOENT;
+	gmem_session_unwatch(view->session, view);
+	gmem_view_unref(view);
+	return 0;
+}
+
+/* ---- what there is ---- */
+
+static void fill_stats(struct gmem_hnode *hnode, struct gmem_hnode_stats *ret)
+{
+	*ret = (struct gmem_hnode_stats){
+		.hnid = hnode->hnid, .info = hnode->info, .contexts = atomic_load(&hnode->contexts),
+		.faults = gmem_counter(&hnode->faults), .in_bytes = gmem_counter(&hnode->in_bytes),
+		.out_bytes = gmem_counter(&hnode->out_bytes), .evictions = gmem_counter(&hnode->evictions),
+		.evicted_clean = gmem_counter(&hnode->evicted_clean), .errors = gmem_counter(&hnode->errors),
+	};
+	memcpy(ret->name, hnode->name, sizeof(ret->name));
+	snprintf(ret->driver, sizeof(ret->driver), "%s", hnode->ops ? hnode->ops->name : "host");
+	gmem_mutex_lock(&hnode->lock);
+	ret->used_bytes = hnode->used_bytes;
+	ret->peak_bytes = hnode->peak_bytes;
+	ret->pinned_bytes = hnode->pinned_bytes;
+	gmem_mutex_unlock(&hnode->lock);
+	if (hnode->ops && hnode->ops->health)
+		ret->health = hnode->ops->health(hnode->device);
+}
+
+void gmem_hnodes(struct gmem_core *core, struct gmem_hnode_stats *hnodes, size_t *ret_count)
+{
+	*ret_count = 0;
+	gmem_mutex_lock(&core->devices_lock); /* so that none is removed while its driver is asked */
+	for (int h = 0; h < GMEM_HNODE_MAX; h++) {
+		struct gmem_hnode *hnode = gmem_core_hnode(core, h);
+
+		if (hnode)
+			fill_stats(hnode, &hnodes[(*ret_count)++]);
+	}
+	gmem_mutex_unlock(&core->devices_lock);
+}

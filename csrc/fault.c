@@ -1,0 +1,423 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <pthread.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <gmem/internal.h>
+#include <gmem/migrate.h>
+#include <gmem/pmap.h>
+#include <gmem/uffd.h>
+
+#define MESSAGES 16
+#define FILLERS 2
+#define STOP_TOKEN UINT64_MAX
+
+void gmem_fault_poison(struct gmem_core *core, struct gmem_view *view, struct gmem_range range, int error)
+{
+	int err = core->features.poison ? gmem_uffd_pmap_poison(gmem_view_pmap(view), range) : -EOPNOTSUPP;
+
+	/* Before 6.6 the access stays blocked: never a silent zero. The event tells the client why. */
+	if (err == -ESRCH)
+		return;
+	gmem_count(&core->stats.poisoned_pages, 1);
+	gmem_core_post(core, GMEM_EVENT_POISONED, view->session_id, range.va, 0, view->hnid, error);
+}
+
+/* No region: munmap is under way (the thread gets its SIGSEGV when it is done), or the mapping was grown by mremap
+ * beyond what gmem gave, which is an error of the client's. */
+static void touch_outside(struct gmem_core *core, struct gmem_view *view, uint64_t va)
+{
+	struct gmem_range small = { va & ~4095ull, 4096 };
+	struct gmem_range huge = { va & ~(GMEM_HUGE_BYTES - 1), GMEM_HUGE_BYTES };
+	int err;
+
+	if (view->hnid != GMEM_HOST && gmem_devfault_refuse(core, view, va, false))
+		return;
+	if (!core->features.poison) {
+		gmem_uffd_pmap_wake(gmem_view_pmap(view), small);
+		return;
+	}
+	err = gmem_uffd_pmap_poison(gmem_view_pmap(view), small);
+	if (err == -EINVAL)
+		err = gmem_uffd_pmap_poison(gmem_view_pmap(view), huge);
+	if (err)
+		gmem_uffd_pmap_wake(gmem_view_pmap(view), huge);
+}
+
+/* What the fault needs is behind a slow device: a filler shall wait for it. */
+static bool needs_filler(struct gmem_core *core, const struct gmem_place *place, int hnid)
+{
+	gmem_word_t word = atomic_load_explicit(&core->lpt.words[place->object->pn + place->index],
+						memory_order_relaxed);
+	uint32_t valid = gmem_word_valid(word);
+
+	if (!valid || (valid >> hnid & 1))
+		return false;
+	for (int h = 0; valid >> h; h++) {
+		struct gmem_hnode *hnode = valid >> h & 1 ? gmem_core_hnode(core, h) : NULL;
+
+		if (hnode && !(hnode->info.caps & GMEM_CAP_SLOW))
+			return false;
+	}
+	return true;
+}
+
+/* The content of a page that is recorded here is missing: the client punched it, and reads zero. */
+static int heal(struct gmem_page *page, int hnid)
+{
+	struct gmem_file *file;
+	int err = gmem_object_file(page->object, hnid, &file);
+
+	if (!err)
+		err = gmem_file_populate(file, page->object->offset + page->offset, page->bytes);
+	return err;
+}
+
+static int resolve_locked(struct gmem_page *page, struct gmem_view *view, struct gmem_range range, uint32_t flags)
+{
+	struct gmem_core *core = page->core;
+	bool write = flags & (GMEM_UFFD_FAULT_WRITE | GMEM_UFFD_FAULT_WP), mapped = false;
+	bool missing = !(flags & (GMEM_UFFD_FAULT_MINOR | GMEM_UFFD_FAULT_WP));
+	enum gmem_why why = view->hnid == GMEM_HOST ? GMEM_WHY_HOST_FAULT : GMEM_WHY_DEVICE_FAULT;
+	uint32_t here = 1u << view->hnid;
+	int err = 0;
+
+	if (missing && (gmem_word_valid(page->word) & here))
+		err = heal(page, view->hnid);
+	if (!err)
+		err = gmem_page_fetch(page, view->hnid, view, range, why, &mapped);
+	if (err)
+		return err;
+	/* A sole copy is mapped writable at once: that saves the second fault of read-then-write. */
+	if (write || !core->features.continue_wp ||
+	    (gmem_word_valid(page->word) == here && !(gmem_word_flags(page->word) & GMEM_PAGE_READ_MOSTLY)))
+		err = gmem_page_own(page, view->hnid);
+	if (!err)
+		err = gmem_page_map(page, view, range, mapped || (flags & GMEM_UFFD_FAULT_WP));
+	return err;
+}
+
+static void count_fault(struct gmem_core *core, const struct gmem_fault *fault, struct gmem_object *object)
+{
+	struct gmem_hnode *hnode = gmem_core_hnode(core, fault->view->hnid);
+	bool host = fault->view->hnid == GMEM_HOST;
+
+	gmem_count(host ? &core->stats.host_faults : &core->stats.device_faults, 1);
+	gmem_count(host ? &object->account->host_faults : &object->account->device_faults, 1);
+	if (fault->flags & GMEM_UFFD_FAULT_WP)
+		gmem_count(&core->stats.write_protect_faults, 1);
+	if (hnode)
+		gmem_count(&hnode->faults, 1);
+	gmem_count(&fault->view->faults, 1);
+}
+
+static bool defer(struct gmem_core *core, const struct gmem_fault *fault)
+{
+	struct gmem_work work = { .fault = *fault };
+
+	gmem_view_ref(fault->view);
+	if (!gmem_work_post(core, &work))
+		return true;
+	gmem_view_unref(fault->view);
+	return false;
+}
+
+static void settle(struct gmem_core *core, struct gmem_page *page, const struct gmem_fault *fault,
+		   struct gmem_range range, int err)
+{
+	struct gmem_hnode *hnode = gmem_core_hnode(core, fault->view->hnid);
+
+	if (!err && hnode)
+		gmem_hnode_touch(hnode, page->object, page->index);
+	gmem_page_unlock(page);
+	switch (err) {
+	case 0:
+	case -ESRCH: /* the process is gone */
+		return;
+	case -EBUSY: /* held by an acquire: the release wakes it */
+		gmem_count(&core->stats.parked_faults, 1);
+		return;
+	case -EAGAIN: /* the thread faults again, behind whatever is pending */
+		gmem_count(&core->stats.retries, 1);
+		gmem_uffd_pmap_wake(gmem_view_pmap(fault->view), range);
+		return;
+	default:
+		if (hnode)
+			gmem_count(&hnode->errors, 1);
+		gmem_fault_poison(core, fault->view, range, err);
+	}
+}
+
+void gmem_fault_resolve(struct gmem_core *core, const struct gmem_fault *fault, bool may_defer)
+{
+	struct gmem_view *view = fault->view;
+	uint64_t start = gmem_now_ns();
+	struct gmem_place place;
+	struct gmem_page page;
+
+	if (gmem_as_lookup(view->as, fault->va, &place)) {
+		touch_outside(core, view, fault->va);
+		return;
+	}
+	if (view->hnid != GMEM_HOST && !view->replayable && gmem_devfault_refuse(core, view, fault->va, true))
+		goto out;
+	if (may_defer && needs_filler(core, &place, view->hnid) && defer(core, fault))
+		goto out;
+	count_fault(core, fault, place.object);
+	if (gmem_page_trylock(place.object, place.index, true, &page)) {
+		gmem_count(&core->stats.parked_faults, 1);
+		goto out;
+	}
+	if (gmem_page_poisoned(&page)) {
+		gmem_page_unlock(&page);
+		gmem_fault_poison(core, view, place.range, -EIO);
+	} else {
+		settle(core, &page, fault, place.range,
+		       resolve_locked(&page, view, place.range, fault->flags));
+	}
+	gmem_count(&core->stats.fault_ns, gmem_now_ns() - start);
+out:
+	gmem_object_unref(place.object);
+}
+
+static void handle(struct gmem_core *core, struct gmem_view *view, const struct gmem_uffd_msg *msg)
+{
+	switch (msg->event) {
+	case GMEM_UFFD_EVENT_PAGEFAULT: {
+		struct gmem_fault fault = { view, msg->arg.pagefault.address, (uint32_t)msg->arg.pagefault.flags };
+
+		gmem_fault_resolve(core, &fault, true);
+		break;
+	}
+	case GMEM_UFFD_EVENT_FORK:
+		gmem_session_forked(view->session, (int)msg->arg.fork.ufd);
+		break;
+	case GMEM_UFFD_EVENT_REMAP:
+		gmem_as_move(view->as, msg->arg.remap.from, msg->arg.remap.to, msg->arg.remap.len);
+		break;
+	case GMEM_UFFD_EVENT_UNMAP:
+		gmem_as_remove(view->as, msg->arg.remove.start, msg->arg.remove.end - msg->arg.remove.start,
+			       gmem_session_release_piece, core);
+		break;
+	default:
+		gmem_count(&core->stats.spurious_faults, 1);
+	}
+}
+
+static void view_failed(struct gmem_core *core, struct gmem_view *view)
+{
+	if (atomic_exchange(&view->dead, true))
+		return;
+	epoll_ctl(core->faults.epoll_fd, EPOLL_CTL_DEL, view->uffd, NULL);
+	gmem_core_post(core, GMEM_EVENT_VIEW_GONE, view->session_id, 0, view->id, view->hnid, 0);
+}
+
+static void serve(struct gmem_core *core, struct gmem_view *view)
+{
+	struct gmem_uffd_msg messages[MESSAGES];
+	ssize_t n = read(view->uffd, messages, sizeof(messages));
+
+	if (n < 0 && errno != EAGAIN && errno != EINTR)
+		view_failed(core, view);
+	for (ssize_t i = 0; i < n / (ssize_t)sizeof(messages[0]); i++)
+		handle(core, view, &messages[i]);
+}
+
+static struct gmem_view *view_of(struct gmem_faults *faults, uint64_t token)
+{
+	struct gmem_slot *slot = &faults->slots[token & 0xffffffff];
+	struct gmem_view *view = NULL;
+
+	gmem_mutex_lock(&faults->slots_lock);
+	if (slot->generation == token >> 32 && slot->view)
+		view = gmem_view_ref(slot->view);
+	gmem_mutex_unlock(&faults->slots_lock);
+	return view;
+}
+
+static void *fault_thread(void *arg)
+{
+	struct gmem_core *core = arg;
+	struct gmem_faults *faults = &core->faults;
+
+	pthread_setname_np(pthread_self(), "gmem-fault");
+	for (;;) {
+		struct epoll_event event;
+		struct gmem_view *view;
+		int n = epoll_wait(faults->epoll_fd, &event, 1, -1);
+
+		if (n <= 0)
+			continue;
+		if (event.data.u64 == STOP_TOKEN)
+			return NULL;
+		view = view_of(faults, event.data.u64);
+		if (!view)
+			continue;
+		if (event.events & (EPOLLERR | EPOLLHUP))
+			view_failed(core, view);
+		else
+			serve(core, view);
+		gmem_view_unref(view);
+	}
+}
+
+int gmem_work_post(struct gmem_core *core, const struct gmem_work *work)
+{
+	struct gmem_faults *faults = &core->faults;
+	int err = 0;
+
+	gmem_mutex_lock(&faults->work_lock);
+	if (faults->work_count == GMEM_WORK_RING || faults->stop) {
+		err = -ENOBUFS;
+	} else {
+		faults->work[(faults->work_head + faults->work_count++) % GMEM_WORK_RING] = *work;
+		pthread_cond_signal(&faults->work_ready);
+	}
+	gmem_mutex_unlock(&faults->work_lock);
+	return err;
+}
+
+static void do_work(struct gmem_core *core, struct gmem_work *work)
+{
+	if (work->object) {
+		gmem_session_release_piece(work->object, work->offset, work->bytes, NULL);
+		gmem_object_unref(work->object);
+		return;
+	}
+	gmem_fault_resolve(core, &work->fault, false);
+	gmem_view_unref(work->fault.view);
+}
+
+static void *filler_thread(void *arg)
+{
+	struct gmem_core *core = arg;
+	struct gmem_faults *faults = &core->faults;
+
+	pthread_setname_np(pthread_self(), "gmem-fill");
+	gmem_mutex_lock(&faults->work_lock);
+	while (!faults->stop || faults->work_count) {
+		struct gmem_work work;
+
+		if (!faults->work_count) {
+			gmem_mutex_wait(&faults->work_lock, &faults->work_ready, 0);
+			continue;
+		}
+		work = faults->work[faults->work_head];
+		faults->work_head = (faults->work_head + 1) % GMEM_WORK_RING;
+		faults->work_count--;
+		gmem_mutex_unlock(&faults->work_lock);
+		do_work(core, &work);
+		gmem_mutex_lock(&faults->work_lock);
+	}
+	gmem_mutex_unlock(&faults->work_lock);
+	return NULL;
+}
+
+int gmem_faults_watch(struct gmem_core *core, struct gmem_view *view)
+{
+	struct gmem_faults *faults = &core->faults;
+	struct epoll_event event = { .events = EPOLLIN };
+	uint32_t index;
+	int err = 0;
+
+	gmem_mutex_lock(&faults->slots_lock);
+	if (faults->slots_free) {
+		index = faults->slots_free - 1;
+		faults->slots_free = faults->slots[index].next_free;
+	} else if (faults->slots_used < GMEM_VIEWS_MAX) {
+		index = faults->slots_used++;
+	} else {
+		err = -ENFILE;
+	}
+	if (!err) {
+		view->slot = index;
+		faults->slots[index].view = gmem_view_ref(view);
+		event.data.u64 = (uint64_t)faults->slots[index].generation << 32 | index;
+	}
+	gmem_mutex_unlock(&faults->slots_lock);
+	if (!err && epoll_ctl(faults->epoll_fd, EPOLL_CTL_ADD, view->uffd, &event)) {
+		err = -errno;
+		gmem_faults_unwatch(core, view);
+	}
+	return err;
+}
+
+void gmem_faults_unwatch(struct gmem_core *core, struct gmem_view *view)
+{
+	struct gmem_faults *faults = &core->faults;
+	struct gmem_slot *slot = &faults->slots[view->slot];
+	bool mine;
+
+	atomic_store(&view->dead, true);
+	epoll_ctl(faults->epoll_fd, EPOLL_CTL_DEL, view->uffd, NULL);
+	gmem_mutex_lock(&faults->slots_lock);
+	mine = slot->view == view;
+	if (mine) {
+		slot->view = NULL;
+		slot->generation++;
+		slot->next_free = faults->slots_free;
+		faults->slots_free = view->slot + 1;
+	}
+	gmem_mutex_unlock(&faults->slots_lock);
+	if (mine)
+		gmem_view_unref(view);
+}
+
+static int start_threads(struct gmem_core *core, uint32_t threads)
+{
+	struct gmem_faults *faults = &core->faults;
+	int err = 0;
+
+	for (; !err && faults->thread_count < threads; faults->thread_count += !err)
+		err = -pthread_create(&faults->threads[faults->thread_count], NULL, fault_thread, core);
+	for (; !err && faults->filler_count < FILLERS; faults->filler_count += !err)
+		err = -pthread_create(&faults->fillers[faults->filler_count], NULL, filler_thread, core);
+	return err;
+}
+
+int gmem_faults_start(struct gmem_core *core, uint32_t threads)
+{
+	struct gmem_faults *faults = &core->faults;
+	struct epoll_event event = { .events = EPOLLIN, .data.u64 = STOP_TOKEN };
+	int err;
+
+	gmem_mutex_init(&faults->slots_lock, GMEM_RANK_SLOTS);
+	gmem_mutex_init(&faults->work_lock, GMEM_RANK_WORK);
+	pthread_cond_init(&faults->work_ready, NULL);
+	faults->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+	faults->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (faults->epoll_fd < 0 || faults->stop_fd < 0 ||
+	    epoll_ctl(faults->epoll_fd, EPOLL_CTL_ADD, faults->stop_fd, &event))
+		err = -errno;
+	else
+		err = start_threads(core, threads);
+	if (err)
+		gmem_faults_stop(core);
+	return err;
+}
+
+void gmem_faults_stop(struct gmem_core *core)
+{
+	struct gmem_faults *faults = &core->faults;
+	uint64_t one = 1;
+
+	if (write(faults->stop_fd, &one, sizeof(one)) < 0) {
+		/* the counter is not 0, so the threads stop all the same */
+	}
+	gmem_mutex_lock(&faults->work_lock);
+	faults->stop = true;
+	pthread_cond_broadcast(&faults->work_ready);
+	gmem_mutex_unlock(&faults->work_lock);
+	while (faults->thread_count)
+		pthread_join(faults->threads[--faults->thread_count], NULL);
+	while (faults->filler_count)
+		pthread_join(faults->fillers[--faults->filler_count], NULL);
+	close(faults->epoll_fd);
+	close(faults->stop_fd);
+	gmem_mutex_deinit(&faults->slots_lock);
+	gmem_mutex_deinit(&faults->work_lock);
+	pthread_cond_destroy(&faults->work_ready);
+}

@@ -1,0 +1,187 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Copying between managed ranges, wherever their pages are, at any alignment.
+ */
+#include <errno.h>
+#include <sched.h>
+
+#include <gmem/internal.h>
+#include <gmem/migrate.h>
+
+#define AGAIN_TRIES 2000
+#define ZERO_BYTES 65536
+
+struct end {
+	struct gmem_place place;
+	uint64_t at; /* offset of this piece in its page */
+	struct gmem_page page;
+};
+
+static const uint8_t zeros[ZERO_BYTES];
+
+/* Both pages at once: the first may be waited for, the second only tried, so two copies can't wait for each other. */
+static void lock_both(struct end *dst, struct end *src, bool *ret_same)
+{
+	*ret_same = dst->place.object->pn + dst->place.index == src->place.object->pn + src->place.index;
+	for (;;) {
+		gmem_page_lock(dst->place.object, dst->place.index, &dst->page);
+		if (*ret_same || !gmem_page_trylock(src->place.object, src->place.index, false, &src->page))
+			return;
+		gmem_page_unlock(&dst->page);
+		sched_yield();
+	}
+}
+
+static int copy_zeros(uint8_t *dst, uint64_t bytes)
+{
+	int err = 0;
+
+	for (uint64_t done = 0; !err && done < bytes; done += ZERO_BYTES)
+		err = gmem_copy(dst + done, zeros, bytes - done < ZERO_BYTES ? bytes - done : ZERO_BYTES);
+	return err;
+}
+
+/* An hnode whose copy the CPU can read; brings the page to the host if there is none. -1: it reads as zero. */
+static int readable(struct gmem_page *page, int *ret_hnid)
+{
+	const struct gmem_range nowhere = { 0, 0 };
+	uint32_t valid = gmem_word_valid(page->word);
+	bool mapped;
+
+	*ret_hnid = valid ? GMEM_HOST : -1;
+	for (int h = 0; valid >> h; h++) {
+		struct gmem_hnode *hnode = valid >> h & 1 ? gmem_core_hnode(page->core, h) : NULL;
+
+		if (hnode && !gmem_hnode_is_peer(hnode)) {
+			*ret_hnid = h;
+			return 0;
+		}
+	}
+	return valid ? gmem_page_fetch(page, GMEM_HOST, NULL, nowhere, GMEM_WHY_HMEMCPY, &mapped) : 0;
+}
+
+static int copy_locked(struct end *dst, struct end *src, bool same, int hnid, uint64_t bytes)
+{
+	const struct gmem_range nowhere = { 0, 0 };
+	struct gmem_page *from = same ? &dst->page : &src->page;
+	uint8_t *to_alias, *from_alias;
+	bool mapped;
+	int source, err;
+
+	if (gmem_page_poisoned(&dst->page) || gmem_page_poisoned(from))
+		return -EIO;
+	err = gmem_page_fetch(&dst->page, hnid, NULL, nowhere, GMEM_WHY_HMEMCPY, &mapped);
+	if (!err)
+		err = gmem_page_own(&dst->page, hnid);
+	if (!err)
+		err = readable(from, &source);
+	if (!err)
+		err = gmem_object_alias(dst->place.object, hnid, &to_alias);
+	if (err)
+		return err;
+	to_alias += dst->page.offset + dst->at;
+	if (source < 0)
+		return copy_zeros(to_alias, bytes);
+	err = gmem_object_alias(from->object, source, &from_alias);
+	if (!err)
+		err = gmem_copy(to_alias, from_alias + from->offset + src->at, bytes);
+	return err;
+}
+
+static int copy_piece(struct end *dst, struct end *src, int hnid, uint64_t bytes)
+{
+	int err = -EAGAIN;
+
+	for (int tries = 0; err == -EAGAIN && tries < AGAIN_TRIES; tries++) {
+		bool same;
+
+		lock_both(dst, src, &same);
+		err = copy_locked(dst, src, same, hnid, bytes);
+		dst->page.park = src->page.park = false;
+		if (!same)
+			gmem_page_unlock(&src->page);
+		gmem_page_unlock(&dst->page);
+	}
+	return err;
+}
+
+static int locate(struct gmem_session *session, uint64_t va, struct end *ret)
+{
+	uint64_t offset;
+
+	if (gmem_as_lookup(&session->as, va, &ret->place))
+		return -EINVAL;
+	offset = ret->place.region_offset + (va - ret->place.region_va);
+	ret->at = offset & ((1ull << ret->place.object->shift) - 1);
+	return 0;
+}
+
+static uint64_t room(const struct end *end, uint64_t va)
+{
+	return end->place.range.va + end->place.range.bytes - va;
+}
+
+static int check_mapped(struct gmem_session *session, uint64_t va, uint64_t bytes)
+{
+	for (uint64_t end = va + bytes; va < end;) {
+		struct gmem_place place;
+
+		if (gmem_as_lookup(&session->as, va, &place))
+			return -EINVAL;
+		va = place.region_va + place.region_bytes;
+		gmem_object_unref(place.object);
+	}
+	return 0;
+}
+
+static int copy_all(struct gmem_session *session, int hnid, uint64_t dst, uint64_t src, uint64_t bytes)
+{
+	int err = 0;
+
+	while (!err && bytes) {
+		struct end to, from;
+		uint64_t piece = bytes;
+
+		if (locate(session, dst, &to))
+			return -EINVAL;
+		if (locate(session, src, &from)) {
+			gmem_object_unref(to.place.object);
+			return -EINVAL;
+		}
+		piece = room(&to, dst) < piece ? room(&to, dst) : piece;
+		piece = room(&from, src) < piece ? room(&from, src) : piece;
+		err = copy_piece(&to, &from, hnid, piece);
+		gmem_object_unref(to.place.object);
+		gmem_object_unref(from.place.object);
+		dst += piece;
+		src += piece;
+		bytes -= piece;
+	}
+	return err;
+}
+
+int gmem_hmemcpy(struct gmem_core *core, uint64_t id, int hnid, uint64_t dst, uint64_t src, uint64_t bytes)
+{
+	struct gmem_hnode *hnode = gmem_core_hnode(core, hnid < 0 ? GMEM_HOST : hnid);
+	struct gmem_session *session;
+	int err;
+
+	if (hnid < -1 || !hnode)
+		return -ENODEV;
+	if (gmem_hnode_is_peer(hnode))
+		return -EOPNOTSUPP;
+	if (dst + bytes < dst || src + bytes < src)
+		return -EINVAL;
+	if (bytes && dst < src + bytes && src < dst + bytes)
+		return -EINVAL; /* overlapping */
+	session = gmem_session_get(core, id);
+	if (!session)
+		return -ENOENT;
+	err = check_mapped(session, dst, bytes);
+	if (!err)
+		err = check_mapped(session, src, bytes);
+	if (!err)
+		err = copy_all(session, hnode->hnid, dst, src, bytes);
+	gmem_session_unref(session);
+	return err;
+}

@@ -1,0 +1,158 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include <gmem/internal.h>
+#include <gmem/reclaim.h>
+
+#define FRAMES_MAX (1ull << 28) /* 1 TiB of 4 KiB pages */
+
+/* A sparse array: costs what is touched. NORESERVE so that its size is no commitment. */
+static void *sparse_map(uint64_t bytes)
+{
+	void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+	if (at == MAP_FAILED)
+		return NULL;
+	madvise(at, bytes, MADV_DONTDUMP);
+	return at;
+}
+
+int gmem_hnode_create(struct gmem_core *core, int hnid, const char *name, uint64_t capacity_bytes,
+		      struct gmem_hnode **ret)
+{
+	struct gmem_hnode *hnode = calloc(1, sizeof(*hnode));
+	uint64_t frames = capacity_bytes / 4096 + 2;
+
+	if (!hnode)
+		return -ENOMEM;
+	hnode->core = core;
+	hnode->hnid = hnid;
+	snprintf(hnode->name, sizeof(hnode->name), "%s", name);
+	hnode->info.capacity_bytes = capacity_bytes;
+	hnode->low_bytes = capacity_bytes / 64;
+	hnode->high_bytes = capacity_bytes / 32;
+	hnode->frame_count = (uint32_t)(frames < FRAMES_MAX ? frames : FRAMES_MAX);
+	hnode->frames_bumped = 1;
+	hnode->frames = sparse_map((uint64_t)hnode->frame_count * sizeof(*hnode->frames));
+	hnode->frame_of = sparse_map(core->lpt.pages * sizeof(*hnode->frame_of));
+	if (!hnode->frames || !hnode->frame_of) {
+		gmem_hnode_destroy(hnode);
+		return -ENOMEM;
+	}
+	gmem_mutex_init(&hnode->lock, GMEM_RANK_HNODE);
+	pthread_cond_init(&hnode->wake, NULL);
+	*ret = hnode;
+	return 0;
+}
+
+void gmem_hnode_destroy(struct gmem_hnode *hnode)
+{
+	if (hnode->frames)
+		munmap(hnode->frames, (uint64_t)hnode->frame_count * sizeof(*hnode->frames));
+	if (hnode->frame_of)
+		munmap((void *)hnode->frame_of, hnode->core->lpt.pages * sizeof(*hnode->frame_of));
+	gmem_mutex_deinit(&hnode->lock);
+	pthread_cond_destroy(&hnode->wake);
+	free(hnode);
+}
+
+static uint32_t take_descriptor(struct gmem_hnode *hnode)
+{
+	uint32_t frame = hnode->free_head;
+
+	if (frame)
+		hnode->free_head = hnode->frames[frame].next;
+	else if (hnode->frames_bumped < hnode->frame_count)
+		frame = hnode->frames_bumped++;
+	return frame;
+}
+
+int gmem_hnode_frame_alloc(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index)
+{
+	uint64_t bytes = 1ull << object->shift;
+	uint32_t frame = GMEM_FRAME_NONE;
+	int err = 0;
+
+	gmem_mutex_lock(&hnode->lock);
+	if (hnode->draining) {
+		err = -ENODEV;
+	} else if (hnode->used_bytes + bytes > hnode->info.capacity_bytes ||
+		   !(frame = take_descriptor(hnode))) {
+		err = -ENOMEM;
+	} else {
+		hnode->frames[frame] = (struct gmem_frame){ .object = object, .index = index };
+		gmem_sieve_insert(hnode, frame);
+		hnode->used_bytes += bytes;
+		if (hnode->used_bytes > hnode->peak_bytes)
+			hnode->peak_bytes = hnode->used_bytes;
+	}
+	/* Room is made ahead only once the hnode has run full: a working set that fits is left in peace. */
+	if (err == -ENOMEM)
+		hnode->pressure_ns = gmem_now_ns();
+	if (hnode->reclaimer_runs && hnode->pressure_ns &&
+	    hnode->info.capacity_bytes - hnode->used_bytes < hnode->low_bytes)
+		pthread_cond_signal(&hnode->wake);
+	gmem_mutex_unlock(&hnode->lock);
+	if (err)
+		return err;
+	atomic_store_explicit(&hnode->frame_of[object->pn + index], frame, memory_order_relaxed);
+	gmem_count(&object->account->resident_bytes[hnode->hnid], bytes);
+	return 0;
+}
+
+void gmem_hnode_frame_free(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index)
+{
+	uint64_t bytes = 1ull << object->shift;
+	uint32_t frame = atomic_load_explicit(&hnode->frame_of[object->pn + index], memory_order_relaxed);
+
+	if (!frame)
+		return;
+	atomic_store_explicit(&hnode->frame_of[object->pn + index], GMEM_FRAME_NONE, memory_order_relaxed);
+	gmem_mutex_lock(&hnode->lock);
+	gmem_sieve_remove(hnode, frame);
+	hnode->frames[frame].object = NULL;
+	hnode->frames[frame].next = hnode->free_head;
+	hnode->free_head = frame;
+	hnode->used_bytes -= bytes;
+	gmem_mutex_unlock(&hnode->lock);
+	atomic_fetch_sub_explicit(&object->account->resident_bytes[hnode->hnid], bytes, memory_order_relaxed);
+}
+
+struct gmem_frame *gmem_hnode_frame(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index)
+{
+	uint32_t frame = atomic_load_explicit(&hnode->frame_of[object->pn + index], memory_order_relaxed);
+
+	return frame ? &hnode->frames[frame] : NULL;
+}
+
+void gmem_hnode_touch(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index)
+{
+	struct gmem_frame *frame = gmem_hnode_frame(hnode, object, index);
+
+	if (frame)
+		atomic_store_explicit(&frame->visited, 1, memory_order_relaxed);
+}
+
+void gmem_hnode_cool(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index)
+{
+	uint32_t frame = atomic_load_explicit(&hnode->frame_of[object->pn + index], memory_order_relaxed);
+
+	if (!frame)
+		return;
+	gmem_mutex_lock(&hnode->lock);
+	atomic_store_explicit(&hnode->frames[frame].visited, 0, memory_order_relaxed);
+	gmem_sieve_next_is(hnode, frame);
+	gmem_mutex_unlock(&hnode->lock);
+}
+
+void gmem_hnode_pinned(struct gmem_hnode *hnode, int64_t bytes)
+{
+	gmem_mutex_lock(&hnode->lock);
+	hnode->pinned_bytes += (uint64_t)bytes;
+	gmem_mutex_unlock(&hnode->lock);
+}

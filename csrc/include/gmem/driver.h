@@ -1,0 +1,121 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The driver ABI. A driver supplies what is specific to its hardware: creating and removing translations,
+ * invalidating TLBs, copying. Virtual addresses, frames, victims, states and waiting belong to the core, and a
+ * driver holds no policy. A driver in C fills one gmem_driver_ops; a Python class with methods of the same names is
+ * wrapped in the same table by gmemd.
+ *
+ * Every op may be NULL except probe and info, and these groups:
+ *   - a device whose contexts are processes with a uffd (simgpu) sets GMEM_CAP_CPU_VISIBLE, leaves pmap_* as the
+ *     gmem_uffd_pmap_* functions of pmap.h, and needs copy only if its link is slower than the CPU;
+ *   - a device that stores pages behind its own allocator (every tier) sets GMEM_CAP_PEER and gives peer_map,
+ *     peer_unmap and peer_free.
+ * Ops return 0 or -errno, may be called from several threads at once, and may block unless said otherwise.
+ */
+#ifndef GMEM_DRIVER_H
+#define GMEM_DRIVER_H
+
+#include <gmem/types.h>
+
+#define GMEM_DRIVER_ABI 1
+
+/* capabilities */
+#define GMEM_CAP_REPLAYABLE 0x001  /* a device fault can be replayed; else accesses are bracketed by acquire/release */
+#define GMEM_CAP_PEER 0x010        /* manages its own frames: peer_* */
+#define GMEM_CAP_COHERENT 0x020    /* the CPU maps its memory coherently */
+#define GMEM_CAP_COMPUTE 0x040     /* contexts can be opened on it */
+#define GMEM_CAP_PERSISTENT 0x080
+#define GMEM_CAP_EXPORT_FD 0x100
+#define GMEM_CAP_REMOTE 0x200
+#define GMEM_CAP_SAME_VA 0x400     /* device pointers equal CPU pointers */
+#define GMEM_CAP_CPU_VISIBLE 0x800 /* frames are pages of a memfd: the core allocates and aliases them */
+#define GMEM_CAP_SLOW 0x1000       /* ops block for long (or need the GIL): the core calls them from filler threads */
+
+struct gmem_device; /* the driver's own */
+struct gmem_pmap;   /* one context's page table; the driver's own, or a view (pmap.h) */
+
+/* Configuration: string pairs, as written in the configuration file or on gmemctl attach. Unknown keys are an
+ * error: the driver returns -EINVAL and names the key in message. */
+struct gmem_driver_config {
+	const char *name; /* device name, for example "simgpu0" */
+	const char *const *keys;
+	const char *const *values;
+	size_t count;
+	char *message; /* GMEM_MESSAGE_MAX bytes for the reason of a refusal */
+};
+
+/* For drivers: options a driver knows, and where their values go. Numbers may have a suffix (48M, 2G). */
+struct gmem_driver_option {
+	const char *key;
+	uint64_t *value;
+	bool boolean; /* on, off, true, false, yes, no, 1, 0 */
+};
+/* -EINVAL for an unknown key or a bad value; config->message says which. */
+int gmem_driver_options(const struct gmem_driver_config *config, const struct gmem_driver_option *options,
+			size_t count);
+
+struct gmem_device_info {
+	uint64_t capacity_bytes;
+	uint64_t page_bytes_mask; /* bit n: pages of 1 << n bytes */
+	uint32_t caps;
+	uint32_t reserved;
+	uint64_t bandwidth_bytes_per_s; /* of the link; 0 = memory speed */
+	uint64_t latency_ns;            /* of one copy */
+};
+
+/* One piece of a copy. Addresses are the daemon's aliases. */
+struct gmem_sg {
+	void *dst;
+	const void *src;
+	size_t bytes;
+};
+
+typedef uint64_t gmem_fence_t; /* 0: complete */
+
+enum gmem_cause { GMEM_CAUSE_UNMAP = 1, GMEM_CAUSE_MIGRATE, GMEM_CAUSE_PROTECT, GMEM_CAUSE_DISCARD, GMEM_CAUSE_RELEASE };
+
+struct gmem_driver_ops {
+	uint32_t abi;  /* GMEM_DRIVER_ABI */
+	uint32_t size; /* sizeof(struct gmem_driver_ops) of the driver's build; missing tail ops are NULL */
+	const char *name;
+
+	/* identity */
+	int (*probe)(const struct gmem_driver_config *config, struct gmem_device **ret);
+	void (*remove)(struct gmem_device *device);
+	int (*info)(struct gmem_device *device, struct gmem_device_info *ret);
+	int (*health)(struct gmem_device *device); /* 0 healthy, -EIO lost */
+	const char *(*last_error)(struct gmem_device *device);
+
+	/* MMU */
+	int (*pmap_create)(struct gmem_device *device, uint64_t as_id, struct gmem_pmap **ret);
+	void (*pmap_destroy)(struct gmem_pmap *pmap);
+	int (*pmap_enter)(struct gmem_pmap *pmap, struct gmem_range range, uint64_t frame, enum gmem_prot prot);
+	int (*pmap_release)(struct gmem_pmap *pmap, struct gmem_range range);
+	int (*pmap_protect)(struct gmem_pmap *pmap, struct gmem_range range, enum gmem_prot prot);
+	int (*tlb_invl)(struct gmem_pmap *pmap, struct gmem_range range);
+	int (*tlb_invl_coalesced)(struct gmem_pmap *pmap, const struct gmem_range *ranges, size_t count);
+
+	/* copy engine */
+	int (*copy)(struct gmem_device *device, const struct gmem_sg *sg, size_t count, gmem_fence_t after,
+		    gmem_fence_t *ret);
+	int (*fill)(struct gmem_device *device, void *dst, int byte, size_t bytes, gmem_fence_t *ret);
+	int (*fence_wait)(struct gmem_device *device, gmem_fence_t fence, uint64_t timeout_ns);
+	int (*peer_copy)(struct gmem_device *device, struct gmem_device *from, const struct gmem_sg *sg, size_t count,
+			 gmem_fence_t *ret);
+
+	/* peers with their own allocator; key names a page for as long as it is stored */
+	int (*peer_va_alloc_fixed)(struct gmem_device *device, struct gmem_range range);
+	int (*peer_va_free)(struct gmem_device *device, struct gmem_range range);
+	int (*peer_map)(struct gmem_device *device, uint64_t key, const void *src, size_t bytes); /* push a page */
+	int (*peer_unmap)(struct gmem_device *device, uint64_t key, void *dst, size_t bytes);     /* pull; keeps it */
+	int (*peer_free)(struct gmem_device *device, uint64_t key, size_t bytes);
+	int (*peer_hmemcpy)(struct gmem_device *device, uint64_t key, size_t offset, void *buffer, size_t bytes,
+			    bool to_peer);
+
+	/* notification: a range of an as is about to lose its translation or its write access; sequence grows by one
+	 * with each call for that as. Must not block on anything of the core. */
+	void (*invalidate)(struct gmem_device *device, uint64_t as_id, struct gmem_range range, enum gmem_cause cause,
+			   uint64_t sequence);
+};
+
+#endif

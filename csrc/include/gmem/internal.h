@@ -1,0 +1,47 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * struct gmem_core, for the core's own files.
+ */
+#ifndef GMEM_INTERNAL_H
+#define GMEM_INTERNAL_H
+
+#include <gmem/core.h>
+#include <gmem/event.h>
+#include <gmem/fault.h>
+#include <gmem/hnode.h>
+#include <gmem/lpt.h>
+#include <gmem/range.h>
+#include <gmem/session.h>
+#include <gmem/stats.h>
+
+#define GMEM_SESSION_BUCKETS 256
+
+struct gmem_core {
+	struct gmem_core_features features;      /* (C) */
+	struct gmem_window window;               /* (C) */
+	bool hugepages, overcommit;              /* (C) */
+	atomic_bool stopping;                    /* (A) clients keep their memory: objects are forgotten, not freed */
+	struct gmem_hnode *retired;              /* devices_lock; detached, kept because a late reader may look */
+	struct gmem_lpt lpt;
+	struct gmem_range_allocator va[GMEM_CLASS_COUNT];
+	_Atomic(struct gmem_hnode *) hnodes[GMEM_HNODE_MAX]; /* (A) changed under devices_lock */
+	struct gmem_mutex devices_lock;
+	struct gmem_rwlock sessions_lock;
+	struct gmem_session *sessions[GMEM_SESSION_BUCKETS]; /* sessions_lock */
+	_Atomic uint64_t session_count, context_count, region_count, object_count; /* (A) */
+	_Atomic uint64_t next_id;                            /* (A) of sessions and contexts */
+	_Atomic uint64_t committed_bytes[GMEM_CLASS_COUNT];  /* (A) */
+	struct gmem_stats stats;
+	struct gmem_events events;
+	struct gmem_faults faults;
+};
+
+static inline struct gmem_hnode *gmem_core_hnode(struct gmem_core *core, int hnid)
+{
+	return hnid < 0 || hnid >= GMEM_HNODE_MAX ? NULL : atomic_load(&core->hnodes[hnid]);
+}
+
+void gmem_core_post(struct gmem_core *core, enum gmem_event_type type, uint64_t session, uint64_t va, uint64_t value,
+		    int hnid, int error);
+
+#endif

@@ -1,0 +1,43 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Files: sparse memfds that are the physical memory of one (session, page class) on one hnode, or of the LPT. One of
+ * the two doors to the OS. Content is reached through aliases, mappings in the daemon; whoever holds the memfd can
+ * punch it, so every copy from or to an alias goes through gmem_copy(), which turns SIGBUS into -EFAULT.
+ */
+#ifndef GMEM_MEMFD_H
+#define GMEM_MEMFD_H
+
+#include <gmem/types.h>
+
+struct gmem_file {
+	atomic_uint refs;       /* (A) */
+	int fd;                 /* (C) */
+	enum gmem_class class_; /* (C) */
+	uint64_t bytes;         /* (C) */
+	uint64_t owner;         /* (C) session id, to tell own files from a parent's */
+};
+
+/* Sealed against shrink and grow. hugetlb reserves nothing. */
+int gmem_file_create(const char *name, enum gmem_class class_, uint64_t bytes, uint64_t owner, struct gmem_file **ret);
+struct gmem_file *gmem_file_ref(struct gmem_file *file);
+void gmem_file_unref(struct gmem_file *file); /* NULL is allowed */
+
+/* Allocates zeroed pages where there are none. -ENOSPC, -ENOMEM. */
+int gmem_file_populate(struct gmem_file *file, uint64_t offset, uint64_t bytes);
+/* Frees pages, and so removes them from every mapping in every process. */
+int gmem_file_punch(struct gmem_file *file, uint64_t offset, uint64_t bytes);
+/* Allocates pages and fills them from src in one pass where the file type can. -EFAULT if src has gone. */
+int gmem_file_fill(struct gmem_file *file, uint64_t offset, uint8_t *alias, const void *src, uint64_t bytes);
+
+int gmem_alias_map(struct gmem_file *file, uint64_t offset, uint64_t bytes, uint8_t **ret);
+void gmem_alias_unmap(uint8_t *alias, uint64_t bytes);
+
+/* memcpy between aliases; -EFAULT instead of SIGBUS. */
+int gmem_copy(void *dst, const void *src, size_t bytes);
+/* Installs the SIGBUS handler once for the process; keeps and calls the previous one for faults not ours. */
+int gmem_copy_guard_init(void);
+
+/* Pages that the machine could still give: (nr_hugepages + nr_overcommit_hugepages) * 2 MiB, 0 without hugetlb. */
+uint64_t gmem_hugepages_bytes(void);
+
+#endif

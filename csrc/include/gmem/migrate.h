@@ -1,0 +1,45 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The page protocol: locking a logical page (BUSY), bringing copies to an hnode, giving write access, dropping copies.
+ * Order and crash rules are those of lpt.h. Functions that take a struct gmem_page need it locked by this thread; none
+ * waits for another page.
+ */
+#ifndef GMEM_MIGRATE_H
+#define GMEM_MIGRATE_H
+
+#include <gmem/hnode.h>
+
+struct gmem_page {
+	struct gmem_core *core;
+	struct gmem_object *object;
+	uint64_t index, pn;
+	uint64_t offset, bytes; /* in the object */
+	gmem_word_t word;       /* as it will be stored on unlock, WAITERS aside; state is derived from valid */
+	bool park;              /* keep WAITERS on unlock: who faulted waits for a release */
+};
+
+/* -EBUSY: someone else owns it (wait_flag: WAITERS is set, so its owner wakes all views at the end). */
+int gmem_page_trylock(struct gmem_object *object, uint64_t index, bool wait_flag, struct gmem_page *ret);
+/* Waits. Only for threads that own no page and serve no faults. */
+void gmem_page_lock(struct gmem_object *object, uint64_t index, struct gmem_page *ret);
+void gmem_page_unlock(struct gmem_page *page);
+bool gmem_page_poisoned(const struct gmem_page *page);
+
+/* Makes valid contain hnid, reclaiming there as needed. view: if not NULL and the content is copied, it may be mapped
+ * there on the way, read-only; *ret_mapped says so. -EBUSY: a copy is held and can't be downgraded (page->park is set);
+ * -ENOMEM; -EAGAIN. */
+int gmem_page_fetch(struct gmem_page *page, int hnid, struct gmem_view *view, struct gmem_range range,
+		    enum gmem_why why, bool *ret_mapped);
+/* The only copy, and its views may write. hnid must be valid. -EBUSY as above. */
+int gmem_page_own(struct gmem_page *page, int hnid);
+/* Drops the copy on hnid, which must not be the only one. */
+int gmem_page_drop(struct gmem_page *page, int hnid);
+/* Takes the write access of every view, if there is a writer. */
+int gmem_page_downgrade(struct gmem_page *page);
+/* NOMAP: drops every copy. */
+int gmem_page_discard(struct gmem_page *page);
+/* Maps it in one view as the state allows: writable for the writer, else read-only. was_protected: the fault said that it was write-protected. */
+int gmem_page_map(struct gmem_page *page, struct gmem_view *view, struct gmem_range range, bool was_protected);
+void gmem_page_wake(struct gmem_page *page);
+
+#endif

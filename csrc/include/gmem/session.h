@@ -1,0 +1,46 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Session: one client process: its its identity, its as, its device contexts.
+ */
+#ifndef GMEM_SESSION_H
+#define GMEM_SESSION_H
+
+#include <gmem/as.h>
+#include <gmem/core.h>
+
+struct gmem_session {
+	atomic_uint refs;             /* (A) */
+	struct gmem_core *core;       /* (C) */
+	uint64_t id;                  /* (C) */
+	uid_t uid;                    /* (C) */
+	_Atomic pid_t pid;            /* (A) */
+	struct gmem_as as;
+	struct gmem_account *account; /* (C) */
+	uint64_t parent;              /* (C) session id of the parent it was forked from, or 0 */
+	atomic_bool stored;           /* (A) came by a fork event, and is served */
+	atomic_bool bound;            /* (A) the process has shown itself */
+	atomic_bool closed;           /* (A) */
+	struct gmem_session *next;    /* core->sessions_lock */
+};
+
+int gmem_session_new(struct gmem_core *core, uid_t uid, pid_t pid, uint64_t parent, struct gmem_session **ret);
+/* Referenced; NULL if unknown. */
+struct gmem_session *gmem_session_get(struct gmem_core *core, uint64_t id);
+struct gmem_session *gmem_session_ref(struct gmem_session *session);
+void gmem_session_unref(struct gmem_session *session);
+/* The session's files on hnid, by class; -1 where there is none. */
+int gmem_session_borrow(struct gmem_session *session, int hnid, int ret_fds[GMEM_CLASS_COUNT]);
+/* uffd features to ask for; events: of the process itself, which may unmap, move and fork. */
+uint64_t gmem_session_features(struct gmem_core *core, bool events);
+/* The view of a context; referenced; NULL if unknown. */
+struct gmem_view *gmem_context_find(struct gmem_core *core, uint64_t context);
+/* Makes and watches the view of a process; takes over the fds on success only. */
+int gmem_session_watch(struct gmem_session *session, int hnid, uint64_t context, int uffd, int pidfd, pid_t pid,
+		       bool events, struct gmem_view **ret);
+void gmem_session_unwatch(struct gmem_session *session, struct gmem_view *view);
+/* The parent's fork event: a child session that has regions and view, but no known process yet. */
+void gmem_session_forked(struct gmem_session *parent, int uffd);
+/* Discards what nobody maps any more; the callback of gmem_as_remove. */
+void gmem_session_release_piece(struct gmem_object *object, uint64_t offset, uint64_t bytes, void *arg);
+
+#endif

@@ -1,0 +1,39 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * View: one process's mapping of an address space on one hnode. A view is found by the fault threads through epoll, and
+ * by movers through its as; both hold a reference while they use it. It is closed (out of epoll, marked dead) before it
+ * is released; the uffd itself is closed with the last reference, so a thread that still uses it gets ESRCH at worst.
+ */
+#ifndef GMEM_VIEW_H
+#define GMEM_VIEW_H
+
+#include <sys/types.h>
+
+#include <gmem/types.h>
+
+struct gmem_as;
+struct gmem_session;
+
+struct gmem_view {
+	atomic_uint refs;             /* (A) */
+	atomic_bool dead;             /* (A) */
+	uint64_t id;                  /* (C) context id; 0 for the process itself */
+	int hnid;                     /* (C) */
+	int uffd;                     /* (C) */
+	int pidfd;                    /* (C) -1 if unknown */
+	pid_t pid;                    /* (C) 0 if unknown */
+	bool events;                  /* (C) unmap and remap events are on */
+	bool replayable;              /* (C) device contexts: a fault may be answered */
+	uint64_t session_id;          /* (C) */
+	struct gmem_as *as;           /* (C) holds a reference of the session that owns the as */
+	struct gmem_session *session; /* (C) */
+	_Atomic uint64_t faults;      /* (A) */
+	uint32_t slot;                /* (C) once watched */
+	_Atomic uint32_t strikes;     /* (A) signals sent for touching what it may not */
+	struct gmem_view *next;       /* as->views_lock */
+};
+
+struct gmem_view *gmem_view_ref(struct gmem_view *view);
+void gmem_view_unref(struct gmem_view *view);
+
+#endif

@@ -1,0 +1,72 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Object: the backing of one or more regions. It owns an extent of the LPT, a range of file offsets (the same in its
+ * file on every hnode) and the VA range that this offset range was derived from, which is not given out again before the
+ * object is gone. Aliases are made when a copy first needs them.
+ */
+#ifndef GMEM_VM_OBJECT_H
+#define GMEM_VM_OBJECT_H
+
+#include <gmem/lockrank.h>
+#include <gmem/lpt.h>
+#include <gmem/memfd.h>
+#include <gmem/view.h>
+
+struct gmem_core;
+struct gmem_region;
+
+/* Who is charged, and whose files hold the content: a session's part that outlives it while objects shared with its
+ * children live. */
+struct gmem_account {
+	atomic_uint refs;                                /* (A) */
+	uint64_t session_id;                             /* (C) */
+	uint64_t file_bytes;                             /* (C) size of each file: the VA window */
+	struct gmem_mutex lock;                          /* guards the making of files */
+	_Atomic(struct gmem_file *) files[GMEM_HNODE_MAX][GMEM_CLASS_COUNT]; /* (A) set once under lock */
+	_Atomic uint64_t resident_bytes[GMEM_HNODE_MAX]; /* (A) */
+	_Atomic uint64_t mapped_bytes;                   /* (A) */
+	_Atomic uint64_t host_faults, device_faults;     /* (A) */
+};
+
+struct gmem_object {
+	atomic_uint refs;         /* (A) regions, frames in use by a mover, work items */
+	struct gmem_core *core;   /* (C) */
+	uint64_t pn, pages;       /* (C) its extent of the LPT */
+	uint64_t offset, bytes;   /* (C) file offsets */
+	uint8_t shift;            /* (C) log2 of the logical page size */
+	enum gmem_class class_;   /* (C) */
+	struct gmem_account *account; /* (C) */
+	struct gmem_mutex lock;
+	struct gmem_region *regions;  /* (O) */
+	uint64_t regions_generation;  /* (O) grows with each change of the list or of a region in it */
+	_Atomic(uint8_t *) aliases[GMEM_HNODE_MAX]; /* (A) set once under lock */
+};
+
+int gmem_account_create(uint64_t session_id, uint64_t file_bytes, struct gmem_account **ret);
+struct gmem_account *gmem_account_ref(struct gmem_account *account);
+void gmem_account_unref(struct gmem_account *account);
+/* The file of that class on hnid, made on first use; borrowed. */
+int gmem_account_file(struct gmem_account *account, int hnid, enum gmem_class class_, struct gmem_file **ret);
+
+/* References the account. The VA range at offset becomes the object's; on failure it stays the caller's. */
+int gmem_object_create(struct gmem_core *core, struct gmem_account *account, enum gmem_class class_, uint64_t offset,
+		       uint64_t bytes, uint8_t shift, struct gmem_object **ret);
+struct gmem_object *gmem_object_ref(struct gmem_object *object);
+/* False if it is being destroyed. */
+bool gmem_object_tryref(struct gmem_object *object);
+/* The last reference frees every page, the extent and the VA range. */
+void gmem_object_unref(struct gmem_object *object);
+
+int gmem_object_file(struct gmem_object *object, int hnid, struct gmem_file **ret);
+int gmem_object_alias(struct gmem_object *object, int hnid, uint8_t **ret);
+
+/* Calls fn for every view on hnid that maps any of [offset, offset + bytes) of the object's offsets (offsets count
+ * from the object's start), with the range in that view's addresses. No lock is held during the call. Stops at the
+ * first error and returns it. hnid -1: views on every hnode. */
+typedef int (*gmem_view_fn)(struct gmem_view *view, struct gmem_range range, void *arg);
+int gmem_object_for_views(struct gmem_object *object, int hnid, uint64_t offset, uint64_t bytes, gmem_view_fn fn,
+			  void *arg);
+/* Whether any region maps any of the range. */
+bool gmem_object_mapped(struct gmem_object *object, uint64_t offset, uint64_t bytes);
+
+#endif

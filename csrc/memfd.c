@@ -1,0 +1,199 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <gmem/memfd.h>
+
+#ifndef FALLOC_FL_KEEP_SIZE
+#define FALLOC_FL_KEEP_SIZE 1
+#define FALLOC_FL_PUNCH_HOLE 2
+#endif
+
+int gmem_file_create(const char *name, enum gmem_class class_, uint64_t bytes, uint64_t owner, struct gmem_file **ret)
+{
+	unsigned flags = MFD_CLOEXEC | MFD_ALLOW_SEALING | (class_ == GMEM_CLASS_HUGE ? MFD_HUGETLB : 0);
+	struct gmem_file *file = malloc(sizeof(*file));
+	int fd, err;
+
+	if (!file)
+		return -ENOMEM;
+	fd = memfd_create(name, flags);
+	if (fd < 0 || ftruncate(fd, (off_t)bytes) || fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)) {
+		err = -errno;
+		if (fd >= 0)
+			close(fd);
+		free(file);
+		return err;
+	}
+	*file = (struct gmem_file){ .refs = 1, .fd = fd, .class_ = class_, .bytes = bytes, .owner = owner };
+	*ret = file;
+	return 0;
+}
+
+struct gmem_file *gmem_file_ref(struct gmem_file *file)
+{
+	atomic_fetch_add(&file->refs, 1);
+	return file;
+}
+
+void gmem_file_unref(struct gmem_file *file)
+{
+	if (!file || atomic_fetch_sub(&file->refs, 1) != 1)
+		return;
+	close(file->fd);
+	free(file);
+}
+
+static int file_fallocate(struct gmem_file *file, int mode, uint64_t offset, uint64_t bytes)
+{
+	while (fallocate(file->fd, mode, (off_t)offset, (off_t)bytes)) {
+		if (errno != EINTR)
+			return -errno;
+	}
+	return 0;
+}
+
+int gmem_file_populate(struct gmem_file *file, uint64_t offset, uint64_t bytes)
+{
+	return file_fallocate(file, 0, offset, bytes);
+}
+
+int gmem_file_punch(struct gmem_file *file, uint64_t offset, uint64_t bytes)
+{
+	return file_fallocate(file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, bytes);
+}
+
+int gmem_file_fill(struct gmem_file *file, uint64_t offset, uint8_t *alias, const void *src, uint64_t bytes)
+{
+	uint64_t done = 0;
+	int err;
+
+	if (file->class_ == GMEM_CLASS_HUGE) { /* hugetlbfs has no write(2) */
+		err = gmem_file_populate(file, offset, bytes);
+		return err ? err : gmem_copy(alias, src, bytes);
+	}
+	/* write(2) into a hole allocates without zeroing and without a fault in a cold mapping */
+	while (done < bytes) {
+		ssize_t n = pwrite(file->fd, (const uint8_t *)src + done, bytes - done, (off_t)(offset + done));
+
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n <= 0)
+			return n < 0 ? -errno : -EIO;
+		done += (uint64_t)n;
+	}
+	return 0;
+}
+
+/* Aliases are aligned to 2 MiB at the same phase as the offset, so that huge mappings are possible. */
+int gmem_alias_map(struct gmem_file *file, uint64_t offset, uint64_t bytes, uint8_t **ret)
+{
+	uint64_t phase = offset & (GMEM_HUGE_BYTES - 1), span = bytes + phase + 2 * GMEM_HUGE_BYTES;
+	uint8_t *hole = mmap(NULL, span, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0), *at;
+	uint64_t head, tail;
+
+	if (hole == MAP_FAILED)
+		return -errno;
+	at = (uint8_t *)(((uintptr_t)hole + GMEM_HUGE_BYTES - 1) & ~(GMEM_HUGE_BYTES - 1)) + phase;
+	head = (uint64_t)(at - hole) & ~4095ull;
+	tail = span - head - bytes;
+	if (mmap(at, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | MAP_NORESERVE, file->fd, (off_t)offset) ==
+	    MAP_FAILED) {
+		int err = -errno;
+
+		munmap(hole, span);
+		return err;
+	}
+	if (head)
+		munmap(hole, head);
+	if (tail)
+		munmap(at + bytes, tail);
+	madvise(at, bytes, MADV_DONTDUMP);
+	madvise(at, bytes, MADV_DONTFORK);
+	*ret = at;
+	return 0;
+}
+
+void gmem_alias_unmap(uint8_t *alias, uint64_t bytes)
+{
+	if (alias)
+		munmap(alias, bytes);
+}
+
+static _Thread_local sigjmp_buf copy_escape;
+static _Thread_local volatile sig_atomic_t copy_guarded;
+static struct sigaction previous_action;
+
+static void on_sigbus(int sig, siginfo_t *info, void *context)
+{
+	if (copy_guarded)
+		siglongjmp(copy_escape, 1);
+	if (previous_action.sa_flags & SA_SIGINFO) {
+		previous_action.sa_sigaction(sig, info, context);
+	} else if (previous_action.sa_handler != SIG_DFL && previous_action.sa_handler != SIG_IGN) {
+		previous_action.sa_handler(sig);
+	} else {
+		signal(sig, SIG_DFL);
+		raise(sig);
+	}
+}
+
+static int guard_err;
+
+static void install_guard(void)
+{
+	struct sigaction action = { .sa_sigaction = on_sigbus, .sa_flags = SA_SIGINFO | SA_NODEFER };
+
+	sigemptyset(&action.sa_mask);
+	guard_err = sigaction(SIGBUS, &action, &previous_action) ? -errno : 0;
+}
+
+int gmem_copy_guard_init(void)
+{
+	static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+	pthread_once(&once, install_guard);
+	return guard_err;
+}
+
+int gmem_copy(void *dst, const void *src, size_t bytes)
+{
+	if (sigsetjmp(copy_escape, 0)) {
+		copy_guarded = 0;
+		return -EFAULT;
+	}
+	copy_guarded = 1;
+	atomic_signal_fence(memory_order_seq_cst);
+	memcpy(dst, src, bytes);
+	atomic_signal_fence(memory_order_seq_cst);
+	copy_guarded = 0;
+	return 0;
+}
+
+static uint64_t read_number(const char *path)
+{
+	FILE *f = fopen(path, "re");
+	unsigned long long n = 0;
+
+	if (!f)
+		return 0;
+	if (fscanf(f, "%llu", &n) != 1)
+		n = 0;
+	fclose(f);
+	return n;
+}
+
+uint64_t gmem_hugepages_bytes(void)
+{
+	return GMEM_HUGE_BYTES * (read_number("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages") +
+				  read_number("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_overcommit_hugepages"));
+}

@@ -1,0 +1,195 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Regions as the control plane sees them: making, committing, removing, looking at them.
+ */
+#include <errno.h>
+#include <string.h>
+
+#include <gmem/internal.h>
+#include <gmem/uffd.h>
+
+static int shift_of(uint64_t page_bytes, uint64_t bytes)
+{
+	switch (page_bytes) {
+	case 0:
+		return bytes >= GMEM_HUGE_BYTES ? GMEM_SHIFT_2M : GMEM_SHIFT_4K;
+	case 1ull << GMEM_SHIFT_4K:
+		return GMEM_SHIFT_4K;
+	case 1ull << GMEM_SHIFT_64K:
+		return GMEM_SHIFT_64K;
+	case 1ull << GMEM_SHIFT_2M:
+		return GMEM_SHIFT_2M;
+	default:
+		return -EINVAL;
+	}
+}
+
+/* What all devices and the host could hold together. */
+static uint64_t capacity(struct gmem_core *core)
+{
+	uint64_t bytes = 0;
+
+	for (int h = 0; h < GMEM_HNODE_MAX; h++) {
+		struct gmem_hnode *hnode = gmem_core_hnode(core, h);
+
+		if (hnode)
+			bytes += hnode->info.capacity_bytes;
+	}
+	return bytes;
+}
+
+/* Huge pages are used for a region only if every page of it, and every page a device may hold, could be one: running
+ * out of them in the middle of a fault would be worse than slower pages. */
+static bool huge_fits(struct gmem_core *core, uint64_t bytes)
+{
+	uint64_t need = bytes + atomic_load(&core->committed_bytes[GMEM_CLASS_HUGE]);
+
+	for (int h = 1; h < GMEM_HNODE_MAX; h++) {
+		struct gmem_hnode *hnode = gmem_core_hnode(core, h);
+
+		if (hnode && (hnode->info.caps & GMEM_CAP_CPU_VISIBLE))
+			need += hnode->info.capacity_bytes;
+	}
+	return need <= gmem_hugepages_bytes();
+}
+
+static int commit_charge(struct gmem_core *core, enum gmem_class class_, uint64_t bytes)
+{
+	uint64_t total = atomic_fetch_add(&core->committed_bytes[class_], bytes) + bytes;
+
+	total += atomic_load(&core->committed_bytes[!class_]);
+	if (core->overcommit || total <= capacity(core))
+		return 0;
+	atomic_fetch_sub(&core->committed_bytes[class_], bytes);
+	return -ENOMEM;
+}
+
+int gmem_mmap(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args *args, struct gmem_region_info *ret)
+{
+	int shift = shift_of(args->page_bytes, args->bytes), err;
+	uint64_t bytes = args->bytes, align, va;
+	struct gmem_session *session;
+	struct gmem_object *object;
+	struct gmem_file *file;
+	enum gmem_class class_;
+
+	if (shift < 0 || !bytes || bytes > INT64_MAX || args->fork > GMEM_FORK_NONE)
+		return -EINVAL;
+	bytes = (bytes + (1ull << shift) - 1) & ~((1ull << shift) - 1);
+	class_ = shift == GMEM_SHIFT_2M && core->hugepages && !args->small_only && huge_fits(core, bytes) ?
+			 GMEM_CLASS_HUGE : GMEM_CLASS_SMALL;
+	align = bytes >= GMEM_HUGE_BYTES ? GMEM_HUGE_BYTES : 1ull << shift;
+	session = gmem_session_get(core, id);
+	if (!session)
+		return -ENOENT;
+	err = commit_charge(core, class_, bytes);
+	if (err)
+		goto out;
+	err = gmem_range_alloc(&core->va[class_], bytes, align, &va);
+	if (err)
+		goto uncharge;
+	err = gmem_account_file(session->account, GMEM_HOST, class_, &file);
+	if (!err)
+		err = gmem_object_create(core, session->account, class_, va - core->window.base, bytes,
+					 (uint8_t)shift, &object);
+	if (err) {
+		gmem_range_free(&core->va[class_], va, bytes);
+		goto uncharge;
+	}
+	err = gmem_as_insert(&session->as, object, va, 0, bytes, args->fork, false);
+	gmem_object_unref(object); /* on failure the last one: gives back range and charge */
+	if (!err)
+		*ret = (struct gmem_region_info){ .va = va, .bytes = bytes, .offset = va - core->window.base,
+						  .page_bytes = 1ull << shift, .class_ = class_,
+						  .fork = args->fork, .fd = file->fd };
+	goto out;
+uncharge:
+	atomic_fetch_sub(&core->committed_bytes[class_], bytes);
+out:
+	gmem_session_unref(session);
+	return err;
+}
+
+int gmem_mmap_commit(struct gmem_core *core, uint64_t id, uint64_t va)
+{
+	struct gmem_session *session = gmem_session_get(core, id);
+	struct gmem_view *view;
+	struct gmem_place place;
+	int err;
+
+	if (!session)
+		return -ENOENT;
+	err = gmem_as_lookup(&session->as, va, &place);
+	if (err) {
+		gmem_session_unref(session);
+		return -EINVAL;
+	}
+	view = gmem_as_view(&session->as, GMEM_HOST);
+	if (place.region_va != va || place.committed)
+		err = -EINVAL;
+	else if (!view)
+		err = -ENOTCONN;
+	else
+		err = gmem_uffd_register(view->uffd, va, place.region_bytes);
+	if (!err)
+		gmem_as_commit(&session->as, va);
+	gmem_view_unref(view);
+	gmem_object_unref(place.object);
+	gmem_session_unref(session);
+	return err;
+}
+
+int gmem_munmap(struct gmem_core *core, uint64_t id, uint64_t va, uint64_t bytes)
+{
+	struct gmem_session *session;
+
+	if ((va & 4095) || !bytes || va + bytes < va)
+		return -EINVAL;
+	bytes = (bytes + 4095) & ~4095ull;
+	session = gmem_session_get(core, id);
+	if (!session)
+		return -ENOENT;
+	gmem_as_remove(&session->as, va, bytes, gmem_session_release_piece, NULL);
+	gmem_session_unref(session);
+	return 0;
+}
+
+static struct gmem_page_info info_of(gmem_word_t word, uint8_t shift)
+{
+	return (struct gmem_page_info){
+		.state = (uint8_t)gmem_word_state(word), .writer = (int8_t)gmem_word_writer(word),
+		.valid = (uint16_t)gmem_word_valid(word), .flags = gmem_word_flags(word), .page_shift = shift,
+		.why = (uint16_t)gmem_word_why(word),
+	};
+}
+
+int gmem_query(struct gmem_core *core, uint64_t id, uint64_t va, uint64_t bytes, struct gmem_page_info *pages,
+	       size_t capacity, size_t *ret_count)
+{
+	struct gmem_session *session;
+	struct gmem_place place;
+	uint64_t offset, last;
+	int err;
+
+	if (!bytes || va + bytes < va)
+		return -EINVAL;
+	session = gmem_session_get(core, id);
+	if (!session)
+		return -ENOENT;
+	err = gmem_as_lookup(&session->as, va, &place);
+	gmem_session_unref(session);
+	if (err)
+		return -EINVAL;
+	if (va + bytes > place.region_va + place.region_bytes) {
+		gmem_object_unref(place.object);
+		return -EINVAL;
+	}
+	offset = place.region_offset + (va - place.region_va);
+	last = (offset + bytes - 1) >> place.object->shift;
+	for (uint64_t i = place.index; i <= last && i - place.index < capacity; i++)
+		pages[i - place.index] = info_of(atomic_load(&core->lpt.words[place.object->pn + i]),
+						 place.object->shift);
+	*ret_count = last - place.index + 1;
+	gmem_object_unref(place.object);
+	return 0;
+}

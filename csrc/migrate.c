@@ -1,0 +1,472 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include <assert.h>
+#include <errno.h>
+#include <sched.h>
+#include <time.h>
+
+#include <gmem/internal.h>
+#include <gmem/migrate.h>
+#include <gmem/pmap.h>
+#include <gmem/reclaim.h>
+#include <gmem/uffd.h>
+
+#define RECLAIM_TRIES 64
+
+static _Atomic gmem_word_t *word_of(const struct gmem_page *page)
+{
+	return &page->core->lpt.words[page->pn];
+}
+
+static void init_page(struct gmem_object *object, uint64_t index, gmem_word_t word, struct gmem_page *ret)
+{
+	*ret = (struct gmem_page){
+		.core = object->core, .object = object, .index = index, .pn = object->pn + index,
+		.offset = index << object->shift, .bytes = 1ull << object->shift,
+		.word = word & ~GMEM_WORD_WAITERS,
+	};
+}
+
+int gmem_page_trylock(struct gmem_object *object, uint64_t index, bool wait_flag, struct gmem_page *ret)
+{
+	_Atomic gmem_word_t *at = &object->core->lpt.words[object->pn + index];
+	gmem_word_t word = atomic_load_explicit(at, memory_order_acquire);
+
+	for (;;) {
+		if (gmem_word_state(word) == GMEM_BUSY) {
+			if (!wait_flag || (word & GMEM_WORD_WAITERS))
+				return -EBUSY;
+			if (atomic_compare_exchange_weak(at, &word, word | GMEM_WORD_WAITERS))
+				return -EBUSY;
+			continue;
+		}
+		if (atomic_compare_exchange_weak(at, &word, gmem_word_set_busy(word, GMEM_DIR_MAP, 0))) {
+			init_page(object, index, word, ret);
+			return 0;
+		}
+	}
+}
+
+void gmem_page_lock(struct gmem_object *object, uint64_t index, struct gmem_page *ret)
+{
+	for (unsigned tries = 0; gmem_page_trylock(object, index, false, ret); tries++) {
+		if (tries < 16) {
+			sched_yield();
+		} else {
+			struct timespec pause = { 0, tries < 100 ? 20000 : 500000 };
+
+			nanosleep(&pause, NULL);
+		}
+	}
+}
+
+bool gmem_page_poisoned(const struct gmem_page *page)
+{
+	return gmem_word_state(page->word) == GMEM_POISONED;
+}
+
+static int wake_view(struct gmem_view *view, struct gmem_range range, void *arg)
+{
+	(void)arg;
+	gmem_uffd_pmap_wake(gmem_view_pmap(view), range);
+	return 0;
+}
+
+void gmem_page_wake(struct gmem_page *page)
+{
+	gmem_object_for_views(page->object, -1, page->offset, page->bytes, wake_view, NULL);
+}
+
+static gmem_word_t settled(const struct gmem_page *page)
+{
+	gmem_word_t word = page->word & ~GMEM_WORD_WAITERS;
+
+	if (gmem_word_state(word) != GMEM_POISONED)
+		word = gmem_word_set_state(word, gmem_word_valid(word) ? GMEM_RESIDENT : GMEM_NOMAP);
+	word = gmem_word_set(gmem_word_set(word, 2, 15, 0), 6, 15, 0);
+	assert(gmem_word_is_valid(word));
+	return word;
+}
+
+/* Commit. Whoever set WAITERS while the page was BUSY is woken and faults again; one that waits for a release is woken
+ * too, finds the page held again, and parks again. */
+void gmem_page_unlock(struct gmem_page *page)
+{
+	gmem_word_t word = settled(page) | (page->park ? GMEM_WORD_WAITERS : 0);
+
+	if (atomic_exchange_explicit(word_of(page), word, memory_order_acq_rel) & GMEM_WORD_WAITERS)
+		gmem_page_wake(page);
+}
+
+/* Publishes what is being done, for recovery; others may have set WAITERS meanwhile. */
+static void mark(struct gmem_page *page, enum gmem_dir dir, int target)
+{
+	gmem_word_t busy = gmem_word_set_busy(page->word, dir, target);
+	gmem_word_t old = atomic_load_explicit(word_of(page), memory_order_relaxed);
+
+	while (!atomic_compare_exchange_weak(word_of(page), &old, busy | (old & GMEM_WORD_WAITERS)))
+		;
+}
+
+struct notice {
+	struct gmem_hnode *hnode;
+	enum gmem_cause cause;
+};
+
+static int notify_view(struct gmem_view *view, struct gmem_range range, void *arg)
+{
+	struct notice *notice = arg;
+	struct gmem_hnode *hnode = notice->hnode;
+
+	hnode->ops->invalidate(hnode->device, view->session_id, range, notice->cause,
+			       atomic_fetch_add(&hnode->sequence, 1) + 1);
+	return 0;
+}
+
+static void notify(struct gmem_page *page, struct gmem_hnode *hnode, enum gmem_cause cause)
+{
+	struct notice notice = { hnode, cause };
+
+	if (hnode->ops && hnode->ops->invalidate)
+		gmem_object_for_views(page->object, hnode->hnid, page->offset, page->bytes, notify_view, &notice);
+}
+
+static int protect_view(struct gmem_view *view, struct gmem_range range, void *arg)
+{
+	int err = gmem_uffd_pmap_protect(gmem_view_pmap(view), range, GMEM_PROT_READ);
+
+	(void)arg;
+	return err == -ESRCH ? 0 : err; /* the process is gone, and so is its write access */
+}
+
+static bool held(struct gmem_page *page, struct gmem_hnode *hnode)
+{
+	struct gmem_frame *frame = gmem_hnode_frame(hnode, page->object, page->index);
+
+	if (!frame || !frame->holds)
+		return false;
+	page->park = true;
+	return true;
+}
+
+int gmem_page_downgrade(struct gmem_page *page)
+{
+	int writer = gmem_word_writer(page->word), err;
+	struct gmem_hnode *hnode = gmem_core_hnode(page->core, writer);
+
+	if (!hnode)
+		return 0;
+	if (held(page, hnode))
+		return -EBUSY;
+	notify(page, hnode, GMEM_CAUSE_PROTECT);
+	err = gmem_object_for_views(page->object, writer, page->offset, page->bytes, protect_view, NULL);
+	if (!err)
+		page->word = gmem_word_set_writer(page->word, -1);
+	return err; /* views protected before the failure fault on their next write and get it back */
+}
+
+/* Frees the memory of a copy that valid no longer names. */
+static void release_copy(struct gmem_page *page, struct gmem_hnode *hnode, enum gmem_cause cause)
+{
+	struct gmem_file *file;
+	int err = 0;
+
+	notify(page, hnode, cause);
+	if (gmem_hnode_is_peer(hnode)) {
+		if (hnode->ops->peer_free)
+			err = hnode->ops->peer_free(hnode->device, page->pn, page->bytes);
+	} else {
+		/* a hole in the file takes the page out of every view at once */
+		err = gmem_object_file(page->object, hnode->hnid, &file);
+		if (!err)
+			err = gmem_file_punch(file, page->object->offset + page->offset, page->bytes);
+	}
+	if (gmem_word_flags(page->word) & GMEM_PAGE_PINNED)
+		gmem_hnode_pinned(hnode, -(int64_t)page->bytes);
+	gmem_hnode_frame_free(hnode, page->object, page->index);
+	if (err)
+		gmem_core_post(page->core, GMEM_EVENT_ERROR, page->object->account->session_id, page->offset, 0,
+			       hnode->hnid, err);
+}
+
+static int drop_all_but(struct gmem_page *page, uint32_t keep, enum gmem_dir dir, int target)
+{
+	uint32_t gone = gmem_word_valid(page->word) & ~keep;
+
+	for (int h = 0; h < GMEM_HNODE_MAX; h++) {
+		struct gmem_hnode *hnode = gone >> h & 1 ? gmem_core_hnode(page->core, h) : NULL;
+
+		if (hnode && held(page, hnode))
+			return -EBUSY;
+	}
+	page->word = gmem_word_set_valid(page->word, gmem_word_valid(page->word) & keep);
+	if (gmem_word_writer(page->word) >= 0 && !(keep >> gmem_word_writer(page->word) & 1))
+		page->word = gmem_word_set_writer(page->word, -1);
+	mark(page, dir, target);
+	for (int h = 0; h < GMEM_HNODE_MAX; h++) {
+		struct gmem_hnode *hnode = gone >> h & 1 ? gmem_core_hnode(page->core, h) : NULL;
+
+		if (hnode)
+			release_copy(page, hnode, keep ? GMEM_CAUSE_MIGRATE : GMEM_CAUSE_DISCARD);
+	}
+	return 0;
+}
+
+int gmem_page_own(struct gmem_page *page, int hnid)
+{
+	uint32_t mine = 1u << hnid;
+	int err;
+
+	if (gmem_word_writer(page->word) == hnid)
+		return 0;
+	if (gmem_word_valid(page->word) != mine) {
+		err = drop_all_but(page, mine, GMEM_DIR_UPGRADE, hnid);
+		if (err)
+			return err;
+		gmem_count(&page->core->stats.invalidations, 1);
+	}
+	page->word = gmem_word_set_writer(page->word, hnid) | GMEM_WORD_FLAG(GMEM_PAGE_DIRTY);
+	return 0;
+}
+
+int gmem_page_drop(struct gmem_page *page, int hnid)
+{
+	uint32_t valid = gmem_word_valid(page->word), rest = valid & ~(1u << hnid);
+
+	if (!(valid >> hnid & 1))
+		return 0;
+	if (!rest)
+		return -EINVAL;
+	return drop_all_but(page, rest, GMEM_DIR_UPGRADE, __builtin_ctz(rest));
+}
+
+int gmem_page_discard(struct gmem_page *page)
+{
+	int err = drop_all_but(page, 0, GMEM_DIR_DISCARD, 0);
+
+	if (!err)
+		page->word = 0; /* state, flags and reason go with the content */
+	return err;
+}
+
+/* A frame on hnode, making room if it is full. */
+static int get_frame(struct gmem_page *page, struct gmem_hnode *hnode)
+{
+	int err = gmem_hnode_frame_alloc(hnode, page->object, page->index);
+
+	for (int tries = 0; err == -ENOMEM && tries < RECLAIM_TRIES; tries++) {
+		int reclaimed = gmem_reclaim(hnode, page->bytes);
+
+		if (reclaimed)
+			return reclaimed;
+		err = gmem_hnode_frame_alloc(hnode, page->object, page->index);
+	}
+	return err == -ENOMEM ? -EAGAIN : err; /* others were quicker every time: come back */
+}
+
+static int copy_throttled(struct gmem_hnode *engine, void *dst, const void *src, uint64_t bytes)
+{
+	struct gmem_sg sg = { dst, src, bytes };
+	gmem_fence_t fence = 0;
+	int err = engine->ops->copy(engine->device, &sg, 1, 0, &fence);
+
+	if (!err && fence && engine->ops->fence_wait)
+		err = engine->ops->fence_wait(engine->device, fence, 0);
+	return err;
+}
+
+/* The copy engine that stands between two hnodes, NULL if the CPU copies as fast as anything. */
+static struct gmem_hnode *engine_of(struct gmem_hnode *from, struct gmem_hnode *to)
+{
+	struct gmem_hnode *ends[] = { to, from };
+
+	for (int i = 0; i < 2; i++)
+		if (ends[i]->ops && ends[i]->ops->copy &&
+		    (ends[i]->info.bandwidth_bytes_per_s || ends[i]->info.latency_ns ||
+		     !(ends[i]->info.caps & GMEM_CAP_CPU_VISIBLE)))
+			return ends[i];
+	return NULL;
+}
+
+/* FILL: nobody maps the target before the commit. */
+static int fill_from(struct gmem_page *page, struct gmem_hnode *from, struct gmem_hnode *to)
+{
+	struct gmem_hnode *engine = engine_of(from, to);
+	uint64_t offset = page->object->offset + page->offset;
+	struct gmem_file *file;
+	uint8_t *src = NULL, *dst = NULL;
+	int err = 0;
+
+	mark(page, GMEM_DIR_FILL, to->hnid);
+	if (!gmem_hnode_is_peer(from))
+		err = gmem_object_alias(page->object, from->hnid, &src);
+	if (!err && !gmem_hnode_is_peer(to)) {
+		err = gmem_object_alias(page->object, to->hnid, &dst);
+		if (!err)
+			err = gmem_object_file(page->object, to->hnid, &file);
+	}
+	if (err)
+		return err;
+	if (src)
+		src += page->offset;
+	if (dst)
+		dst += page->offset;
+	if (src && !dst)
+		return to->ops->peer_map(to->device, page->pn, src, page->bytes);
+	if (src && !engine)
+		return gmem_file_fill(file, offset, dst, src, page->bytes);
+	err = gmem_file_populate(file, offset, page->bytes);
+	if (!err && src)
+		err = copy_throttled(engine, dst, src, page->bytes);
+	else if (!err)
+		err = from->ops->peer_unmap(from->device, page->pn, dst, page->bytes);
+	return err;
+}
+
+/* COPY: allocates, fills and maps read-only in one go. -ESRCH: not possible in this view. */
+static int copy_into_view(struct gmem_page *page, struct gmem_hnode *from, struct gmem_hnode *to, struct gmem_view *view,
+			  struct gmem_range range)
+{
+	uint64_t done;
+	uint8_t *src;
+	int err = gmem_object_alias(page->object, from->hnid, &src);
+
+	if (err)
+		return err;
+	mark(page, GMEM_DIR_COPY, to->hnid);
+	/* The faulting thread is woken by the last step, not here: it may still need write access. */
+	return gmem_uffd_copy_wp(view->uffd, range.va, src + page->offset, range.bytes, false, &done);
+}
+
+static void undo_target(struct gmem_page *page, struct gmem_hnode *to)
+{
+	struct gmem_file *file;
+
+	if (!gmem_hnode_is_peer(to) && !gmem_object_file(page->object, to->hnid, &file))
+		gmem_file_punch(file, page->object->offset + page->offset, page->bytes);
+	gmem_hnode_frame_free(to, page->object, page->index);
+	mark(page, GMEM_DIR_MAP, 0);
+}
+
+static struct gmem_hnode *source_of(struct gmem_page *page)
+{
+	uint32_t valid = gmem_word_valid(page->word);
+	struct gmem_hnode *best = NULL;
+
+	for (int h = 0; h < GMEM_HNODE_MAX; h++) {
+		struct gmem_hnode *hnode = valid >> h & 1 ? gmem_core_hnode(page->core, h) : NULL;
+
+		if (hnode && (!best || (gmem_hnode_is_peer(best) && !gmem_hnode_is_peer(hnode))))
+			best = hnode;
+	}
+	return best;
+}
+
+static void count_copy(struct gmem_page *page, struct gmem_hnode *from, struct gmem_hnode *to)
+{
+	struct gmem_stats *stats = &page->core->stats;
+
+	gmem_count(&from->out_bytes, page->bytes);
+	gmem_count(&to->in_bytes, page->bytes);
+	if (to->hnid == GMEM_HOST)
+		gmem_count(&stats->d2h_bytes, page->bytes);
+	else if (from->hnid == GMEM_HOST)
+		gmem_count(&stats->h2d_bytes, page->bytes);
+	else
+		gmem_count(&stats->d2d_bytes, page->bytes);
+	gmem_count(&stats->duplicates, 1);
+}
+
+static int transfer(struct gmem_page *page, struct gmem_hnode *from, struct gmem_hnode *to, struct gmem_view *view,
+		    struct gmem_range range, bool *ret_mapped)
+{
+	bool direct = view && page->core->features.continue_wp && range.bytes == page->bytes &&
+		      !gmem_hnode_is_peer(from) && !engine_of(from, to);
+	int err = -ESRCH;
+
+	*ret_mapped = false;
+	if (direct) {
+		err = copy_into_view(page, from, to, view, range);
+		if (err == -EEXIST) { /* left over from a client that wrote past its mapping: not the content */
+			struct gmem_file *file;
+
+			if (!gmem_object_file(page->object, to->hnid, &file))
+				gmem_file_punch(file, page->object->offset + page->offset, page->bytes);
+			err = copy_into_view(page, from, to, view, range);
+		}
+		*ret_mapped = !err;
+	}
+	if (err == -ESRCH)
+		err = fill_from(page, from, to);
+	return err;
+}
+
+static int first_touch(struct gmem_page *page, struct gmem_hnode *to)
+{
+	struct gmem_file *file;
+	int err;
+
+	if (gmem_hnode_is_peer(to))
+		return -EOPNOTSUPP; /* there is nothing to store yet */
+	mark(page, GMEM_DIR_FILL, to->hnid);
+	err = gmem_object_file(page->object, to->hnid, &file);
+	if (!err)
+		err = gmem_file_populate(file, page->object->offset + page->offset, page->bytes);
+	gmem_count(&page->core->stats.first_touches, !err);
+	return err;
+}
+
+int gmem_page_fetch(struct gmem_page *page, int hnid, struct gmem_view *view, struct gmem_range range,
+		    enum gmem_why why, bool *ret_mapped)
+{
+	struct gmem_hnode *to = gmem_core_hnode(page->core, hnid), *from;
+	uint64_t start = gmem_now_ns();
+	int err;
+
+	*ret_mapped = false;
+	if (gmem_page_poisoned(page))
+		return -EIO;
+	if (gmem_word_valid(page->word) >> hnid & 1)
+		return 0;
+	if (!to)
+		return -ENODEV;
+	from = source_of(page);
+	/* Two peers can't reach each other: by way of the host. */
+	if (from && gmem_hnode_is_peer(from) && gmem_hnode_is_peer(to)) {
+		err = gmem_page_fetch(page, GMEM_HOST, NULL, range, why, ret_mapped);
+		if (err)
+			return err;
+		from = gmem_core_hnode(page->core, GMEM_HOST);
+	}
+	err = gmem_page_downgrade(page);
+	if (!err)
+		err = get_frame(page, to);
+	if (err)
+		return err;
+	err = from ? transfer(page, from, to, view, range, ret_mapped) : first_touch(page, to);
+	if (err) {
+		undo_target(page, to);
+		return err == -ENOSPC ? -ENOMEM : err;
+	}
+	if (from)
+		count_copy(page, from, to);
+	page->word = gmem_word_set_valid(page->word, gmem_word_valid(page->word) | 1u << hnid);
+	page->word = gmem_word_set_why(page->word, from ? why : GMEM_WHY_FIRST_TOUCH);
+	if (from)
+		page->word &= ~GMEM_WORD_FLAG(GMEM_PAGE_DIRTY);
+	if (gmem_word_flags(page->word) & GMEM_PAGE_PINNED)
+		gmem_hnode_pinned(to, (int64_t)page->bytes);
+	gmem_count(&page->core->stats.migration_ns, gmem_now_ns() - start);
+	return 0;
+}
+
+int gmem_page_map(struct gmem_page *page, struct gmem_view *view, struct gmem_range range, bool was_protected)
+{
+	bool writable = gmem_word_writer(page->word) == view->hnid;
+	struct gmem_pmap *pmap = gmem_view_pmap(view);
+
+	if (was_protected && writable)
+		return gmem_uffd_pmap_protect(pmap, range, GMEM_PROT_WRITE);
+	if (was_protected)
+		return gmem_uffd_pmap_wake(pmap, range);
+	return gmem_uffd_pmap_enter(pmap, range, 0, writable ? GMEM_PROT_WRITE : GMEM_PROT_READ);
+}

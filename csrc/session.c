@@ -1,0 +1,529 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdlib.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <gmem/internal.h>
+#include <gmem/migrate.h>
+#include <gmem/uffd.h>
+
+#define FORK_WAIT_STEPS 500 /* of 1 ms: the event has been read when the child runs, but perhaps not been handled */
+
+static struct gmem_session **bucket(struct gmem_core *core, uint64_t id)
+{
+	return &core->sessions[id % GMEM_SESSION_BUCKETS];
+}
+
+int gmem_session_new(struct gmem_core *core, uid_t uid, pid_t pid, uint64_t parent, struct gmem_session **ret)
+{
+	struct gmem_session *session = calloc(1, sizeof(*session));
+	int err;
+
+	if (!session)
+		return -ENOMEM;
+	session->refs = 2; /* the table's and the caller's */
+	session->core = core;
+	session->id = atomic_fetch_add(&core->next_id, 1);
+	session->uid = uid;
+	session->pid = pid;
+	session->parent = parent;
+	err = gmem_as_init(&session->as);
+	if (!err) {
+		err = gmem_account_create(session->id, core->window.bytes, &session->account);
+		if (err)
+			gmem_as_deinit(&session->as);
+	}
+	if (err) {
+		free(session);
+		return err;
+	}
+	gmem_rwlock_write(&core->sessions_lock);
+	session->next = *bucket(core, session->id);
+	*bucket(core, session->id) = session;
+	gmem_rwlock_unlock(&core->sessions_lock);
+	atomic_fetch_add(&core->session_count, 1);
+	*ret = session;
+	return 0;
+}
+
+struct gmem_session *gmem_session_ref(struct gmem_session *session)
+{
+	atomic_fetch_add(&session->refs, 1);
+	return session;
+}
+
+void gmem_session_unref(struct gmem_session *session)
+{
+	if (!session || atomic_fetch_sub(&session->refs, 1) != 1)
+		return;
+	gmem_as_deinit(&session->as);
+	gmem_account_unref(session->account);
+	free(session);
+}
+
+struct gmem_session *gmem_session_get(struct gmem_core *core, uint64_t id)
+{
+	struct gmem_session *session;
+
+	gmem_rwlock_read(&core->sessions_lock);
+	for (session = *bucket(core, id); session && session->id != id; session = session->next)
+		;
+	if (session)
+		gmem_session_ref(session);
+	gmem_rwlock_unlock(&core->sessions_lock);
+	return session;
+}
+
+int gmem_session_create(struct gmem_core *core, uid_t uid, pid_t pid, uint64_t *ret_session)
+{
+	struct gmem_session *session;
+	struct gmem_file *file;
+	int err = gmem_session_new(core, uid, pid, 0, &session);
+
+	if (err)
+		return err;
+	session->bound = true;
+	*ret_session = session->id;
+	for (int c = 0; !err && c < GMEM_CLASS_COUNT; c++)
+		if (c == GMEM_CLASS_SMALL || core->hugepages)
+			err = gmem_account_file(session->account, GMEM_HOST, c, &file);
+	gmem_session_unref(session);
+	if (err)
+		gmem_session_destroy(core, *ret_session);
+	return err;
+}
+
+int gmem_session_borrow(struct gmem_session *session, int hnid, int ret_fds[GMEM_CLASS_COUNT])
+{
+	int err = 0;
+
+	for (int c = 0; !err && c < GMEM_CLASS_COUNT; c++) {
+		struct gmem_file *file;
+
+		ret_fds[c] = -1;
+		if (c == GMEM_CLASS_HUGE && !session->core->hugepages)
+			continue;
+		err = gmem_account_file(session->account, hnid, c, &file);
+		if (!err)
+			ret_fds[c] = file->fd;
+	}
+	return err;
+}
+
+int gmem_session_files(struct gmem_core *core, uint64_t id, int ret_fds[GMEM_CLASS_COUNT])
+{
+	struct gmem_session *session = gmem_session_get(core, id);
+	int err;
+
+	if (!session)
+		return -ENOENT;
+	err = gmem_session_borrow(session, GMEM_HOST, ret_fds);
+	gmem_session_unref(session);
+	return err;
+}
+
+int gmem_session_watch(struct gmem_session *session, int hnid, uint64_t context, int uffd, int pidfd, pid_t pid,
+		       bool events, struct gmem_view **ret)
+{
+	struct gmem_view *view = calloc(1, sizeof(*view));
+	int err;
+
+	if (!view)
+		return -ENOMEM;
+	*view = (struct gmem_view){ .refs = 1, .id = context, .hnid = hnid, .uffd = uffd, .pidfd = pidfd, .pid = pid,
+				    .events = events, .replayable = true, .session_id = session->id,
+				    .as = &session->as, .session = gmem_session_ref(session) };
+	if (hnid != GMEM_HOST)
+		view->replayable = gmem_core_hnode(session->core, hnid)->info.caps & GMEM_CAP_REPLAYABLE;
+	/* movers must know it before it can map anything */
+	gmem_as_add_view(&session->as, view);
+	err = gmem_faults_watch(session->core, view);
+	if (err) {
+		gmem_as_remove_view(&session->as, view);
+		gmem_session_unref(session);
+		free(view);
+		return err;
+	}
+	*ret = view;
+	return 0;
+}
+
+void gmem_session_unwatch(struct gmem_session *session, struct gmem_view *view)
+{
+	struct gmem_hnode *hnode = gmem_core_hnode(session->core, view->hnid);
+
+	gmem_faults_unwatch(session->core, view);
+	if (!gmem_as_remove_view(&session->as, view))
+		return;
+	if (view->id) {
+		atomic_fetch_sub(&session->core->context_count, 1);
+		if (hnode)
+			atomic_fetch_sub(&hnode->contexts, 1);
+	}
+	gmem_view_unref(view); /* the one that gmem_session_watch returned */
+}
+
+/* Any context's view, dead or not; referenced. */
+static struct gmem_view *any_context(struct gmem_as *as)
+{
+	struct gmem_view *view;
+
+	gmem_mutex_lock(&as->views_lock);
+	for (view = as->views; view && view->hnid == GMEM_HOST; view = view->next)
+		;
+	if (view)
+		gmem_view_ref(view);
+	gmem_mutex_unlock(&as->views_lock);
+	return view;
+}
+
+static struct gmem_view *host_view(struct gmem_as *as)
+{
+	struct gmem_view *view;
+
+	gmem_mutex_lock(&as->views_lock);
+	for (view = as->views; view && view->hnid != GMEM_HOST; view = view->next)
+		;
+	if (view)
+		gmem_view_ref(view);
+	gmem_mutex_unlock(&as->views_lock);
+	return view;
+}
+
+uint64_t gmem_session_features(struct gmem_core *core, bool events)
+{
+	uint64_t features = GMEM_UFFD_FEAT_MISSING_SHMEM | GMEM_UFFD_FEAT_MINOR_SHMEM |
+			    GMEM_UFFD_FEAT_WP_HUGETLBFS_SHMEM | GMEM_UFFD_FEAT_MISSING_HUGETLBFS |
+			    GMEM_UFFD_FEAT_MINOR_HUGETLBFS | GMEM_UFFD_FEAT_POISON;
+
+	if (events)
+		features |= GMEM_UFFD_FEAT_EVENT_UNMAP | GMEM_UFFD_FEAT_EVENT_REMAP;
+	if (events && core->features.event_fork)
+		features |= GMEM_UFFD_FEAT_EVENT_FORK;
+	return features & core->features.uffd;
+}
+
+static void close_pair(int uffd, int pidfd)
+{
+	if (uffd >= 0)
+		close(uffd);
+	if (pidfd >= 0)
+		close(pidfd);
+}
+
+/* Registers what the client has mapped already: the regions a forked child re-attaches. */
+static int register_regions(struct gmem_session *session, int uffd)
+{
+	struct gmem_as *as = &session->as;
+	int err = 0;
+
+	gmem_rwlock_write(&as->lock);
+	for (size_t i = 0; !err && i < as->count; i++) {
+		err = gmem_uffd_register(uffd, as->regions[i]->va, as->regions[i]->bytes);
+		as->regions[i]->committed = !err;
+	}
+	gmem_rwlock_unlock(&as->lock);
+	return err;
+}
+
+int gmem_session_attach(struct gmem_core *core, uint64_t id, int uffd, int pidfd)
+{
+	struct gmem_session *session = gmem_session_get(core, id);
+	struct gmem_view *view = session ? host_view(&session->as) : NULL;
+	int err = !session ? -ENOENT : view ? -EEXIST : gmem_uffd_check(uffd);
+
+	gmem_view_unref(view);
+	if (!err)
+		err = gmem_uffd_api(uffd, gmem_session_features(core, true));
+	if (!err)
+		err = register_regions(session, uffd);
+	if (!err)
+		err = gmem_session_watch(session, GMEM_HOST, 0, uffd, pidfd, session->pid, true, &view);
+	if (err)
+		close_pair(uffd, pidfd);
+	gmem_session_unref(session);
+	return err;
+}
+
+int gmem_session_regions(struct gmem_core *core, uint64_t id, struct gmem_region_info *regions, size_t capacity,
+			 size_t *ret_count)
+{
+	struct gmem_session *session = gmem_session_get(core, id);
+	struct gmem_as *as;
+
+	if (!session)
+		return -ENOENT;
+	as = &session->as;
+	gmem_rwlock_read(&as->lock);
+	for (size_t i = 0; i < as->count && i < capacity; i++) {
+		struct gmem_region *region = as->regions[i];
+		struct gmem_file *file = NULL;
+
+		gmem_object_file(region->object, GMEM_HOST, &file);
+		regions[i] = (struct gmem_region_info){
+			.va = region->va, .bytes = region->bytes, .fork = region->fork,
+			.offset = region->object->offset + region->offset,
+			.page_bytes = 1ull << region->object->shift, .class_ = region->object->class_,
+			.fd = file ? file->fd : -1,
+		};
+	}
+	*ret_count = as->count;
+	gmem_rwlock_unlock(&as->lock);
+	gmem_session_unref(session);
+	return 0;
+}
+
+/* ---- fork ---- */
+
+static int inherit_regions(struct gmem_session *parent, struct gmem_session *child, bool committed)
+{
+	int err = 0;
+
+	gmem_rwlock_read(&parent->as.lock);
+	for (size_t i = 0; !err && i < parent->as.count; i++) {
+		struct gmem_region *r = parent->as.regions[i];
+
+		/* The child's as is not shared yet, so its locks are free: same rank, but no cycle. */
+		if (r->fork == GMEM_FORK_SHARE && r->committed)
+			err = gmem_as_insert_private(&child->as, r->object, r->va, r->offset, r->bytes, r->fork,
+						     committed);
+	}
+	gmem_rwlock_unlock(&parent->as.lock);
+	return err;
+}
+
+static void protect_regions(struct gmem_session *child, int uffd)
+{
+	gmem_rwlock_read(&child->as.lock);
+	for (size_t i = 0; i < child->as.count; i++)
+		gmem_uffd_protect(uffd, child->as.regions[i]->va, child->as.regions[i]->bytes, true, false);
+	gmem_rwlock_unlock(&child->as.lock);
+}
+
+void gmem_session_forked(struct gmem_session *parent, int uffd)
+{
+	struct gmem_core *core = parent->core;
+	struct gmem_session *child;
+	struct gmem_view *view;
+	uint64_t id = 0;
+	int err = gmem_session_new(core, parent->uid, 0, parent->id, &child);
+
+	if (!err) {
+		id = child->id;
+		err = inherit_regions(parent, child, true);
+		if (!err)
+			err = gmem_session_watch(child, GMEM_HOST, 0, uffd, -1, 0, true, &view);
+		/* Its page tables were copied before movers knew it: what was writable then may not be now. The child
+		 * does not run before its atfork handler hears that it is stored. */
+		if (!err)
+			protect_regions(child, uffd);
+		atomic_store(&child->stored, !err);
+		gmem_session_unref(child);
+	}
+	gmem_core_post(core, err ? GMEM_EVENT_ERROR : GMEM_EVENT_FORK, parent->id, 0, id, 0, err);
+	if (err) {
+		close(uffd);
+		if (id)
+			gmem_session_destroy(core, id);
+	}
+}
+
+static struct gmem_session *claim_child(struct gmem_core *core, uint64_t parent)
+{
+	struct gmem_session *best = NULL;
+
+	gmem_rwlock_read(&core->sessions_lock);
+	for (size_t b = 0; b < GMEM_SESSION_BUCKETS; b++)
+		for (struct gmem_session *s = core->sessions[b]; s; s = s->next)
+			if (s->parent == parent && atomic_load(&s->stored) && !atomic_load(&s->bound) &&
+			    (!best || s->id < best->id))
+				best = s;
+	if (best && !atomic_exchange(&best->bound, true))
+		gmem_session_ref(best);
+	else
+		best = NULL;
+	gmem_rwlock_unlock(&core->sessions_lock);
+	return best;
+}
+
+static bool forks_by_event(struct gmem_session *session)
+{
+	struct gmem_view *view = gmem_as_view(&session->as, GMEM_HOST);
+	bool by_event = view && view->events && session->core->features.event_fork;
+
+	gmem_view_unref(view);
+	return by_event;
+}
+
+int gmem_session_fork(struct gmem_core *core, uint64_t parent_id, uid_t uid, pid_t pid, uint64_t *ret_child,
+		      bool *ret_stored)
+{
+	struct gmem_session *parent = gmem_session_get(core, parent_id), *child = NULL;
+	const struct timespec step = { 0, 1000000 };
+	int err = 0;
+
+	if (!parent)
+		return -ENOENT;
+	for (int i = 0; !child && forks_by_event(parent) && i < FORK_WAIT_STEPS; i++) {
+		child = claim_child(core, parent_id);
+		if (!child)
+			nanosleep(&step, NULL);
+	}
+	*ret_stored = child != NULL;
+	if (!child) {
+		err = gmem_session_new(core, uid, pid, parent_id, &child);
+		if (!err) {
+			atomic_store(&child->bound, true);
+			err = inherit_regions(parent, child, false);
+		}
+	}
+	if (child) {
+		atomic_store(&child->pid, pid);
+		*ret_child = child->id;
+		gmem_session_unref(child);
+		if (err)
+			gmem_session_destroy(core, *ret_child);
+	}
+	gmem_session_unref(parent);
+	return err;
+}
+
+void gmem_core_reap(struct gmem_core *core)
+{
+	uint64_t gone[16];
+	size_t count = 0;
+
+	gmem_rwlock_read(&core->sessions_lock);
+	for (size_t b = 0; b < GMEM_SESSION_BUCKETS; b++)
+		for (struct gmem_session *s = core->sessions[b]; s && count < 16; s = s->next) {
+			struct gmem_view *view = atomic_load(&s->stored) && !atomic_load(&s->bound) ?
+							 gmem_as_view(&s->as, GMEM_HOST) : NULL;
+
+			/* write-protecting nothing tells whether the mm is still there */
+			if (view && gmem_uffd_alive(view->uffd) == -ESRCH)
+				gone[count++] = s->id;
+			gmem_view_unref(view);
+		}
+	gmem_rwlock_unlock(&core->sessions_lock);
+	while (count)
+		gmem_session_destroy(core, gone[--count]);
+}
+
+/* ---- end ---- */
+
+void gmem_session_release_piece(struct gmem_object *object, uint64_t offset, uint64_t bytes, void *arg)
+{
+	struct gmem_core *core = object->core;
+	uint64_t page_bytes = 1ull << object->shift;
+	uint64_t pn = object->pn + ((offset + page_bytes - 1) >> object->shift), stop;
+	uint64_t end = object->pn + ((offset + bytes) >> object->shift);
+
+	/* With arg (the core) this is a fault thread: it hands the work on. The whole object going is no work here. */
+	if (!gmem_object_mapped(object, 0, object->bytes))
+		return;
+	if (arg) {
+		struct gmem_work work = { .object = gmem_object_ref(object), .offset = offset, .bytes = bytes };
+
+		if (!gmem_work_post(core, &work))
+			return;
+		gmem_object_unref(object);
+	}
+	while (pn < end && !gmem_lpt_next_touched(&core->lpt, &pn, end, &stop)) {
+		for (; pn < stop; pn++) {
+			uint64_t at = (pn - object->pn) << object->shift;
+			struct gmem_page page;
+
+			if (gmem_object_mapped(object, at, page_bytes))
+				continue;
+			gmem_page_lock(object, pn - object->pn, &page);
+			gmem_page_discard(&page);
+			gmem_page_unlock(&page);
+		}
+	}
+}
+
+static bool first_region(struct gmem_as *as, struct gmem_range *ret)
+{
+	bool found;
+
+	gmem_rwlock_read(&as->lock);
+	found = as->count > 0;
+	if (found)
+		*ret = (struct gmem_range){ as->regions[0]->va, as->regions[0]->bytes };
+	gmem_rwlock_unlock(&as->lock);
+	return found;
+}
+
+/* Contexts first: nothing may map pages again while they are freed. A process that is still there and still has the
+ * memory mapped (it broke its connection, or its session was ended) gets SIGBUS, never zeros. */
+static void tear_down(struct gmem_session *session)
+{
+	struct gmem_core *core = session->core;
+	struct gmem_view *host = host_view(&session->as), *view;
+	struct gmem_range range;
+
+	while ((view = any_context(&session->as))) {
+		gmem_session_unwatch(session, view);
+		gmem_view_unref(view);
+	}
+	while (first_region(&session->as, &range)) {
+		gmem_as_remove(&session->as, range.va, range.bytes, gmem_session_release_piece, NULL);
+		if (!host)
+			continue;
+		if (atomic_load(&core->stopping))
+			gmem_uffd_unregister(host->uffd, range.va, range.bytes);
+		else if (core->features.poison)
+			gmem_uffd_poison(host->uffd, range.va, range.bytes);
+		gmem_uffd_wake(host->uffd, range.va, range.bytes);
+	}
+	if (host)
+		gmem_session_unwatch(session, host);
+	gmem_view_unref(host);
+}
+
+int gmem_session_destroy(struct gmem_core *core, uint64_t id)
+{
+	struct gmem_session **at, *session;
+
+	gmem_rwlock_write(&core->sessions_lock);
+	for (at = bucket(core, id); *at && (*at)->id != id; at = &(*at)->next)
+		;
+	session = *at;
+	if (session)
+		*at = session->next;
+	gmem_rwlock_unlock(&core->sessions_lock);
+	if (!session)
+		return -ENOENT;
+	atomic_fetch_sub(&core->session_count, 1);
+	atomic_store(&session->closed, true);
+	tear_down(session);
+	gmem_session_unref(session);
+	return 0;
+}
+
+int gmem_session_stats(struct gmem_core *core, uint64_t id, struct gmem_session_stats *ret)
+{
+	struct gmem_session *session = gmem_session_get(core, id);
+
+	if (!session)
+		return -ENOENT;
+	*ret = (struct gmem_session_stats){
+		.session = id, .uid = session->uid, .pid = atomic_load(&session->pid),
+		.mapped_bytes = gmem_counter(&session->account->mapped_bytes),
+		.host_faults = gmem_counter(&session->account->host_faults),
+		.device_faults = gmem_counter(&session->account->device_faults),
+	};
+	for (int h = 0; h < GMEM_HNODE_MAX; h++)
+		ret->resident_bytes[h] = gmem_counter(&session->account->resident_bytes[h]);
+	gmem_rwlock_read(&session->as.lock);
+	ret->regions = session->as.count;
+	gmem_rwlock_unlock(&session->as.lock);
+	gmem_mutex_lock(&session->as.views_lock);
+	for (struct gmem_view *view = session->as.views; view; view = view->next)
+		ret->contexts += view->hnid != GMEM_HOST;
+	gmem_mutex_unlock(&session->as.views_lock);
+	gmem_session_unref(session);
+	return 0;
+}

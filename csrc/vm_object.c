@@ -1,0 +1,276 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#include <gmem/as.h>
+#include <gmem/internal.h>
+#include <gmem/vm_object.h>
+
+int gmem_account_create(uint64_t session_id, uint64_t file_bytes, struct gmem_account **ret)
+{
+	struct gmem_account *account = calloc(1, sizeof(*account));
+
+	if (!account)
+		return -ENOMEM;
+	account->refs = 1;
+	account->session_id = session_id;
+	account->file_bytes = file_bytes;
+	gmem_mutex_init(&account->lock, GMEM_RANK_ACCOUNT);
+	*ret = account;
+	return 0;
+}
+
+struct gmem_account *gmem_account_ref(struct gmem_account *account)
+{
+	atomic_fetch_add(&account->refs, 1);
+	return account;
+}
+
+void gmem_account_unref(struct gmem_account *account)
+{
+	if (!account || atomic_fetch_sub(&account->refs, 1) != 1)
+		return;
+	for (int h = 0; h < GMEM_HNODE_MAX; h++)
+		for (int c = 0; c < GMEM_CLASS_COUNT; c++)
+			gmem_file_unref(atomic_load(&account->files[h][c]));
+	gmem_mutex_deinit(&account->lock);
+	free(account);
+}
+
+int gmem_account_file(struct gmem_account *account, int hnid, enum gmem_class class_, struct gmem_file **ret)
+{
+	struct gmem_file *file = atomic_load(&account->files[hnid][class_]);
+	char name[64];
+	int err = 0;
+
+	if (!file) {
+		gmem_mutex_lock(&account->lock);
+		file = atomic_load(&account->files[hnid][class_]);
+		if (!file) {
+			snprintf(name, sizeof(name), "gmem-%llu-%d", (unsigned long long)account->session_id, hnid);
+			err = gmem_file_create(name, class_, account->file_bytes, account->session_id, &file);
+			if (!err)
+				atomic_store(&account->files[hnid][class_], file);
+		}
+		gmem_mutex_unlock(&account->lock);
+	}
+	if (!err)
+		*ret = file;
+	return err;
+}
+
+int gmem_object_create(struct gmem_core *core, struct gmem_account *account, enum gmem_class class_, uint64_t offset,
+		       uint64_t bytes, uint8_t shift, struct gmem_object **ret)
+{
+	struct gmem_object *object = calloc(1, sizeof(*object));
+	int err;
+
+	if (!object)
+		return -ENOMEM;
+	object->refs = 1;
+	object->core = core;
+	object->offset = offset;
+	object->bytes = bytes;
+	object->pages = (bytes + (1ull << shift) - 1) >> shift;
+	object->shift = shift;
+	object->class_ = class_;
+	err = gmem_lpt_extent_alloc(&core->lpt, object->pages, &object->pn);
+	if (err) {
+		free(object);
+		return err;
+	}
+	object->account = gmem_account_ref(account);
+	gmem_mutex_init(&object->lock, GMEM_RANK_OBJECT);
+	atomic_fetch_add(&account->mapped_bytes, bytes);
+	atomic_fetch_add(&core->object_count, 1);
+	*ret = object;
+	return 0;
+}
+
+struct gmem_object *gmem_object_ref(struct gmem_object *object)
+{
+	atomic_fetch_add(&object->refs, 1);
+	return object;
+}
+
+bool gmem_object_tryref(struct gmem_object *object)
+{
+	unsigned refs = atomic_load(&object->refs);
+
+	while (refs)
+		if (atomic_compare_exchange_weak(&object->refs, &refs, refs + 1))
+			return true;
+	return false;
+}
+
+/* Nobody maps the object and nobody can find it any more: only its memory is left. */
+static void free_pages(struct gmem_object *object)
+{
+	struct gmem_core *core = object->core;
+	uint64_t pn = object->pn, end = object->pn + object->pages, stop;
+	uint32_t used = 0;
+
+	while (pn < end && !gmem_lpt_next_touched(&core->lpt, &pn, end, &stop)) {
+		for (; pn < stop; pn++) {
+			gmem_word_t word = atomic_load(&core->lpt.words[pn]);
+			uint32_t valid = gmem_word_valid(word);
+
+			used |= valid;
+			for (int h = 0; valid; h++, valid >>= 1) {
+				struct gmem_hnode *hnode = valid & 1 ? gmem_core_hnode(core, h) : NULL;
+
+				if (!hnode)
+					continue;
+				if (gmem_word_flags(word) & GMEM_PAGE_PINNED)
+					gmem_hnode_pinned(hnode, -(int64_t)(1ull << object->shift));
+				if (gmem_hnode_is_peer(hnode) && hnode->ops->peer_free)
+					hnode->ops->peer_free(hnode->device, pn, 1ull << object->shift);
+				gmem_hnode_frame_free(hnode, object, pn - object->pn);
+			}
+		}
+	}
+	for (int h = 0; h < GMEM_HNODE_MAX; h++) {
+		struct gmem_file *file = atomic_load(&object->account->files[h][object->class_]);
+
+		/* the host's even if nothing is recorded there: the client can have touched it unwatched */
+		if (file && (h == GMEM_HOST || used >> h & 1))
+			gmem_file_punch(file, object->offset, object->bytes);
+	}
+}
+
+void gmem_object_unref(struct gmem_object *object)
+{
+	struct gmem_core *core;
+
+	if (!object || atomic_fetch_sub(&object->refs, 1) != 1)
+		return;
+	core = object->core;
+	for (int h = 0; h < GMEM_HNODE_MAX; h++)
+		gmem_alias_unmap(atomic_load(&object->aliases[h]), object->bytes);
+	if (!atomic_load(&core->stopping))
+		free_pages(object);
+	gmem_lpt_extent_free(&core->lpt, object->pn, object->pages);
+	atomic_fetch_sub(&object->account->mapped_bytes, object->bytes);
+	atomic_fetch_sub(&core->committed_bytes[object->class_], object->bytes);
+	atomic_fetch_sub(&core->object_count, 1);
+	gmem_range_free(&core->va[object->class_], core->window.base + object->offset, object->bytes);
+	gmem_account_unref(object->account);
+	gmem_mutex_deinit(&object->lock);
+	free(object);
+}
+
+int gmem_object_file(struct gmem_object *object, int hnid, struct gmem_file **ret)
+{
+	return gmem_account_file(object->account, hnid, object->class_, ret);
+}
+
+int gmem_object_alias(struct gmem_object *object, int hnid, uint8_t **ret)
+{
+	uint8_t *alias = atomic_load(&object->aliases[hnid]);
+	struct gmem_file *file;
+	int err;
+
+	if (alias) {
+		*ret = alias;
+		return 0;
+	}
+	err = gmem_object_file(object, hnid, &file);
+	if (err)
+		return err;
+	gmem_mutex_lock(&object->lock);
+	alias = atomic_load(&object->aliases[hnid]);
+	if (!alias) {
+		err = gmem_alias_map(file, object->offset, object->bytes, &alias);
+		if (!err)
+			atomic_store(&object->aliases[hnid], alias);
+	}
+	gmem_mutex_unlock(&object->lock);
+	if (!err)
+		*ret = alias;
+	return err;
+}
+
+#define VIEW_BATCH 16
+
+struct view_ref {
+	struct gmem_view *view;
+	struct gmem_range range;
+};
+
+static bool clip(const struct gmem_region *region, uint64_t offset, uint64_t bytes, struct gmem_range *ret)
+{
+	uint64_t start = offset > region->offset ? offset : region->offset;
+	uint64_t end = offset + bytes < region->offset + region->bytes ? offset + bytes : region->offset + region->bytes;
+
+	if (start >= end)
+		return false;
+	ret->va = region->va + (start - region->offset);
+	ret->bytes = end - start;
+	return true;
+}
+
+/* Views number skip and later, at most VIEW_BATCH of them, referenced. */
+static size_t gather(struct gmem_object *object, int hnid, uint64_t offset, uint64_t bytes, size_t skip,
+		     struct view_ref *refs, uint64_t *ret_generation)
+{
+	size_t seen = 0, count = 0;
+	struct gmem_range range;
+
+	gmem_mutex_lock(&object->lock);
+	*ret_generation = object->regions_generation;
+	for (struct gmem_region *region = object->regions; region; region = region->next) {
+		if (!clip(region, offset, bytes, &range))
+			continue;
+		gmem_mutex_lock(&region->as->views_lock);
+		for (struct gmem_view *view = region->as->views; view && count < VIEW_BATCH; view = view->next) {
+			if ((hnid >= 0 && view->hnid != hnid) || seen++ < skip)
+				continue;
+			refs[count++] = (struct view_ref){ gmem_view_ref(view), range };
+		}
+		gmem_mutex_unlock(&region->as->views_lock);
+	}
+	gmem_mutex_unlock(&object->lock);
+	return count;
+}
+
+int gmem_object_for_views(struct gmem_object *object, int hnid, uint64_t offset, uint64_t bytes, gmem_view_fn fn,
+			  void *arg)
+{
+	struct view_ref refs[VIEW_BATCH];
+	uint64_t generation, first_generation = 0;
+	size_t skip = 0, count;
+	int err = 0;
+
+	do {
+		count = gather(object, hnid, offset, bytes, skip, refs, &generation);
+		/* If the list changed between two batches, begin again: what fn does is idempotent. */
+		if (skip && generation != first_generation) {
+			for (size_t i = 0; i < count; i++)
+				gmem_view_unref(refs[i].view);
+			skip = 0;
+			count = VIEW_BATCH;
+			continue;
+		}
+		first_generation = generation;
+		for (size_t i = 0; i < count; i++) {
+			if (!err && !atomic_load(&refs[i].view->dead))
+				err = fn(refs[i].view, refs[i].range, arg);
+			gmem_view_unref(refs[i].view);
+		}
+		skip += count;
+	} while (!err && count == VIEW_BATCH);
+	return err;
+}
+
+bool gmem_object_mapped(struct gmem_object *object, uint64_t offset, uint64_t bytes)
+{
+	struct gmem_range range;
+	bool mapped = false;
+
+	gmem_mutex_lock(&object->lock);
+	for (struct gmem_region *region = object->regions; region && !mapped; region = region->next)
+		mapped = clip(region, offset, bytes, &range);
+	gmem_mutex_unlock(&object->lock);
+	return mapped;
+}
