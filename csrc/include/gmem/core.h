@@ -1,0 +1,189 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What the daemon calls: the whole of the core behind one handle. Functions return 0 or -errno; `ret` comes last and
+ * is untouched on failure. All are thread-safe, none needs the GIL, those marked (blocks) may wait for copies.
+ * Sessions, contexts and devices are named by ids that are never reused; an unknown id gives -ENOENT.
+ */
+#ifndef GMEM_CORE_H
+#define GMEM_CORE_H
+
+#include <sys/types.h>
+
+#include <gmem/driver.h>
+#include <gmem/types.h>
+
+struct gmem_core;
+
+struct gmem_core_config {
+	uint64_t window_base;       /* 2 MiB aligned; 0: default */
+	uint64_t window_bytes;      /* 0: default (10 TiB) */
+	uint64_t host_limit_bytes;  /* 0: the machine's memory */
+	uint64_t feature_mask;      /* uffd features allowed; ~0: whatever the kernel has (tests mask some off) */
+	uint32_t fault_threads;     /* 0: default */
+	bool hugepages;             /* use hugetlb where it can be had */
+	bool overcommit;            /* mmap does not check that everything could be held */
+	bool event_fork;            /* ask for EVENT_FORK (needs CAP_SYS_PTRACE; falls back by itself) */
+};
+
+struct gmem_core_features {
+	uint64_t uffd;          /* UFFD_FEATURE_* the kernel has and the mask allows */
+	bool event_fork;        /* usable by this process */
+	bool continue_wp;       /* kernel 6.4: read duplicates */
+	bool poison;            /* kernel 6.6 */
+	bool hugepages;
+	bool uffd_device;       /* /dev/userfaultfd can be opened */
+	int uffd_device_fd;     /* borrowed, to be passed to clients; -1 */
+};
+
+int gmem_core_create(const struct gmem_core_config *config, struct gmem_core **ret);
+/* Brings every page home and leaves clients with plain shared memory that needs no daemon; then ends everything. */
+void gmem_core_destroy(struct gmem_core *core);
+void gmem_core_features(struct gmem_core *core, struct gmem_core_features *ret);
+
+struct gmem_window {
+	uint64_t base, bytes;
+	uint64_t part_base[GMEM_CLASS_COUNT], part_bytes[GMEM_CLASS_COUNT];
+};
+void gmem_core_window(struct gmem_core *core, struct gmem_window *ret);
+
+/* ---- sessions: one client process each ---- */
+int gmem_session_create(struct gmem_core *core, uid_t uid, pid_t pid, uint64_t *ret_session);
+int gmem_session_destroy(struct gmem_core *core, uint64_t session); /* (blocks); frees everything it held */
+/* Files for the client to map, by class; borrowed; -1 where there is none. */
+int gmem_session_files(struct gmem_core *core, uint64_t session, int ret_fds[GMEM_CLASS_COUNT]);
+/* Takes ownership of both fds in every case. Checks that uffd is a non-blocking userfaultfd that nobody has
+ * initialised; registers all committed regions of the session on it. */
+int gmem_session_attach(struct gmem_core *core, uint64_t session, int uffd, int pidfd);
+
+struct gmem_region_info {
+	uint64_t va, bytes, offset, page_bytes;
+	enum gmem_class class_;
+	enum gmem_fork fork;
+	int fd; /* borrowed */
+};
+/* Fills at most capacity entries, ret_count is the full count. */
+int gmem_session_regions(struct gmem_core *core, uint64_t session, struct gmem_region_info *regions, size_t capacity,
+			 size_t *ret_count);
+/* A child that shares the parent's GMEM_FORK_SHARE regions. stored: it came by EVENT_FORK and has its view already. */
+int gmem_session_fork(struct gmem_core *core, uint64_t parent, uid_t uid, pid_t pid, uint64_t *ret_child,
+		      bool *ret_stored);
+
+/* Ends child sessions whose process never showed itself and is gone (raw clone). To be called now and then. */
+void gmem_core_reap(struct gmem_core *core);
+
+/* ---- device contexts: a process of the client, on one device ---- */
+int gmem_context_files(struct gmem_core *core, uint64_t session, int hnid, int ret_fds[GMEM_CLASS_COUNT]);
+/* Ranges of the window that a context must map from other files (regions shared by a parent); fd borrowed. */
+int gmem_context_overlays(struct gmem_core *core, uint64_t session, int hnid, struct gmem_region_info *regions,
+			  size_t capacity, size_t *ret_count);
+/* The process has mapped both parts of the window (whole) and the overlays. Takes ownership of both fds. */
+int gmem_context_attach(struct gmem_core *core, uint64_t session, int hnid, int uffd, int pidfd, pid_t pid,
+			uint64_t *ret_context);
+int gmem_context_detach(struct gmem_core *core, uint64_t context);
+
+/* ---- memory ---- */
+struct gmem_mmap_args {
+	uint64_t bytes;      /* rounded up to page_bytes */
+	uint64_t page_bytes; /* 4096, 65536, 2 MiB, or 0: 2 MiB for 2 MiB and more, else 4 KiB */
+	enum gmem_fork fork;
+	bool small_only;     /* never hugetlb */
+};
+/* Reserves a range. The client maps it, then commits; without a commit it goes away with the session. */
+int gmem_mmap(struct gmem_core *core, uint64_t session, const struct gmem_mmap_args *args,
+	      struct gmem_region_info *ret);
+int gmem_mmap_commit(struct gmem_core *core, uint64_t session, uint64_t va);
+/* The client has unmapped [va, va + bytes) already (its UNMAP event may or may not have been seen). */
+int gmem_munmap(struct gmem_core *core, uint64_t session, uint64_t va, uint64_t bytes);
+
+int gmem_advise(struct gmem_core *core, uint64_t session, int hnid, uint64_t va, uint64_t bytes,
+		enum gmem_advice advice); /* (blocks) */
+int gmem_prefetch(struct gmem_core *core, uint64_t session, int hnid, uint64_t va, uint64_t bytes); /* (blocks) */
+int gmem_discard(struct gmem_core *core, uint64_t session, uint64_t va, uint64_t bytes);            /* (blocks) */
+/* hnid: where dst shall be afterwards. (blocks) */
+int gmem_hmemcpy(struct gmem_core *core, uint64_t session, int hnid, uint64_t dst, uint64_t src, uint64_t bytes);
+/* One entry for each logical page that overlaps the range; at most capacity; ret_count is the full count. The range
+ * must lie in one region. */
+int gmem_query(struct gmem_core *core, uint64_t session, uint64_t va, uint64_t bytes, struct gmem_page_info *pages,
+	       size_t capacity, size_t *ret_count);
+
+/* Brackets device access on a context: migrates, maps and holds the ranges there until release. (blocks) */
+int gmem_acquire(struct gmem_core *core, uint64_t context, const struct gmem_range *ranges, size_t count, bool write);
+int gmem_release(struct gmem_core *core, uint64_t context, const struct gmem_range *ranges, size_t count);
+
+/* ---- devices ---- */
+/* message: GMEM_MESSAGE_MAX bytes, filled on failure. */
+int gmem_device_attach(struct gmem_core *core, const struct gmem_driver_ops *ops,
+		       const struct gmem_driver_config *config, int *ret_hnid);
+/* Brings every page home, then removes the device. -EBUSY while contexts are open on it unless force; force detaches
+ * them first. (blocks) */
+int gmem_device_detach(struct gmem_core *core, int hnid, bool force);
+const struct gmem_driver_ops *gmem_driver_builtin(const char *name); /* "simgpu"; NULL if unknown */
+
+struct gmem_hnode_stats {
+	int hnid;
+	char name[GMEM_NAME_MAX];
+	char driver[GMEM_NAME_MAX];
+	struct gmem_device_info info;
+	uint64_t used_bytes, peak_bytes, pinned_bytes;
+	uint64_t contexts;
+	uint64_t faults;         /* taken on this hnode: host faults for hnid 0, device faults else */
+	uint64_t in_bytes;       /* copied to it */
+	uint64_t out_bytes;      /* copied from it */
+	uint64_t evictions;      /* pages that left to make room */
+	uint64_t evicted_clean;  /* of these, without a copy */
+	uint64_t errors;
+	int health;
+};
+/* Fills at most GMEM_HNODE_MAX entries. */
+void gmem_hnodes(struct gmem_core *core, struct gmem_hnode_stats *hnodes, size_t *ret_count);
+
+struct gmem_core_stats {
+	uint64_t host_faults, device_faults, write_protect_faults, spurious_faults;
+	uint64_t first_touches;
+	uint64_t h2d_bytes, d2h_bytes, d2d_bytes;
+	uint64_t duplicates;      /* read copies made beside a valid one */
+	uint64_t invalidations;   /* copies dropped because of a write */
+	uint64_t evictions, evicted_clean;
+	uint64_t prefetched_pages, discarded_pages;
+	uint64_t poisoned_pages, retries, parked_faults;
+	uint64_t migration_ns;    /* summed over threads */
+	uint64_t fault_ns;
+	uint64_t sessions, contexts, regions, objects, lpt_bytes;
+	uint64_t events_lost;
+};
+void gmem_core_stats(struct gmem_core *core, struct gmem_core_stats *ret);
+
+struct gmem_session_stats {
+	uint64_t session;
+	uid_t uid;
+	pid_t pid;
+	uint64_t mapped_bytes, regions, contexts;
+	uint64_t host_faults, device_faults;
+	uint64_t resident_bytes[GMEM_HNODE_MAX];
+};
+int gmem_session_stats(struct gmem_core *core, uint64_t session, struct gmem_session_stats *ret);
+
+/* ---- events for the daemon's Python side ---- */
+enum gmem_event_type {
+	GMEM_EVENT_FORK = 1,      /* session = parent, value = child session */
+	GMEM_EVENT_VIEW_GONE,     /* a process ended or closed its uffd: session, value = context id or 0 */
+	GMEM_EVENT_POISONED,      /* session, va: a page became or was found unobtainable; error = errno */
+	GMEM_EVENT_SEGV,          /* context touched memory outside every region and was sent SIGSEGV: va, value = context */
+	GMEM_EVENT_NOT_ACQUIRED,  /* a context of a device that can't replay touched memory it had not acquired */
+	GMEM_EVENT_PRESSURE,      /* hnid: low watermark reached */
+	GMEM_EVENT_DEVICE_LOST,   /* hnid */
+	GMEM_EVENT_ERROR,         /* unexpected errno in the fault path: error, va */
+};
+struct gmem_event {
+	uint32_t type;
+	int32_t hnid;
+	int32_t error;
+	uint32_t reserved;
+	uint64_t session;
+	uint64_t va;
+	uint64_t value;
+};
+int gmem_event_fd(struct gmem_core *core);                                       /* readable while events wait */
+size_t gmem_event_read(struct gmem_core *core, struct gmem_event *events, size_t capacity);
+
+#endif

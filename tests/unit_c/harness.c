@@ -1,0 +1,378 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
+#include "harness.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <gmem/uffd.h>
+
+enum op { OP_UFFD, OP_MMAP, OP_COMMIT, OP_MUNMAP, OP_PREFETCH, OP_DISCARD, OP_ADVISE, OP_HMEMCPY, OP_QUERY };
+
+struct message {
+	enum op op;
+	int hnid, err, advice;
+	uint64_t va, src, bytes, page_bytes, offset;
+	enum gmem_fork fork;
+	enum gmem_class class_;
+	struct gmem_page_info info;
+};
+
+static void send_message(int sock, const struct message *m, int fd)
+{
+	char control[CMSG_SPACE(sizeof(int))] = { 0 };
+	struct iovec iov = { (void *)m, sizeof(*m) };
+	struct msghdr msg = { .msg_iov = &iov, .msg_iovlen = 1 };
+
+	if (fd >= 0) {
+		struct cmsghdr *c;
+
+		msg.msg_control = control;
+		msg.msg_controllen = sizeof(control);
+		c = CMSG_FIRSTHDR(&msg);
+		c->cmsg_level = SOL_SOCKET;
+		c->cmsg_type = SCM_RIGHTS;
+		c->cmsg_len = CMSG_LEN(sizeof(int));
+		memcpy(CMSG_DATA(c), &fd, sizeof(int));
+	}
+	CHECK(sendmsg(sock, &msg, MSG_NOSIGNAL) == sizeof(*m));
+}
+
+static bool receive_message(int sock, struct message *m, int *ret_fd)
+{
+	char control[CMSG_SPACE(sizeof(int))] = { 0 };
+	struct iovec iov = { m, sizeof(*m) };
+	struct msghdr msg = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = control,
+			      .msg_controllen = sizeof(control) };
+	struct cmsghdr *c;
+
+	if (recvmsg(sock, &msg, MSG_CMSG_CLOEXEC) != sizeof(*m))
+		return false;
+	c = CMSG_FIRSTHDR(&msg);
+	if (ret_fd)
+		*ret_fd = -1;
+	if (c && ret_fd)
+		memcpy(ret_fd, CMSG_DATA(c), sizeof(int));
+	return true;
+}
+
+static int call(struct client *client, struct message *m)
+{
+	send_message(client->sock, m, -1);
+	CHECK(receive_message(client->sock, m, NULL));
+	return m->err;
+}
+
+/* ---- daemon side ---- */
+
+static int pidfd_of(pid_t pid)
+{
+	return (int)syscall(SYS_pidfd_open, pid, 0);
+}
+
+static void serve_one(struct client *client, struct message *m, int fd)
+{
+	struct gmem_core *core = client->core;
+	struct gmem_region_info region = { 0 };
+	struct gmem_mmap_args args = { .bytes = m->bytes, .page_bytes = m->page_bytes, .fork = m->fork };
+	size_t count;
+
+	switch (m->op) {
+	case OP_UFFD:
+		m->err = client->hnid ? gmem_context_attach(core, client->session, client->hnid, fd,
+							    pidfd_of(client->pid), client->pid, &client->context) :
+					gmem_session_attach(core, client->session, fd, pidfd_of(client->pid));
+		break;
+	case OP_MMAP:
+		m->err = gmem_mmap(core, client->session, &args, &region);
+		m->va = region.va;
+		m->bytes = region.bytes;
+		m->offset = region.offset;
+		m->class_ = region.class_;
+		break;
+	case OP_COMMIT:
+		m->err = gmem_mmap_commit(core, client->session, m->va);
+		break;
+	case OP_MUNMAP:
+		m->err = gmem_munmap(core, client->session, m->va, m->bytes);
+		break;
+	case OP_PREFETCH:
+		m->err = gmem_prefetch(core, client->session, m->hnid, m->va, m->bytes);
+		break;
+	case OP_DISCARD:
+		m->err = gmem_discard(core, client->session, m->va, m->bytes);
+		break;
+	case OP_ADVISE:
+		m->err = gmem_advise(core, client->session, m->hnid, m->va, m->bytes, (enum gmem_advice)m->advice);
+		break;
+	case OP_HMEMCPY:
+		m->err = gmem_hmemcpy(core, client->session, m->hnid, m->va, m->src, m->bytes);
+		break;
+	case OP_QUERY:
+		m->err = gmem_query(core, client->session, m->va, 1, &m->info, 1, &count);
+		break;
+	}
+}
+
+static void *serve(void *arg)
+{
+	struct client *client = arg;
+	struct message m;
+	int fd;
+
+	while (receive_message(client->sock, &m, &fd)) {
+		serve_one(client, &m, fd);
+		send_message(client->sock, &m, -1);
+	}
+	return NULL;
+}
+
+struct gmem_core *core_start(struct gmem_core_config config)
+{
+	struct gmem_core *core;
+	int err;
+
+	alarm(120); /* a test that hangs is a test that fails */
+	if (!config.feature_mask)
+		config.feature_mask = ~0ull;
+	err = gmem_core_create(&config, &core);
+	if (err) {
+		fprintf(stderr, "core: %s\n", strerror(-err));
+		exit(1);
+	}
+	return core;
+}
+
+int attach_simgpu(struct gmem_core *core, const char *name, const char *options)
+{
+	const char *keys[8], *values[8];
+	char message[GMEM_MESSAGE_MAX], *text = strdup(options), *save = NULL;
+	struct gmem_driver_config config = { .name = name, .keys = keys, .values = values, .message = message };
+	int hnid = -1, err;
+
+	for (char *word = strtok_r(text, " ", &save); word; word = strtok_r(NULL, " ", &save)) {
+		char *equals = strchr(word, '=');
+
+		CHECK(equals);
+		*equals = '\0';
+		keys[config.count] = word;
+		values[config.count++] = equals + 1;
+	}
+	err = gmem_device_attach(core, gmem_driver_builtin("simgpu"), &config, &hnid);
+	free(text);
+	return err ? err : hnid;
+}
+
+static int run_process(struct client *client, client_fn fn, void *arg)
+{
+	struct message m = { .op = OP_UFFD };
+	int dev = gmem_uffd_open_device(), uffd;
+
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	signal(SIGBUS, SIG_DFL); /* sanitizers catch these, and tests look for the signal */
+	signal(SIGSEGV, SIG_DFL);
+	alarm(120);
+	for (int c = 0; client->hnid && c < GMEM_CLASS_COUNT; c++)
+		if (client->fds[c] >= 0)
+			CHECK(mmap((void *)client->window.part_base[c], client->window.part_bytes[c],
+				   PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED_NOREPLACE | MAP_NORESERVE,
+				   client->fds[c], (off_t)(client->window.part_base[c] - client->window.base)) !=
+			      MAP_FAILED);
+	uffd = gmem_uffd_new(dev);
+	CHECK(uffd >= 0);
+	send_message(client->sock, &m, uffd);
+	CHECK(receive_message(client->sock, &m, NULL));
+	CHECK_EQ(m.err, 0);
+	return fn(client, arg);
+}
+
+/* The child inherits the daemon's aliases by accident of fork only: they are MADV_DONTFORK. */
+static struct client *spawn(struct client *client, client_fn fn, void *arg)
+{
+	int pair[2];
+
+	CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair));
+	fflush(NULL);
+	client->pid = fork();
+	CHECK(client->pid >= 0);
+	if (!client->pid) {
+		close(pair[0]);
+		client->sock = pair[1];
+		_exit(run_process(client, fn, arg));
+	}
+	close(pair[1]);
+	client->sock = pair[0];
+	CHECK(!pthread_create(&client->thread, NULL, serve, client));
+	return client;
+}
+
+struct client *client_start(struct gmem_core *core, client_fn fn, void *arg)
+{
+	struct client *client = calloc(1, sizeof(*client));
+
+	client->core = core;
+	gmem_core_window(core, &client->window);
+	CHECK_EQ(gmem_session_create(core, getuid(), getpid(), &client->session), 0);
+	CHECK_EQ(gmem_session_files(core, client->session, client->fds), 0);
+	return spawn(client, fn, arg);
+}
+
+struct client *context_start(struct client *of, int hnid, client_fn fn, void *arg)
+{
+	struct client *client = calloc(1, sizeof(*client));
+
+	*client = *of;
+	client->hnid = hnid;
+	CHECK_EQ(gmem_context_files(of->core, of->session, hnid, client->fds), 0);
+	return spawn(client, fn, arg);
+}
+
+void client_free(struct client *client)
+{
+	shutdown(client->sock, SHUT_RDWR);
+	pthread_join(client->thread, NULL);
+	close(client->sock);
+	free(client);
+}
+
+int client_wait(struct client *client)
+{
+	int status;
+
+	CHECK(waitpid(client->pid, &status, 0) == client->pid);
+	if (client->hnid)
+		gmem_context_detach(client->core, client->context);
+	else
+		CHECK_EQ(gmem_session_destroy(client->core, client->session), 0);
+	client_free(client);
+	return status;
+}
+
+/* ---- client side ---- */
+
+void *client_mmap(struct client *client, uint64_t bytes, uint64_t page_bytes, enum gmem_fork fork)
+{
+	struct message m = { .op = OP_MMAP, .bytes = bytes, .page_bytes = page_bytes, .fork = fork };
+	void *at;
+
+	CHECK_EQ(call(client, &m), 0);
+	at = mmap((void *)m.va, m.bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED_NOREPLACE | MAP_NORESERVE,
+		  client->fds[m.class_], (off_t)m.offset);
+	CHECK(at == (void *)m.va);
+	m.op = OP_COMMIT;
+	CHECK_EQ(call(client, &m), 0);
+	return at;
+}
+
+int client_prefetch(struct client *client, int hnid, void *at, uint64_t bytes)
+{
+	struct message m = { .op = OP_PREFETCH, .hnid = hnid, .va = (uint64_t)at, .bytes = bytes };
+
+	return call(client, &m);
+}
+
+int client_discard(struct client *client, void *at, uint64_t bytes)
+{
+	struct message m = { .op = OP_DISCARD, .va = (uint64_t)at, .bytes = bytes };
+
+	return call(client, &m);
+}
+
+int client_advise(struct client *client, int hnid, void *at, uint64_t bytes, enum gmem_advice advice)
+{
+	struct message m = { .op = OP_ADVISE, .hnid = hnid, .va = (uint64_t)at, .bytes = bytes, .advice = (int)advice };
+
+	return call(client, &m);
+}
+
+int client_hmemcpy(struct client *client, int hnid, void *dst, const void *src, uint64_t bytes)
+{
+	struct message m = { .op = OP_HMEMCPY, .hnid = hnid, .va = (uint64_t)dst, .src = (uint64_t)src, .bytes = bytes };
+
+	return call(client, &m);
+}
+
+int client_munmap(struct client *client, void *at, uint64_t bytes)
+{
+	struct message m = { .op = OP_MUNMAP, .va = (uint64_t)at, .bytes = bytes };
+
+	CHECK(!munmap(at, bytes));
+	return call(client, &m);
+}
+
+struct gmem_page_info client_query(struct client *client, const void *at)
+{
+	struct message m = { .op = OP_QUERY, .va = (uint64_t)at };
+
+	CHECK_EQ(call(client, &m), 0);
+	return m.info;
+}
+
+void *shared_bytes(size_t bytes)
+{
+	void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+
+	CHECK(at != MAP_FAILED);
+	return at;
+}
+
+void sleep_ms(int ms)
+{
+	struct timespec t = { ms / 1000, (ms % 1000) * 1000000l };
+
+	nanosleep(&t, NULL);
+}
+
+uint64_t now_ns(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000000000ull + (uint64_t)t.tv_nsec;
+}
+
+#define OVERCOMMIT "/proc/sys/vm/nr_overcommit_hugepages"
+static long overcommit_before = -1;
+static pid_t overcommit_owner;
+
+static bool set_overcommit(long pages)
+{
+	FILE *f = fopen(OVERCOMMIT, "we");
+	bool done = f && fprintf(f, "%ld", pages) > 0;
+
+	return f && !fclose(f) && done;
+}
+
+static void restore_overcommit(void)
+{
+	if (overcommit_owner == getpid())
+		set_overcommit(overcommit_before);
+}
+
+bool hugepages_reserve(unsigned pages)
+{
+	FILE *f = fopen(OVERCOMMIT, "re");
+	long now = -1;
+
+	if (!f || fscanf(f, "%ld", &now) != 1)
+		now = -1;
+	if (f)
+		fclose(f);
+	if (now >= (long)pages)
+		return true;
+	if (now < 0 || !set_overcommit(pages))
+		return false;
+	overcommit_before = now;
+	overcommit_owner = getpid();
+	atexit(restore_overcommit);
+	return true;
+}

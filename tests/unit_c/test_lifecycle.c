@@ -1,0 +1,315 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Processes come, fork, die and are killed; devices fill up, are detached, can't replay: nothing leaks, nothing hangs,
+ * nobody reads zeros that were never written.
+ */
+#define _GNU_SOURCE
+#include "harness.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#define PAGE 65536ul
+#define PAGES 32
+
+struct shared {
+	volatile int step;
+	volatile uint64_t va;
+	volatile int result;
+};
+
+static struct shared *shared;
+
+static int count_fds(void)
+{
+	DIR *dir = opendir("/proc/self/fd");
+	int count = 0;
+
+	while (readdir(dir))
+		count++;
+	closedir(dir);
+	return count;
+}
+
+static void wait_step(int step)
+{
+	while (shared->step != step)
+		sleep_ms(1);
+}
+
+static int writes_for_ever(struct client *client, void *arg)
+{
+	volatile uint64_t *p = (volatile uint64_t *)shared->va;
+
+	(void)arg;
+	if (!client->hnid) {
+		p = client_mmap(client, PAGES * PAGE, PAGE, GMEM_FORK_SHARE);
+		shared->va = (uint64_t)p;
+		shared->step = 1;
+	}
+	for (uint64_t i = 0;; i++)
+		p[i % PAGES * PAGE / 8]++;
+	return 0;
+}
+
+static void expect_empty(struct gmem_core *core)
+{
+	struct gmem_hnode_stats hnodes[GMEM_HNODE_MAX];
+	struct gmem_core_stats stats;
+	size_t count;
+
+	/* a fault thread may still be about to let go of a process that was killed */
+	for (int i = 0; i < 2000; i++) {
+		gmem_core_stats(core, &stats);
+		if (!stats.objects)
+			break;
+		sleep_ms(1);
+	}
+	CHECK_EQ(stats.sessions, 0);
+	CHECK_EQ(stats.contexts, 0);
+	CHECK_EQ(stats.objects, 0);
+	CHECK_EQ(stats.lpt_bytes, 0);
+	gmem_hnodes(core, hnodes, &count);
+	for (size_t i = 0; i < count; i++)
+		CHECK_EQ(hnodes[i].used_bytes, 0);
+}
+
+/* Killed in the middle of faults and migrations, client first or context first. */
+static void test_kill(struct gmem_core *core, int rounds)
+{
+	int before = 0;
+
+	for (int i = 0; i < rounds; i++) {
+		struct client *client, *context;
+
+		shared->step = 0;
+		client = client_start(core, writes_for_ever, NULL);
+		wait_step(1);
+		context = context_start(client, 1, writes_for_ever, NULL);
+		sleep_ms(5 + i % 7);
+		kill(i % 2 ? client->pid : context->pid, SIGKILL);
+		sleep_ms(i % 3);
+		kill(i % 2 ? context->pid : client->pid, SIGKILL);
+		CHECK(WIFSIGNALED(client_wait(context)));
+		CHECK(WIFSIGNALED(client_wait(client)));
+		expect_empty(core);
+		if (i == 2)
+			before = count_fds();
+	}
+	CHECK_EQ(count_fds(), before);
+	printf("%d clients killed: no page, no fd left\n", rounds);
+}
+
+/* ---- fork by event: the child shares, both ways, under eviction ---- */
+
+static int forks(struct client *client, void *arg)
+{
+	volatile uint64_t *p = client_mmap(client, PAGES * PAGE, PAGE, GMEM_FORK_SHARE);
+	int status;
+	pid_t pid;
+
+	(void)arg;
+	for (int i = 0; i < PAGES; i++)
+		p[i * PAGE / 8] = 100 + i;
+	CHECK_EQ(client_prefetch(client, 1, (void *)p, PAGES / 2 * PAGE), 0);
+	pid = fork();
+	if (!pid) {
+		for (int round = 0; round < 50; round++)
+			for (int i = 0; i < PAGES; i++)
+				__atomic_fetch_add(&p[i * PAGE / 8], 1, __ATOMIC_RELAXED);
+		_exit(0);
+	}
+	for (int round = 0; round < 50; round++)
+		for (int i = 0; i < PAGES; i++) {
+			__atomic_fetch_add(&p[i * PAGE / 8], 1, __ATOMIC_RELAXED);
+			if (round % 10 == 0 && i % 8 == 0)
+				CHECK_EQ(client_prefetch(client, 1, (void *)&p[i * PAGE / 8], PAGE), 0);
+		}
+	CHECK(waitpid(pid, &status, 0) == pid);
+	CHECK_EQ(status, 0);
+	for (int i = 0; i < PAGES; i++)
+		CHECK_EQ(p[i * PAGE / 8], 200 + i);
+	return 0;
+}
+
+static void test_fork(struct gmem_core *core)
+{
+	struct gmem_event events[64];
+	struct client *client;
+	size_t count, forked = 0;
+
+	while (gmem_event_read(core, events, 64))
+		;
+	client = client_start(core, forks, NULL);
+	CHECK_EQ(client_wait(client), 0);
+	count = gmem_event_read(core, events, 64);
+	for (size_t i = 0; i < count; i++)
+		if (events[i].type == GMEM_EVENT_FORK) {
+			uint64_t child;
+			bool stored;
+
+			forked++;
+			CHECK_EQ(gmem_session_fork(core, events[i].session, 0, 1, &child, &stored), -ENOENT);
+		}
+	CHECK_EQ(forked, 1);
+	gmem_core_reap(core); /* the child never showed itself, and is gone */
+	expect_empty(core);
+	printf("fork: shared both ways, orphan reaped\n");
+}
+
+/* ---- a session that ends under a living client gives SIGBUS, not zeros ---- */
+
+static int outlives(struct client *client, void *arg)
+{
+	volatile uint64_t *p = client_mmap(client, PAGES * PAGE, PAGE, GMEM_FORK_SHARE);
+
+	(void)arg;
+	p[0] = 1;
+	shared->step = 1;
+	wait_step(2);
+	shared->result = (int)p[0]; /* SIGBUS */
+	return 0;
+}
+
+static void test_session_end(struct gmem_core *core)
+{
+	struct client *client;
+	int status;
+
+	shared->step = 0;
+	shared->result = -1;
+	client = client_start(core, outlives, NULL);
+	wait_step(1);
+	CHECK_EQ(gmem_session_destroy(core, client->session), 0);
+	shared->step = 2;
+	CHECK(waitpid(client->pid, &status, 0) == client->pid);
+	CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGBUS);
+	CHECK_EQ(shared->result, -1);
+	client_free(client);
+	expect_empty(core);
+	printf("ended session: SIGBUS\n");
+}
+
+/* ---- contexts that touch what they may not; devices that are too small ---- */
+
+static int maps_and_waits(struct client *client, void *arg)
+{
+	volatile uint64_t *p = client_mmap(client, PAGES * PAGE, PAGE, GMEM_FORK_SHARE);
+
+	(void)arg;
+	p[0] = 77;
+	shared->va = (uint64_t)p;
+	shared->step = 1;
+	wait_step(2);
+	CHECK_EQ(p[0], 77);
+	return 0;
+}
+
+static int touches(struct client *client, void *arg)
+{
+	(void)client;
+	shared->result = (int)*(volatile uint64_t *)(shared->va + (uint64_t)arg);
+	return 0;
+}
+
+static int touches_when_told(struct client *client, void *arg)
+{
+	wait_step(5);
+	return touches(client, arg);
+}
+
+static int signal_of(struct client *context)
+{
+	int status = client_wait(context);
+
+	return WIFSIGNALED(status) ? WTERMSIG(status) : -status;
+}
+
+static void test_device_faults(struct gmem_core *core)
+{
+	struct gmem_range range = { 0, PAGE };
+	struct client *client, *context;
+	int strict = attach_simgpu(core, "strict", "capacity=1M replayable=off");
+	int tiny = attach_simgpu(core, "tiny", "capacity=8K");
+
+	CHECK(strict > 0 && tiny > 0);
+	shared->step = 0;
+	client = client_start(core, maps_and_waits, NULL);
+	wait_step(1);
+	range.va = shared->va;
+	CHECK_EQ(signal_of(context_start(client, 1, touches, (void *)(PAGES * PAGE))), SIGSEGV);
+	CHECK_EQ(signal_of(context_start(client, strict, touches, NULL)), SIGBUS);
+	CHECK_EQ(signal_of(context_start(client, tiny, touches, NULL)), SIGBUS);
+	shared->result = 0;
+	CHECK_EQ(signal_of(context_start(client, 1, touches, NULL)), 0);
+	CHECK_EQ(shared->result, 77);
+	CHECK_EQ(gmem_prefetch(core, client->session, tiny, shared->va, PAGE), -ENOMEM);
+
+	/* bracketed by acquire and release it may */
+	shared->result = 0;
+	context = context_start(client, strict, touches_when_told, NULL);
+	while (!context->context)
+		sleep_ms(1);
+	CHECK_EQ(gmem_acquire(core, context->context, &range, 1, true), 0);
+	CHECK_EQ(gmem_prefetch(core, client->session, 0, shared->va, PAGE), -EBUSY);
+	CHECK_EQ(gmem_discard(core, client->session, shared->va, PAGE), -EBUSY);
+	CHECK_EQ(gmem_device_detach(core, strict, false), -EBUSY);
+	shared->step = 5;
+	CHECK_EQ(signal_of(context), 0);
+	CHECK_EQ(shared->result, 77);
+	CHECK_EQ(gmem_device_detach(core, strict, true), 0); /* nobody is left to release */
+	CHECK_EQ(gmem_device_detach(core, tiny, false), 0);
+	shared->step = 2;
+	CHECK_EQ(client_wait(client), 0);
+	expect_empty(core);
+	printf("device faults: refused or served as they should\n");
+}
+
+/* Everything pinned: the next page is refused at once, and after an unpin it fits. */
+static int pins(struct client *client, void *arg)
+{
+	char *p = client_mmap(client, PAGES * PAGE, PAGE, GMEM_FORK_SHARE);
+
+	(void)arg;
+	memset(p, 1, PAGES * PAGE);
+	CHECK_EQ(client_advise(client, 1, p, 8 * PAGE, GMEM_ADVISE_PINNED), 0);
+	CHECK_EQ(client_advise(client, 1, p + 8 * PAGE, PAGE, GMEM_ADVISE_PINNED), -ENOMEM);
+	CHECK_EQ(client_prefetch(client, 1, p + 8 * PAGE, PAGE), -ENOMEM);
+	CHECK_EQ(client_advise(client, 1, p, PAGE, GMEM_ADVISE_UNPINNED), 0);
+	CHECK_EQ(client_prefetch(client, 1, p + 8 * PAGE, PAGE), 0);
+	for (unsigned long i = 0; i < PAGES; i++)
+		CHECK_EQ(p[i * PAGE], 1);
+	return 0;
+}
+
+int main(void)
+{
+	struct gmem_core *core = core_start((struct gmem_core_config){ .event_fork = true });
+	struct gmem_core_features features;
+	struct gmem_hnode_stats hnodes[GMEM_HNODE_MAX];
+	size_t count;
+
+	shared = shared_bytes(sizeof(*shared));
+	gmem_core_features(core, &features);
+	CHECK_EQ(attach_simgpu(core, "simgpu0", "capacity=512K"), 1);
+	test_kill(core, 40);
+	if (features.event_fork)
+		test_fork(core);
+	else
+		printf("fork by event: not run, needs CAP_SYS_PTRACE\n");
+	if (features.poison)
+		test_session_end(core);
+	test_device_faults(core);
+	CHECK_EQ(client_wait(client_start(core, pins, NULL)), 0);
+	expect_empty(core);
+	gmem_hnodes(core, hnodes, &count);
+	CHECK_EQ(hnodes[1].pinned_bytes, 0);
+	CHECK_EQ(hnodes[1].peak_bytes, 512 << 10);
+	gmem_core_destroy(core);
+	printf("lifecycle: ok\n");
+	return 0;
+}
