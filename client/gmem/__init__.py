@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""gmem: one memory for the CPU and every attached device, at one address, moved to whoever touches it."""
+
+from gmem._advice import (
+    ADVICE, DIRTY, PAGE_DTYPE, PINNED, READ_MOSTLY, STATES, acquire, advise, discard, memcpy, prefetch, stats, where,
+)  # fmt: skip
+from gmem._buffer import Buffer, MemoryResource, alloc
+from gmem._device import Context, Device, device, devices
+from gmem._errors import (
+    Busy, ConnectionLost, ContextLost, GmemError, InvalidArgument, KernelError, KernelTimeout, NotFound, NotSupported,
+    OutOfMemory, PermissionDenied, Poisoned,
+)  # fmt: skip
+from gmem._fence import Fence
+from gmem._file import from_file
+from gmem._launch import cfunc
+from gmem._memory import array, empty, full, zeros
+from gmem._session import Session, connect, default
+
+__all__ = [
+    "ADVICE", "DIRTY", "PAGE_DTYPE", "PINNED", "READ_MOSTLY", "STATES", "Buffer", "Busy", "ConnectionLost", "Context",
+    "ContextLost", "Device", "Fence", "GmemError", "InvalidArgument", "KernelError", "KernelTimeout", "MemoryResource",
+    "NotFound", "NotSupported", "OutOfMemory", "PermissionDenied", "Poisoned", "Session", "acquire", "advise", "alloc",
+    "array", "cfunc", "connect", "default", "device", "devices", "discard", "empty", "from_file", "full", "memcpy",
+    "prefetch", "stats", "where", "zeros",
+]  # fmt: skip

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where memory is, and where it should be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from gmem._device import Context
+from gmem._errors import InvalidArgument
+from gmem._memory import managed_extent
+from gmem._session import Session, default
+
+ADVICE = ("discard", "prefetch", "pinned", "unpinned", "read_mostly", "no_read_mostly", "cold")
+STATES = ("NOMAP", "RESIDENT", "BUSY", "POISONED")
+DIRTY, PINNED, WILLNEED, READ_MOSTLY, REFERENCED = 1, 2, 4, 8, 16
+PAGE_DTYPE = np.dtype(
+    [("state", "u1"), ("writer", "i1"), ("valid", "u2"), ("flags", "u1"), ("page_shift", "u1"), ("why", "u2")]
+)
+_SPAN = 65536 * 4096  # bytes a request asks about: a whole number of pages of any size
+
+
+def prefetch(array: Any, device: Any, session: Session | None = None) -> None:
+    """Moves an array, Buffer or (address, nbytes) to a device (name, hnid or Device) or to "host", by whole pages.
+    Afterwards the device does not fault on it."""
+    session = session if session is not None else default()
+    va, nbytes = managed_extent(array, session)
+    session.request("prefetch", hnid=session.hnid(device), va=va, bytes=nbytes)
+
+
+def advise(array: Any, advice: str, device: Any = None, session: Session | None = None) -> None:
+    """One of ADVICE. "pinned" needs the device to pin to; "cold" the one it is cold on."""
+    session = session if session is not None else default()
+    if advice not in ADVICE:
+        raise InvalidArgument(f"advice: {advice!r} is none of {', '.join(ADVICE)}", argument="advice")
+    va, nbytes = managed_extent(array, session)
+    hnid = -1 if device is None else session.hnid(device)
+    if hnid < 0 and advice in ("prefetch", "pinned", "cold"):
+        raise InvalidArgument(f"device: {advice} needs one", argument="device")
+    session.request("advise", hnid=hnid, va=va, bytes=nbytes, advice=advice)
+
+
+def discard(array: Any, session: Session | None = None) -> None:
+    """Drops the content of every page that lies in it whole; they read zero then."""
+    session = session if session is not None else default()
+    va, nbytes = managed_extent(array, session)
+    session.request("discard", va=va, bytes=nbytes)
+
+
+def memcpy(dst: Any, src: Any, device: Any = None, session: Session | None = None) -> None:
+    """Copies src to dst, wherever their pages are; dst is on `device` afterwards (default: the host). Same size, not
+    overlapping."""
+    session = session if session is not None else default()
+    to, size = managed_extent(dst, session, "dst")
+    source, source_size = managed_extent(src, session, "src")
+    if size != source_size:
+        raise InvalidArgument(f"src: {source_size} bytes, dst has {size}", argument="src")
+    hnid = -1 if device is None else session.hnid(device)
+    session.request("hmemcpy", hnid=hnid, dst=to, src=source, bytes=size)
+
+
+def where(array: Any, session: Session | None = None) -> np.ndarray[Any, Any]:
+    """The page map: one PAGE_DTYPE record for each logical page that overlaps the array. valid: bit h is set if hnode h
+    has a valid copy. writer: the hnid that may write, -1 if none. state: index into STATES."""
+    session = session if session is not None else default()
+    va, nbytes = managed_extent(array, session)
+    end, parts = va + max(nbytes, 1), []
+    while va < end:
+        # at most as many pages as a request may ask for, whatever their size; the next begins on a page's border
+        stop = min(end, (va // _SPAN + 1) * _SPAN)
+        parts.append(np.frombuffer(session.request("query", va=va, bytes=stop - va)["pages"], PAGE_DTYPE))
+        va = stop
+    return np.concatenate(parts) if len(parts) > 1 else parts[0].copy()
+
+
+@contextmanager
+def acquire(context: Context, *arrays: Any, write: bool = True) -> Iterator[None]:
+    """Holds arrays on a context's device: migrated, mapped, and not taken away until the end of the block."""
+    ranges = [managed_extent(array, context._session) for array in arrays]
+    if not ranges:
+        raise InvalidArgument("arrays: nothing to acquire", argument="arrays")
+    context.acquire(ranges, write)
+    try:
+        yield
+    finally:
+        context.release(ranges)
+
+
+def stats(session: Session | None = None) -> dict[str, Any]:
+    """The daemon's counters, and under "hnodes" those of each hnode."""
+    return (session if session is not None else default()).stats()

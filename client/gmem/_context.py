@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The device process: `python -m gmem._context FD`, started by Device.context(). It maps the session's addresses from the
+device's memory, tells the daemon, and then runs kernels, one after the other, as they come over the pipe at FD."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import threading
+import traceback
+from multiprocessing.connection import Connection
+from typing import Any
+
+from gmem._client import ffi, lib
+from gmem._errors import from_errno
+from gmem._launch import dumps, loads
+
+
+def _end_with(parent: int) -> None:
+    """A kernel may never end, but the client may: then so do we."""
+    try:
+        pidfd = os.pidfd_open(parent)
+    except OSError:
+        os._exit(1)
+
+    def watch() -> None:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        poll.poll()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="gmem-parent", daemon=True).start()
+
+
+def _attach(path: str, token: bytes, device: str) -> Any:
+    link = ffi.new("struct gmem_link **")
+    message = ffi.new("char[]", lib.GMEM_WIRE_MESSAGE_BYTES)
+    err = lib.gmem_link_open_context(os.fsencode(path), token, device.encode(), link, message)
+    if err:
+        raise from_errno(-err, ffi.string(message).decode(errors="replace") or os.strerror(-err))
+    return link[0]
+
+
+def _portable(error: BaseException) -> bytes | None:
+    """The exception as a pickle that the client can read back; None if it is not of that kind."""
+    try:
+        error.__traceback__ = None
+        body, _ = dumps(error, (0, 0))
+        loads(body)
+    except Exception:
+        return None
+    return body
+
+
+def _run(body: bytes, window: tuple[int, int]) -> tuple[Any, ...]:
+    try:
+        fn, args, keywords = loads(body)
+        value = fn(*args, **keywords)
+        return ("done", dumps(value, window)[0])
+    except BaseException as error:  # a kernel that calls sys.exit() must not end the context
+        text = traceback.format_exc()
+        return ("error", _portable(error), type(error).__name__, str(error), text)
+
+
+def serve(channel: Connection) -> None:
+    hello = channel.recv()
+    _end_with(hello["parent"])
+    sys.path[:] = hello["sys_path"]
+    try:
+        link = _attach(hello["path"], hello["token"], hello["device"])
+    except Exception as error:
+        channel.send(("refused", getattr(error, "errno", 0), str(error)))
+        return
+    window = (lib.gmem_link_window_base(link), lib.gmem_link_window_bytes(link))
+    channel.send(("ready", lib.gmem_link_hnid(link)))
+    while True:
+        try:
+            number, body = channel.recv()
+        except (EOFError, OSError):
+            return
+        channel.send((number, "started"))
+        channel.send((number, *_run(body, window)))
+        del body
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the client's to handle
+    serve(Connection(int(sys.argv[1])))
+    os._exit(0)  # no finalisers: arrays of ours own nothing
+
+
+if __name__ == "__main__":
+    main()

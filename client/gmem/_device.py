@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Devices, and contexts: processes in which kernels run on the same addresses, from the device's memory."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import OrderedDict
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from gmem._errors import (
+    Busy, ContextLost, GmemError, InvalidArgument, KernelError, KernelTimeout, NotSupported, OutOfMemory,
+    RemoteTraceback, from_errno,
+)  # fmt: skip
+from gmem._fence import Fence
+from gmem._launch import as_kernel, dumps, loads, set_owner_lookup
+from gmem._memory import managed_extent
+from gmem._session import Session, default
+
+_START_S = 60.0
+_HELD_TRIES = 200
+
+
+class Device:
+    """An attached device. Attributes as gmemctl devices prints them; info() asks again."""
+
+    def __init__(self, session: Session, info: dict[str, Any]) -> None:
+        self._session = session
+        self.name: str = info["name"]
+        self.hnid: int = info["hnid"]
+        self.driver: str = info["driver"]
+        self.caps: tuple[str, ...] = tuple(info["caps"])
+        self.capacity_bytes: int = info["capacity_bytes"]
+
+    def info(self) -> dict[str, Any]:
+        return self._session.device_info(self.name)
+
+    def context(self) -> Context:
+        """Opens a context: a process of this user's, with a page table of its own on the device."""
+        return Context(self._session, self)
+
+    def __repr__(self) -> str:
+        return f"<gmem.Device {self.name} (hnid {self.hnid}, {self.driver}, {self.capacity_bytes} bytes)>"
+
+
+class _Launch:
+    def __init__(self, fence: Fence, timeout: float | None, held: list[tuple[bool, list[tuple[int, int]]]]) -> None:
+        self.fence = fence
+        self.timeout = timeout
+        self.held = held
+        self.deadline: float | None = None
+
+
+class Context:
+    """Kernels run in it one after the other, in the order of their launches. Usable from several threads."""
+
+    def __init__(self, session: Session, device: Device) -> None:
+        self._session = session
+        self.device = device
+        self.pid = os.getpid()
+        self._lock = threading.Lock()
+        self._pending: OrderedDict[int, _Launch] = OrderedDict()
+        self._numbers = itertools.count(1)
+        self._ended: GmemError | None = None
+        self._idle = threading.Condition(self._lock)
+        self._start()
+        self.context_id = self._find_id()
+        self._brackets = "REPLAYABLE" not in {cap.upper() for cap in device.caps}
+        set_owner_lookup(session.owner_of)
+        self._reader = threading.Thread(target=self._read, name=f"gmem-{device.name}", daemon=True)
+        self._reader.start()
+        session.contexts.add(self)
+
+    # ---- the process ----
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "gmem._context", str(theirs.fileno())],
+                pass_fds=(theirs.fileno(),), start_new_session=True, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+        self._channel = Connection(ours.detach())
+        # The token goes over the pipe: a command line can be read by everyone.
+        self._channel.send({
+            "path": self._session.path, "token": self._session.token, "device": self.device.name,
+            "sys_path": sys.path, "parent": os.getpid(),
+        })  # fmt: skip
+        try:
+            if not self._channel.poll(_START_S):
+                raise ContextLost(f"the context on {self.device.name} was not ready within {_START_S:.0f} s")
+            answer = self._channel.recv()
+        except (EOFError, OSError):
+            answer = None
+        except GmemError:
+            self._kill()
+            raise
+        if answer is None or answer[0] != "ready":
+            self._kill()
+            if answer is None:
+                raise ContextLost(f"the process of a context on {self.device.name} ended while it started")
+            raise from_errno(answer[1], f"context on {self.device.name}: {answer[2]}")
+
+    def _find_id(self) -> int:
+        for context in self._session.request("contexts")["contexts"]:
+            if context["pid"] == self._process.pid:
+                return context["context"]
+        self._kill()
+        raise ContextLost("gmemd has lost the context already")
+
+    def _kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._channel.close()
+
+    @property
+    def process_id(self) -> int:
+        return self._process.pid
+
+    # ---- launching ----
+
+    def launch(self, fn: Any, *args: Any, timeout: float | None = None, **keywords: Any) -> Fence:
+        """Runs fn(*args, **keywords) in the device process; returns at once.
+
+        fn: a callable (by module path if it can be imported, else by value) or a C function: gmem.cfunc(...), or
+        (path, symbol). Arrays in unified memory are passed by address; everything else is copied. timeout: seconds the
+        kernel may run; then the context is ended and the fence raises KernelTimeout.
+        """
+        if timeout is not None and not timeout > 0:
+            raise InvalidArgument(f"timeout: {timeout!r} is not a time", argument="timeout")
+        try:
+            kernel = as_kernel(fn)
+        except TypeError as error:
+            raise InvalidArgument(str(error), argument="fn") from None
+        body, arrays = dumps((kernel, args, keywords), self._session.window)
+        held = self._hold(arrays) if self._brackets else []
+        fence = Fence((args, keywords))
+        with self._lock:
+            self._check_usable()
+            number = next(self._numbers)
+            self._pending[number] = _Launch(fence, timeout, held)
+            try:
+                self._channel.send((number, body))
+            except OSError:
+                pass  # the reader sees the end, and fails the fence
+        return fence
+
+    def _check_usable(self) -> None:
+        if self.pid != os.getpid():
+            raise ContextLost("the context belongs to the parent process; open one of your own")
+        if self._ended is not None:
+            raise type(self._ended)(*self._ended.args, errno=self._ended.errno)
+
+    def synchronize(self) -> None:
+        """Waits until everything launched so far is complete. Errors stay with their fences."""
+        with self._lock:
+            last = list(self._pending)
+            self._idle.wait_for(lambda: not any(number in self._pending for number in last))
+
+    # ---- devices that can't replay a fault: what a kernel touches is held on the device while it runs ----
+
+    def _hold(self, arrays: list[np.ndarray[Any, Any]]) -> list[tuple[bool, list[tuple[int, int]]]]:
+        held: list[tuple[bool, list[tuple[int, int]]]] = []
+        try:
+            for write in (True, False):
+                ranges = [managed_extent(array, self._session) for array in arrays if array.flags.writeable is write]
+                if ranges:
+                    self.acquire(ranges, write)
+                    held.append((write, ranges))
+        except BaseException:
+            self._let_go(held)
+            raise
+        return held
+
+    def acquire(self, ranges: list[tuple[int, int]], write: bool) -> None:
+        """Migrates and maps ranges, and holds them on the device; waits for launches that hold what is in the way."""
+        for attempt in itertools.count():
+            try:
+                self._session.request("acquire", context=self.context_id, ranges=[list(r) for r in ranges], write=write)
+                return
+            except (OutOfMemory, Busy):
+                with self._lock:
+                    if not self._pending or attempt == _HELD_TRIES:
+                        raise
+                    first = next(iter(self._pending))
+                    self._idle.wait_for(lambda first=first: first not in self._pending, timeout=1.0)
+
+    def release(self, ranges: list[tuple[int, int]]) -> None:
+        self._session.request("release", context=self.context_id, ranges=[list(r) for r in ranges])
+
+    def _let_go(self, held: list[tuple[bool, list[tuple[int, int]]]]) -> None:
+        for _, ranges in held:
+            with suppress(GmemError):
+                self.release(ranges)
+
+    # ---- answers ----
+
+    def _wait_s(self) -> float | None:
+        with self._lock:
+            deadlines = [launch.deadline for launch in self._pending.values() if launch.deadline is not None]
+        return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
+
+    def _read(self) -> None:
+        while True:
+            try:
+                wait = self._wait_s()
+                if not self._channel.poll(wait):
+                    self._end(KernelTimeout(f"a kernel on {self.device.name} ran longer than its timeout"))
+                    return
+                number, what, *rest = self._channel.recv()
+            except (EOFError, OSError):
+                self._end(None)
+                return
+            if what == "started":
+                with self._lock:
+                    launch = self._pending.get(number)
+                    if launch and launch.timeout is not None:
+                        launch.deadline = time.monotonic() + launch.timeout
+                continue
+            self._finish(number, what, rest)
+
+    def _finish(self, number: int, what: str, rest: list[Any]) -> None:
+        with self._lock:
+            launch = self._pending[number]
+        if launch.held:
+            self._let_go(launch.held)
+        try:
+            if what == "done":
+                launch.fence._complete(loads(rest[0]))
+            else:
+                launch.fence._fail(_exception(*rest))
+        except Exception as error:  # a result that can't be read here
+            launch.fence._fail(KernelError(f"the kernel's result can't be read: {error!r}"))
+        with self._lock:
+            del self._pending[number]
+            self._idle.notify_all()
+
+    def _end(self, reason: GmemError | None) -> None:
+        """The process is gone, or has to go: every fence hears why."""
+        if reason is not None:
+            with suppress(OSError):
+                self._process.kill()
+        status = self._process.wait()
+        first, others = reason, ContextLost(_obituary(self.device.name, status))
+        with self._lock:
+            pending, self._pending = self._pending, OrderedDict()
+            self._ended = self._ended or others
+            self._channel.close()
+        for launch in pending.values():
+            timed_out = launch.deadline is not None and first is not None
+            launch.fence._fail(first if timed_out and first is not None else others)
+        with self._lock:
+            self._idle.notify_all()
+        with suppress(GmemError):
+            self._session.request("context_close", context=self.context_id)
+
+    def close(self) -> None:
+        """Ends the process; kernels that have not finished raise ContextLost."""
+        if self.pid != os.getpid():
+            return
+        with self._lock:
+            self._ended = self._ended or ContextLost("the context is closed")
+        with suppress(OSError):
+            self._process.send_signal(signal.SIGKILL)
+        if threading.current_thread() is not self._reader:
+            self._reader.join()
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _exception(body: bytes | None, name: str, text: str, trace: str) -> BaseException:
+    error: BaseException | None = None
+    if body is not None:
+        with suppress(Exception):
+            error = loads(body)
+    if not isinstance(error, Exception):  # SystemExit and the like are not raised into the client
+        error = KernelError(f"{name}: {text}")
+        error.remote_traceback = trace
+    error.__cause__ = RemoteTraceback(trace)
+    return error
+
+
+def _obituary(device: str, status: int) -> str:
+    if status >= 0:
+        return f"the context on {device} ended with status {status}"
+    name = signal.Signals(-status).name if -status in signal.valid_signals() else f"signal {-status}"
+    why = {
+        "SIGSEGV": ": a kernel touched memory that is not there",
+        "SIGBUS": ": a kernel touched memory that it had not acquired, or that could not be had",
+    }.get(name, "")
+    return f"the context on {device} was killed by {name}{why}"
+
+
+def device(name: str | int, session: Session | None = None) -> Device:
+    """An attached device by name or hnid."""
+    session = session if session is not None else default()
+    info = session.device_info(name)
+    if info["hnid"] == 0:
+        raise NotSupported("device: the host is no device to open a context on")
+    return Device(session, info)
+
+
+def devices(session: Session | None = None) -> list[Device]:
+    session = session if session is not None else default()
+    return [Device(session, info) for info in session.devices() if info["hnid"] != 0]

@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A session: this process's connection to one gmemd, and the default one that the module's functions use."""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import os
+import select
+import threading
+import weakref
+from collections.abc import Mapping as MappingABC
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from gmem._client import ffi, lib
+from gmem._embedded import Embedded
+from gmem._errors import ConnectionLost, GmemError, InvalidArgument, NotFound, from_errno
+from gmem._mapping import Mapping
+from gmem._requests import Requests
+
+SYSTEM_SOCKET = "/run/gmem/gmemd.sock"
+_BUSY_RANGES = 64
+
+
+class Session:
+    """Made by connect(). Memory that was allocated in it ends with it."""
+
+    def __init__(self, path: str, embedded: Embedded | None = None) -> None:
+        self.path = path
+        self.embedded = embedded
+        self.closed = False
+        link = ffi.new("struct gmem_link **")
+        message = ffi.new("char[]", lib.GMEM_WIRE_MESSAGE_BYTES)
+        err = lib.gmem_link_open(os.fsencode(path), link, message)
+        if err:
+            raise from_errno(-err, f"{path}: {ffi.string(message).decode(errors='replace') or os.strerror(-err)}")
+        self._link = link[0]
+        self._requests = Requests(self._control, self._token, self._daemon_gone)
+        self.mappings: weakref.WeakValueDictionary[int, Mapping] = weakref.WeakValueDictionary()
+        self.contexts: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.window = (lib.gmem_link_window_base(self._link), lib.gmem_link_window_bytes(self._link))
+
+    # ---- the link ----
+
+    def _control(self) -> str:
+        return ffi.string(lib.gmem_link_control(self._link)).decode()
+
+    def _token(self) -> bytes:
+        return bytes(ffi.buffer(lib.gmem_link_token(self._link), lib.GMEM_WIRE_TOKEN_BYTES))
+
+    def _daemon_gone(self) -> bool:
+        fd = lib.gmem_link_socket(self._link)
+        if fd < 0:
+            return True
+        poll = select.poll()
+        poll.register(fd, select.POLLRDHUP)
+        return bool(poll.poll(0))
+
+    @property
+    def id(self) -> int:
+        return lib.gmem_link_session(self._link)
+
+    @property
+    def token(self) -> bytes:
+        return self._token()
+
+    @property
+    def user_mode_only(self) -> bool:
+        """System calls on untouched managed memory fail with EFAULT (no /dev/userfaultfd)."""
+        return not lib.gmem_link_flags(self._link) & lib.GMEM_WIRE_HAS_UFFD_DEV
+
+    @property
+    def fork_events(self) -> bool:
+        return bool(lib.gmem_link_flags(self._link) & lib.GMEM_WIRE_EVENT_FORK)
+
+    def request(self, op: str, **args: Any) -> dict[str, Any]:
+        """One request to gmemd, as docs/protocol.md has them."""
+        if self.closed:
+            raise ConnectionLost("the session is closed")
+        status = lib.gmem_link_status(self._link)
+        if status:
+            why = ffi.string(lib.gmem_link_message(self._link)).decode(errors="replace")
+            raise ConnectionLost(f"this forked process could not join gmemd: {why}", errno=-status)
+        return self._requests.call(op, **args)
+
+    # ---- regions ----
+
+    def map(self, nbytes: int, page_bytes: int, fork: str, small: bool = False) -> tuple[int, int]:
+        """Address and size of a fresh region. Ranges that are in use in this process are skipped."""
+        for _ in range(_BUSY_RANGES):
+            region = self.request("mmap", bytes=nbytes, page_bytes=page_bytes, fork=fork, small=small)
+            va, size = region["va"], region["bytes"]
+            err = lib.gmem_link_map(self._link, va, size, region["offset"], region["huge"], fork == "share")
+            if not err:
+                break
+            if err != -errno.EEXIST:
+                self.request("munmap", va=va, bytes=size)
+                raise from_errno(-err, f"mmap of {size} bytes at 0x{va:x}: {os.strerror(-err)}")
+        else:
+            raise GmemError("every range that gmemd offered is in use in this process", errno=errno.EEXIST)
+        try:
+            self.request("mmap_commit", va=va)
+        except GmemError:
+            self.unmap(va, size)
+            raise
+        return va, size
+
+    def unmap(self, va: int, nbytes: int) -> None:
+        """munmap, and then waits until gmemd has let go of the memory."""
+        if self.closed:
+            return
+        err = lib.gmem_link_unmap(self._link, va, nbytes)
+        if err:
+            raise from_errno(-err, f"munmap of 0x{va:x}: {os.strerror(-err)}")
+        with suppress(ConnectionLost):
+            self.request("munmap", va=va, bytes=nbytes)
+
+    def owner_of(self, address: int) -> Mapping | None:
+        """The mapping object that keeps this address alive."""
+        for start, mapping in list(self.mappings.items()):
+            if start <= address < start + mapping.nbytes:
+                return mapping
+        return None
+
+    def owns(self, address: int) -> bool:
+        base, size = self.window
+        return base <= address < base + size
+
+    # ---- devices ----
+
+    def devices(self) -> list[dict[str, Any]]:
+        return self.request("devices")["devices"]
+
+    def device_info(self, device: str | int) -> dict[str, Any]:
+        for info in self.devices():
+            if device in (info["name"], info["hnid"]):
+                return info
+        raise NotFound(f"device: no device {device!r} is attached", errno=errno.ENODEV, argument="device")
+
+    def hnid(self, device: Any) -> int:
+        """hnid of a device given by name, hnid or Device; "host" is 0."""
+        device = getattr(device, "hnid", device)
+        if isinstance(device, int) and not isinstance(device, bool):
+            return device
+        if device == "host":
+            return 0
+        if not isinstance(device, str):
+            raise InvalidArgument(f"device: {device!r} is neither a name nor an hnid", argument="device")
+        return self.device_info(device)["hnid"]
+
+    def attach(self, driver: str, name: str, **config: Any) -> int:
+        """Attaches a device (needs the daemon's own uid or root); its hnid."""
+        text = {key: str(value) for key, value in config.items()}
+        return self.request("attach", driver=driver, name=name, config=text)["hnid"]
+
+    def detach(self, name: str, force: bool = False) -> None:
+        self.request("detach", name=name, force=force)
+
+    def stats(self) -> dict[str, Any]:
+        reply = self.request("stats")
+        return {**reply["stats"], "hnodes": reply["hnodes"]}
+
+    # ---- end ----
+
+    def close(self) -> None:
+        """Ends contexts and the session. Arrays in it must not be touched afterwards."""
+        if self.closed:
+            return
+        for context in list(self.contexts):
+            context.close()
+        self.closed = True
+        self._requests.close()
+        lib.gmem_link_close(self._link)
+        if self.embedded:
+            self.embedded.close()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+_lock = threading.RLock()
+_default: Session | None = None
+
+
+def _device_specs(devices: Sequence[str | MappingABC[str, Any]]) -> list[str]:
+    specs = []
+    for device in devices:
+        if isinstance(device, str):
+            specs.append(device)
+        else:
+            specs.append(",".join(f"{key}={value}" for key, value in device.items()))
+    return specs
+
+
+def connect(
+    path: str | os.PathLike[str] | None = None,
+    *,
+    devices: Sequence[str | MappingABC[str, Any]] = (),
+    settings: Sequence[str] = (),
+    config: str | os.PathLike[str] | None = None,
+    embedded: bool | None = None,
+) -> Session:
+    """Connects to gmemd and makes the session the default one.
+
+    path: gmemd.sock of a running daemon. Without it: $GMEM_SOCKET, the system service, else a private gmemd that belongs
+    to this process tree (embedded=True: always that one; False: never). devices ("simgpu0:capacity=48M"), settings
+    ("daemon.event_fork=false") and config (a TOML file) are for the private one.
+    """
+    global _default
+    socket = os.fspath(path) if path is not None else os.environ.get("GMEM_SOCKET")
+    wants_own = bool(devices or settings or config)
+    if wants_own and (path is not None or embedded is False):
+        raise InvalidArgument("devices: only a private gmemd takes devices, settings and config", argument="devices")
+    with _lock:
+        if embedded is not True and not wants_own:
+            session = _connect_running(socket, must=socket is not None or embedded is False)
+            if session:
+                _default = session
+                return session
+        private = Embedded(_device_specs(devices), settings, os.fspath(config) if config is not None else None)
+        try:
+            _default = Session(private.socket, private)
+        except BaseException:
+            private.close()
+            raise
+        return _default
+
+
+def _connect_running(socket: str | None, must: bool) -> Session | None:
+    target = socket or SYSTEM_SOCKET
+    try:
+        return Session(target)
+    except GmemError as error:
+        if must or error.errno not in (errno.ENOENT, errno.ECONNREFUSED, errno.EACCES):
+            raise
+        return None
+
+
+def default() -> Session:
+    """The default session, connected on first use."""
+    with _lock:
+        if _default is None or _default.closed:
+            return connect()
+        return _default
+
+
+@atexit.register
+def _end_contexts() -> None:
+    """Device processes would notice that we are gone, but a moment later."""
+    if _default is not None and not _default.closed:
+        for context in list(_default.contexts):
+            with suppress(Exception):
+                context.close()

@@ -1,0 +1,220 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/time.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include "link.h"
+
+#define FDS_MAX 4
+#define ANSWER_S 30 /* a daemon that is silent for so long is not one */
+
+static struct gmem_wire_header header(enum gmem_wire_type type)
+{
+	return (struct gmem_wire_header){ GMEM_WIRE_MAGIC, GMEM_WIRE_VERSION, (uint16_t)type };
+}
+
+static int failed(struct gmem_link *link, int err, const char *what)
+{
+	if (!link->message[0])
+		snprintf(link->message, sizeof(link->message), "%s: %s", what, strerror(-err));
+	return err;
+}
+
+static int dial(struct gmem_link *link)
+{
+	struct sockaddr_un address = { .sun_family = AF_UNIX };
+	const struct timeval patience = { .tv_sec = ANSWER_S };
+
+	if (strlen(link->path) >= sizeof(address.sun_path))
+		return failed(link, -ENAMETOOLONG, "path");
+	strcpy(address.sun_path, link->path);
+	link->sock = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+	if (link->sock < 0)
+		return failed(link, -errno, "socket");
+	setsockopt(link->sock, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof(patience));
+	setsockopt(link->sock, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof(patience));
+	if (connect(link->sock, (struct sockaddr *)&address, sizeof(address)))
+		return failed(link, -errno, link->path);
+	return 0;
+}
+
+static int put(struct gmem_link *link, const void *data, size_t bytes, int fd)
+{
+	char control[CMSG_SPACE(sizeof(int))] = { 0 };
+	struct iovec iov = { (void *)data, bytes };
+	struct msghdr message = { .msg_iov = &iov, .msg_iovlen = 1 };
+
+	if (fd >= 0) {
+		struct cmsghdr *c;
+
+		message.msg_control = control;
+		message.msg_controllen = sizeof(control);
+		c = CMSG_FIRSTHDR(&message);
+		c->cmsg_level = SOL_SOCKET;
+		c->cmsg_type = SCM_RIGHTS;
+		c->cmsg_len = CMSG_LEN(sizeof(int));
+		memcpy(CMSG_DATA(c), &fd, sizeof(int));
+	}
+	while (sendmsg(link->sock, &message, MSG_NOSIGNAL) < 0)
+		if (errno != EINTR)
+			return failed(link, -errno, "gmemd");
+	return 0;
+}
+
+/* Exactly one message of that type and size, and its descriptors. */
+static int get(struct gmem_link *link, enum gmem_wire_type type, void *data, size_t bytes, int *ret_fds,
+	       size_t *ret_count)
+{
+	char control[CMSG_SPACE(FDS_MAX * sizeof(int))] = { 0 };
+	struct iovec iov = { data, bytes };
+	struct msghdr message = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = control,
+				  .msg_controllen = sizeof(control) };
+	const struct gmem_wire_header *got = data;
+	struct cmsghdr *c;
+	ssize_t n;
+
+	do {
+		n = recvmsg(link->sock, &message, MSG_CMSG_CLOEXEC);
+	} while (n < 0 && errno == EINTR);
+	*ret_count = 0;
+	if (n < 0)
+		return failed(link, errno == EAGAIN ? -ETIMEDOUT : -errno, "gmemd");
+	c = CMSG_FIRSTHDR(&message);
+	if (c && c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_RIGHTS) {
+		*ret_count = (c->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+		memcpy(ret_fds, CMSG_DATA(c), *ret_count * sizeof(int));
+	}
+	if (n == 0)
+		return failed(link, -ECONNRESET, "gmemd closed the connection");
+	if ((size_t)n != bytes || got->magic != GMEM_WIRE_MAGIC || got->version != GMEM_WIRE_VERSION ||
+	    got->type != type) {
+		while (*ret_count)
+			close(ret_fds[--*ret_count]);
+		return failed(link, -EPROTO, "gmemd speaks another protocol");
+	}
+	return 0;
+}
+
+static int get_welcome(struct gmem_link *link)
+{
+	int fds[FDS_MAX], err;
+	size_t count, used = 0;
+
+	err = get(link, GMEM_WIRE_WELCOME, &link->hello, sizeof(link->hello), fds, &count);
+	if (err)
+		return err;
+	if (!link->hello.status) {
+		if (used < count && (link->hello.flags & GMEM_WIRE_HAS_UFFD_DEV))
+			link->uffd_dev = fds[used++];
+		if (used < count && (link->hello.flags & GMEM_WIRE_HAS_HUGE))
+			link->files[1] = fds[used++];
+		if (used < count && (link->hello.flags & GMEM_WIRE_HAS_SMALL))
+			link->files[0] = fds[used++];
+	}
+	while (used < count)
+		close(fds[used++]);
+	if (link->hello.status) {
+		link->hello.message[sizeof(link->hello.message) - 1] = '\0';
+		snprintf(link->message, sizeof(link->message), "%s", link->hello.message);
+	}
+	return link->hello.status;
+}
+
+static int get_regions(struct gmem_link *link, bool inherit)
+{
+	int err = 0;
+
+	for (uint32_t i = 0; !err && i < link->hello.region_count; i++) {
+		struct gmem_wire_region region;
+		int fds[FDS_MAX];
+		size_t count;
+
+		err = get(link, GMEM_WIRE_REGION, &region, sizeof(region), fds, &count);
+		if (!err && count != 1)
+			err = failed(link, -EPROTO, "region without its file");
+		if (!err)
+			err = gmem_link_map_region(link, &region, fds[0], inherit);
+		if (err)
+			failed(link, err, "mapping a shared region");
+	}
+	return err;
+}
+
+static int give_uffd(struct gmem_link *link)
+{
+	struct gmem_wire_uffd message = { .header = header(GMEM_WIRE_UFFD), .user_mode_only = link->uffd_dev < 0 };
+
+	link->uffd = gmem_link_new_uffd(link);
+	if (link->uffd < 0)
+		return failed(link, link->uffd, "userfaultfd");
+	return put(link, &message, sizeof(message), link->uffd);
+}
+
+static int get_ready(struct gmem_link *link)
+{
+	struct gmem_wire_ready ready;
+	int fds[FDS_MAX], err;
+	size_t count;
+
+	err = get(link, GMEM_WIRE_READY, &ready, sizeof(ready), fds, &count);
+	while (count)
+		close(fds[--count]);
+	if (!err && ready.status) {
+		ready.message[sizeof(ready.message) - 1] = '\0';
+		snprintf(link->message, sizeof(link->message), "%s", ready.message);
+		err = ready.status;
+	}
+	return err;
+}
+
+int gmem_link_handshake(struct gmem_link *link, uint32_t kind, const uint8_t *token, const char *device)
+{
+	struct gmem_wire_hello hello = { .header = header(GMEM_WIRE_HELLO), .kind = kind };
+	bool stored;
+	int err;
+
+	link->sock = link->uffd = link->uffd_dev = link->files[0] = link->files[1] = -1;
+	link->message[0] = '\0';
+	if (token)
+		memcpy(hello.token, token, sizeof(hello.token));
+	if (device && strlen(device) >= sizeof(hello.device))
+		return failed(link, -EINVAL, "device");
+	if (device)
+		strcpy(hello.device, device);
+	err = dial(link);
+	if (!err)
+		err = put(link, &hello, sizeof(hello), -1);
+	if (!err)
+		err = get_welcome(link);
+	stored = !err && (link->hello.flags & GMEM_WIRE_FORK_STORED);
+	if (!err && kind == GMEM_WIRE_CONTEXT) {
+		err = gmem_link_map_window(link);
+		if (err)
+			failed(link, err, "mapping the address window");
+	}
+	if (!err)
+		err = get_regions(link, kind == GMEM_WIRE_FORK_CHILD && (link->hello.flags & GMEM_WIRE_EVENT_FORK));
+	if (!err && !stored)
+		err = give_uffd(link);
+	if (!err)
+		err = get_ready(link);
+	if (err)
+		gmem_link_hang_up(link);
+	return err;
+}
+
+void gmem_link_hang_up(struct gmem_link *link)
+{
+	int *const fds[] = { &link->sock, &link->uffd, &link->uffd_dev, &link->files[0], &link->files[1] };
+
+	for (size_t i = 0; i < sizeof(fds) / sizeof(fds[0]); i++) {
+		if (*fds[i] >= 0)
+			close(*fds[i]);
+		*fds[i] = -1;
+	}
+}

@@ -1,0 +1,217 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Links and their life, fork included. Forks of one process are serialised, parent until child has joined, so that the
+ * daemon can tell which child a fork event belongs to; the child joins (a session of its own, the shared regions served)
+ * before fork() returns in it. If it can't, its regions are unmapped: a touch is SIGSEGV, never a silent zero.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "link.h"
+
+#define CHILD_MS 30000
+
+static pthread_mutex_t links_lock = PTHREAD_MUTEX_INITIALIZER;
+static struct gmem_link *links; /* links_lock, which is held over a fork */
+static int joined[2] = { -1, -1 };
+
+static void before_fork(void)
+{
+	pthread_mutex_lock(&links_lock);
+	for (struct gmem_link *link = links; link; link = link->next)
+		pthread_mutex_lock(&link->lock);
+	if (links && pipe2(joined, O_CLOEXEC))
+		joined[0] = joined[1] = -1;
+}
+
+static void unlock_all(void)
+{
+	for (struct gmem_link *link = links; link; link = link->next)
+		pthread_mutex_unlock(&link->lock);
+	pthread_mutex_unlock(&links_lock);
+}
+
+static void after_fork_parent(void)
+{
+	struct pollfd wait = { .fd = joined[0], .events = POLLIN };
+
+	if (joined[0] >= 0) {
+		close(joined[1]);
+		poll(&wait, 1, CHILD_MS); /* a byte, or the end of a child that died */
+		close(joined[0]);
+		joined[0] = joined[1] = -1;
+	}
+	unlock_all();
+}
+
+/* In the child, single-threaded: what the parent left is closed, and the child becomes a session of its own. */
+static void rejoin(struct gmem_link *link)
+{
+	uint8_t token[GMEM_WIRE_TOKEN_BYTES];
+	bool context = link->context;
+
+	memcpy(token, link->hello.token, sizeof(token));
+	gmem_link_hang_up(link);
+	link->pid = getpid();
+	if (context) { /* a context's child has none of its memory */
+		link->status = -ENOTCONN;
+		return;
+	}
+	for (size_t i = 0; i < link->region_count;) {
+		if (link->regions[i].inherit)
+			i++;
+		else
+			link->regions[i] = link->regions[--link->region_count];
+	}
+	link->status = gmem_link_handshake(link, GMEM_WIRE_FORK_CHILD, token, NULL);
+	pthread_mutex_unlock(&link->lock);
+	if (link->status)
+		gmem_link_unmap_all(link);
+	pthread_mutex_lock(&link->lock);
+}
+
+static void after_fork_child(void)
+{
+	for (struct gmem_link *link = links; link; link = link->next)
+		rejoin(link);
+	if (joined[1] >= 0) {
+		if (write(joined[1], "", 1) < 0) {
+			/* the parent is gone: nobody waits */
+		}
+		close(joined[0]);
+		close(joined[1]);
+		joined[0] = joined[1] = -1;
+	}
+	unlock_all();
+}
+
+static void install_handlers(void)
+{
+	pthread_atfork(before_fork, after_fork_parent, after_fork_child);
+}
+
+static int open_link(const char *path, uint32_t kind, const uint8_t *token, const char *device,
+		     struct gmem_link **ret, char *message)
+{
+	static pthread_once_t once = PTHREAD_ONCE_INIT;
+	struct gmem_link *link = calloc(1, sizeof(*link));
+	int err;
+
+	if (!link)
+		return -ENOMEM;
+	if (strlen(path) >= sizeof(link->path)) {
+		free(link);
+		snprintf(message, GMEM_WIRE_MESSAGE_BYTES, "path: longer than %d bytes", GMEM_WIRE_PATH_BYTES - 1);
+		return -ENAMETOOLONG;
+	}
+	strcpy(link->path, path);
+	pthread_mutex_init(&link->lock, NULL);
+	link->pid = getpid();
+	link->context = kind == GMEM_WIRE_CONTEXT;
+	pthread_once(&once, install_handlers);
+	/* A fork in the middle of the handshake waits for its end. */
+	pthread_mutex_lock(&links_lock);
+	err = gmem_link_handshake(link, kind, token, device);
+	if (!err) {
+		link->next = links;
+		links = link;
+	}
+	pthread_mutex_unlock(&links_lock);
+	if (err) {
+		snprintf(message, GMEM_WIRE_MESSAGE_BYTES, "%s", link->message);
+		pthread_mutex_destroy(&link->lock);
+		free(link);
+		return err;
+	}
+	*ret = link;
+	return 0;
+}
+
+int gmem_link_open(const char *path, struct gmem_link **ret, char *message)
+{
+	return open_link(path, GMEM_WIRE_CLIENT, NULL, NULL, ret, message);
+}
+
+int gmem_link_open_context(const char *path, const uint8_t token[GMEM_WIRE_TOKEN_BYTES], const char *device,
+			   struct gmem_link **ret, char *message)
+{
+	return open_link(path, GMEM_WIRE_CONTEXT, token, device, ret, message);
+}
+
+void gmem_link_close(struct gmem_link *link)
+{
+	struct gmem_link **at;
+
+	pthread_mutex_lock(&links_lock);
+	for (at = &links; *at && *at != link; at = &(*at)->next)
+		;
+	if (*at)
+		*at = link->next;
+	pthread_mutex_unlock(&links_lock);
+	gmem_link_unmap_all(link);
+	gmem_link_hang_up(link);
+	pthread_mutex_destroy(&link->lock);
+	free(link->regions);
+	free(link);
+}
+
+const uint8_t *gmem_link_token(const struct gmem_link *link)
+{
+	return link->hello.token;
+}
+
+const char *gmem_link_control(const struct gmem_link *link)
+{
+	return link->hello.control;
+}
+
+const char *gmem_link_events(const struct gmem_link *link)
+{
+	return link->hello.events;
+}
+
+uint64_t gmem_link_session(const struct gmem_link *link)
+{
+	return link->hello.session;
+}
+
+uint32_t gmem_link_flags(const struct gmem_link *link)
+{
+	return link->hello.flags;
+}
+
+uint64_t gmem_link_window_base(const struct gmem_link *link)
+{
+	return link->hello.window_base;
+}
+
+uint64_t gmem_link_window_bytes(const struct gmem_link *link)
+{
+	return link->hello.window_bytes;
+}
+
+int gmem_link_hnid(const struct gmem_link *link)
+{
+	return link->hello.hnid;
+}
+
+int gmem_link_socket(const struct gmem_link *link)
+{
+	return link->sock;
+}
+
+int gmem_link_status(const struct gmem_link *link)
+{
+	return link->status;
+}
+
+const char *gmem_link_message(const struct gmem_link *link)
+{
+	return link->message;
+}

@@ -1,0 +1,95 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * The part of the client that libgmem and the Python package share: handshake, mappings, userfaultfd, fork. Requests are
+ * not here: Python sends them with pyzmq, libgmem with libzmq.
+ *
+ * A link is this process's connection to one gmemd: as a client, or (in a device context's process) as a context. All
+ * functions return 0 or -errno and are thread-safe.
+ */
+#ifndef GMEM_CLIENT_LINK_H
+#define GMEM_CLIENT_LINK_H
+
+#include <pthread.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/types.h>
+
+#include <gmem_wire.h>
+
+#define GMEM_FILES 2 /* small, huge */
+
+struct gmem_link_region {
+	uint64_t va, bytes;
+	bool inherit; /* a forked child shares it */
+};
+
+struct gmem_link {
+	int sock;
+	int uffd_dev;                   /* an open /dev/userfaultfd, -1: user mode only */
+	int uffd;                       /* our dup: while it is open, a lost daemon leaves us blocked, not reading zeros */
+	int files[GMEM_FILES];          /* -1 where there is none */
+	struct gmem_wire_welcome hello; /* what the daemon said */
+	char path[GMEM_WIRE_PATH_BYTES];
+	char message[GMEM_WIRE_MESSAGE_BYTES]; /* why the last handshake failed */
+	int status;                     /* 0; after a fork whose child could not join: -errno */
+	pid_t pid;
+	bool context;
+	pthread_mutex_t lock;           /* guards regions */
+	struct gmem_link_region *regions;
+	size_t region_count, region_capacity;
+	struct gmem_link *next;         /* all links of the process, for fork */
+};
+
+/* ---- link.c ---- */
+
+/* Connects as a client. message: GMEM_WIRE_MESSAGE_BYTES, filled on failure. */
+int gmem_link_open(const char *path, struct gmem_link **ret, char *message);
+/* Connects this process as a device context of the session whose token is given, and maps the whole window. */
+int gmem_link_open_context(const char *path, const uint8_t token[GMEM_WIRE_TOKEN_BYTES], const char *device,
+			   struct gmem_link **ret, char *message);
+/* Unmaps what is still mapped and ends the session. */
+void gmem_link_close(struct gmem_link *link);
+
+/* Accessors, for callers that do not know the struct (cffi). */
+const uint8_t *gmem_link_token(const struct gmem_link *link);
+const char *gmem_link_control(const struct gmem_link *link);
+const char *gmem_link_events(const struct gmem_link *link);
+uint64_t gmem_link_session(const struct gmem_link *link);
+uint32_t gmem_link_flags(const struct gmem_link *link);
+uint64_t gmem_link_window_base(const struct gmem_link *link);
+uint64_t gmem_link_window_bytes(const struct gmem_link *link);
+int gmem_link_hnid(const struct gmem_link *link);
+/* Readable at its end when the daemon is gone. */
+int gmem_link_socket(const struct gmem_link *link);
+int gmem_link_status(const struct gmem_link *link);
+const char *gmem_link_message(const struct gmem_link *link);
+
+/* ---- map.c ---- */
+
+/* Maps a region that the daemon has reserved; the caller then commits it. -EEXIST: that range is in use here. */
+int gmem_link_map(struct gmem_link *link, uint64_t va, uint64_t bytes, uint64_t offset, bool huge, bool inherit);
+int gmem_link_unmap(struct gmem_link *link, uint64_t va, uint64_t bytes);
+/* Forgets or unmaps everything in the table. */
+void gmem_link_unmap_all(struct gmem_link *link);
+/* Maps a REGION message's file over its range (context overlays, regions of a forked child). Closes fd. */
+int gmem_link_map_region(struct gmem_link *link, const struct gmem_wire_region *region, int fd, bool inherit);
+/* Both parts of the window, whole, in a context's process. */
+int gmem_link_map_window(struct gmem_link *link);
+
+/* ---- uffd.c ---- */
+
+/* A fresh non-blocking userfaultfd: from the passed device, or user mode only. fd or -errno. */
+int gmem_link_new_uffd(struct gmem_link *link);
+/* Touches every 4 KiB of a range from user mode, so that system calls find it mapped (user mode only: see
+ * gmem_wire.h). write: makes it writable too, without changing it. */
+void gmem_link_touch(uint64_t va, uint64_t bytes, bool write);
+
+/* ---- handshake.c ---- */
+
+/* The whole handshake on a fresh connection to link->path. token and device: NULL where the kind has none. */
+int gmem_link_handshake(struct gmem_link *link, uint32_t kind, const uint8_t *token, const char *device);
+/* Closes the handshake's descriptors. */
+void gmem_link_hang_up(struct gmem_link *link);
+
+#endif

@@ -1,0 +1,147 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "link.h"
+
+#ifndef MAP_FIXED_NOREPLACE
+#define MAP_FIXED_NOREPLACE 0x100000
+#endif
+
+static int map_at(uint64_t va, uint64_t bytes, int fd, uint64_t offset, int how, bool inherit)
+{
+	void *want = (void *)(uintptr_t)va;
+	void *at = mmap(want, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE | how, fd, (off_t)offset);
+
+	if (at == MAP_FAILED)
+		return -errno;
+	if (at != want) { /* a kernel that takes FIXED_NOREPLACE for a hint */
+		munmap(at, bytes);
+		return -EEXIST;
+	}
+	madvise(at, bytes, MADV_DONTDUMP);
+	if (!inherit)
+		madvise(at, bytes, MADV_DONTFORK);
+	return 0;
+}
+
+static int remember(struct gmem_link *link, uint64_t va, uint64_t bytes, bool inherit)
+{
+	if (link->region_count == link->region_capacity) {
+		size_t capacity = link->region_capacity ? link->region_capacity * 2 : 16;
+		struct gmem_link_region *grown = realloc(link->regions, capacity * sizeof(*grown));
+
+		if (!grown)
+			return -ENOMEM;
+		link->regions = grown;
+		link->region_capacity = capacity;
+	}
+	link->regions[link->region_count++] = (struct gmem_link_region){ va, bytes, inherit };
+	return 0;
+}
+
+int gmem_link_map(struct gmem_link *link, uint64_t va, uint64_t bytes, uint64_t offset, bool huge, bool inherit)
+{
+	bool by_event = link->hello.flags & GMEM_WIRE_EVENT_FORK;
+	int err;
+
+	if (link->files[huge] < 0)
+		return -ENOTCONN;
+	pthread_mutex_lock(&link->lock);
+	err = remember(link, va, bytes, inherit);
+	if (!err) {
+		/* Without fork events a child must not inherit the mapping: it would read silent zeros through it. */
+		err = map_at(va, bytes, link->files[huge], offset, MAP_FIXED_NOREPLACE, inherit && by_event);
+		link->region_count -= err != 0;
+	}
+	pthread_mutex_unlock(&link->lock);
+	return err;
+}
+
+/* Cuts [va, va + bytes) out of the table. */
+static int forget(struct gmem_link *link, uint64_t va, uint64_t bytes)
+{
+	uint64_t end = va + bytes;
+
+	for (size_t i = 0; i < link->region_count;) {
+		struct gmem_link_region *region = &link->regions[i];
+		uint64_t region_end = region->va + region->bytes;
+
+		if (region->va >= end || region_end <= va) {
+			i++;
+		} else if (region->va >= va && region_end <= end) {
+			*region = link->regions[--link->region_count];
+		} else if (region->va < va) {
+			region->bytes = va - region->va;
+			if (region_end > end) {
+				int err = remember(link, end, region_end - end, region->inherit);
+
+				if (err)
+					return err;
+			}
+			i++;
+		} else {
+			region->bytes = region_end - end;
+			region->va = end;
+			i++;
+		}
+	}
+	return 0;
+}
+
+int gmem_link_unmap(struct gmem_link *link, uint64_t va, uint64_t bytes)
+{
+	int err = 0;
+
+	/* The lock is not held over munmap, which waits for the daemon to read its event. */
+	if (munmap((void *)(uintptr_t)va, bytes))
+		return -errno;
+	pthread_mutex_lock(&link->lock);
+	err = forget(link, va, bytes);
+	pthread_mutex_unlock(&link->lock);
+	return err;
+}
+
+void gmem_link_unmap_all(struct gmem_link *link)
+{
+	for (;;) {
+		struct gmem_link_region region;
+
+		pthread_mutex_lock(&link->lock);
+		if (!link->region_count) {
+			pthread_mutex_unlock(&link->lock);
+			return;
+		}
+		region = link->regions[--link->region_count];
+		pthread_mutex_unlock(&link->lock);
+		munmap((void *)(uintptr_t)region.va, region.bytes);
+	}
+}
+
+int gmem_link_map_region(struct gmem_link *link, const struct gmem_wire_region *region, int fd, bool inherit)
+{
+	/* What stands there is ours to replace: the window of a context, or what a fork left. */
+	int err = map_at(region->va, region->bytes, fd, region->offset, MAP_FIXED, inherit);
+
+	(void)link;
+	close(fd);
+	return err;
+}
+
+int gmem_link_map_window(struct gmem_link *link)
+{
+	const struct gmem_wire_welcome *hello = &link->hello;
+	int err = 0;
+
+	if (link->files[0] >= 0)
+		err = map_at(hello->small_base, hello->small_bytes, link->files[0],
+			     hello->small_base - hello->window_base, MAP_FIXED_NOREPLACE, false);
+	if (!err && link->files[1] >= 0)
+		err = map_at(hello->huge_base, hello->huge_bytes, link->files[1],
+			     hello->huge_base - hello->window_base, MAP_FIXED_NOREPLACE, false);
+	return err;
+}

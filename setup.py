@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Extensions and package layout; everything else is in pyproject.toml."""
+
+from glob import glob
+from pathlib import Path
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+ROOT = Path(__file__).resolve().parent
+C_FLAGS = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread"]
+
+
+def c_files(*patterns: str) -> list[str]:
+    return sorted(name for pattern in patterns for name in glob(pattern, root_dir=ROOT))
+
+
+core = Extension(
+    "gmemd._core",
+    sources=["gmemd/_core.pyx", *c_files("csrc/*.c", "csrc/drivers/*.c")],
+    depends=c_files("gmemd/*.pxd", "csrc/include/gmem/*.h", "csrc/*.h", "client/include/*.h"),
+    include_dirs=["csrc/include", "client/include"],
+    # Cython's own output trips these two; csrc is compiled with -Werror by the Makefile's C rules.
+    extra_compile_args=[*C_FLAGS, "-Wno-unused-parameter", "-Wno-missing-field-initializers"],
+    extra_link_args=["-pthread"],
+)
+
+# Only the ops table of drivers written in Python: it needs the core's headers and none of its code.
+pydriver = Extension(
+    "gmemd._pydriver",
+    sources=["gmemd/_pydriver.pyx"],
+    depends=core.depends,
+    include_dirs=core.include_dirs,
+    extra_compile_args=core.extra_compile_args,
+)
+
+# The client's buffer object.
+mapping = Extension("gmem._mapping", sources=["client/gmem/_mapping.pyx"])
+
+setup(
+    packages=["gmemd", "gmemd.drivers", "gmem"],
+    package_dir={"gmem": "client/gmem"},
+    package_data={"gmem": ["py.typed"], "gmemd": ["py.typed"]},
+    ext_modules=cythonize([core, pydriver, mapping], language_level=3, build_dir="build/cython"),
+    cffi_modules=["client/build_ffi.py:ffibuilder"],
+)
