@@ -136,15 +136,6 @@ static void end_contexts(struct gmem_core *core, int hnid)
 	}
 }
 
-/* Acquires of contexts that were ended are nobody's to release. */
-static void forget_holds(struct gmem_hnode *hnode)
-{
-	gmem_mutex_lock(&hnode->lock);
-	for (uint32_t i = 1; i < hnode->frames_bumped; i++)
-		hnode->frames[i].holds = 0;
-	gmem_mutex_unlock(&hnode->lock);
-}
-
 static void set_draining(struct gmem_hnode *hnode, bool draining)
 {
 	gmem_mutex_lock(&hnode->lock);
@@ -169,8 +160,6 @@ int gmem_device_detach(struct gmem_core *core, int hnid, bool force)
 		goto out;
 	set_draining(hnode, true);
 	end_contexts(core, hnid);
-	if (force)
-		forget_holds(hnode);
 	err = gmem_reclaim_drain(hnode);
 	if (err) {
 		set_draining(hnode, false);

@@ -6,7 +6,7 @@
 #include <sched.h>
 
 #include <gmem/internal.h>
-#include <gmem/migrate.h>
+#include <gmem/pages.h>
 
 #define AGAIN_TRIES 2000
 #define ZERO_BYTES 65536
@@ -121,19 +121,6 @@ static uint64_t room(const struct end *end, uint64_t va)
 	return end->place.range.va + end->place.range.bytes - va;
 }
 
-static int check_mapped(struct gmem_session *session, uint64_t va, uint64_t bytes)
-{
-	for (uint64_t end = va + bytes; va < end;) {
-		struct gmem_place place;
-
-		if (gmem_as_lookup(&session->as, va, &place))
-			return -EINVAL;
-		va = place.region_va + place.region_bytes;
-		gmem_object_unref(place.object);
-	}
-	return 0;
-}
-
 static int copy_all(struct gmem_session *session, int hnid, uint64_t dst, uint64_t src, uint64_t bytes)
 {
 	int err = 0;
@@ -177,9 +164,9 @@ int gmem_hmemcpy(struct gmem_core *core, uint64_t id, int hnid, uint64_t dst, ui
 	session = gmem_session_get(core, id);
 	if (!session)
 		return -ENOENT;
-	err = check_mapped(session, dst, bytes);
+	err = gmem_range_check(session, dst, bytes);
 	if (!err)
-		err = check_mapped(session, src, bytes);
+		err = gmem_range_check(session, src, bytes);
 	if (!err)
 		err = copy_all(session, hnode->hnid, dst, src, bytes);
 	gmem_session_unref(session);

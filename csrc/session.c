@@ -6,7 +6,7 @@
 #include <unistd.h>
 
 #include <gmem/internal.h>
-#include <gmem/migrate.h>
+#include <gmem/pages.h>
 #include <gmem/uffd.h>
 
 #define FORK_WAIT_STEPS 500 /* of 1 ms: the event has been read when the child runs, but perhaps not been handled */
@@ -158,6 +158,7 @@ void gmem_session_unwatch(struct gmem_session *session, struct gmem_view *view)
 	if (!gmem_as_remove_view(&session->as, view))
 		return;
 	if (view->id) {
+		gmem_release_all(view);
 		atomic_fetch_sub(&session->core->context_count, 1);
 		if (hnode)
 			atomic_fetch_sub(&hnode->contexts, 1);

@@ -16,6 +16,7 @@ from typing import Any
 from gmem._client import ffi, lib
 from gmem._errors import from_errno
 from gmem._launch import dumps, loads
+from gmem._requests import Requests
 
 
 def _end_with(parent: int) -> None:
@@ -54,6 +55,14 @@ def _portable(error: BaseException) -> bytes | None:
     return body
 
 
+def _requests(link: Any) -> Requests:
+    return Requests(
+        lambda: ffi.string(lib.gmem_link_control(link)).decode(),
+        lambda: bytes(ffi.buffer(lib.gmem_link_token(link), lib.GMEM_WIRE_TOKEN_BYTES)),
+        lambda: lib.gmem_link_socket(link) < 0,
+    )
+
+
 def _run(body: bytes, window: tuple[int, int]) -> tuple[Any, ...]:
     try:
         fn, args, keywords = loads(body)
@@ -75,14 +84,19 @@ def serve(channel: Connection) -> None:
         return
     window = (lib.gmem_link_window_base(link), lib.gmem_link_window_bytes(link))
     channel.send(("ready", lib.gmem_link_hnid(link)))
+    requests = _requests(link)
     while True:
         try:
-            number, body = channel.recv()
+            number, body, held = channel.recv()
         except (EOFError, OSError):
             return
         channel.send((number, "started"))
-        channel.send((number, *_run(body, window)))
-        del body
+        answer = _run(body, window)
+        # Here and not in the client: its threads may be waiting for this memory, one of them with the interpreter lock.
+        if held:
+            requests.call("release", **held)
+        channel.send((number, *answer))
+        del body, answer
 
 
 def main() -> None:

@@ -54,10 +54,9 @@ class Device:
 
 
 class _Launch:
-    def __init__(self, fence: Fence, timeout: float | None, held: list[tuple[bool, list[tuple[int, int]]]]) -> None:
+    def __init__(self, fence: Fence, timeout: float | None) -> None:
         self.fence = fence
         self.timeout = timeout
-        self.held = held
         self.deadline: float | None = None
 
 
@@ -143,14 +142,14 @@ class Context:
         except TypeError as error:
             raise InvalidArgument(str(error), argument="fn") from None
         body, arrays = dumps((kernel, args, keywords), self._session.window)
-        held = self._hold(arrays) if self._brackets else []
+        held = self._hold(arrays) if self._brackets else None
         fence = Fence((args, keywords))
         with self._lock:
             self._check_usable()
             number = next(self._numbers)
-            self._pending[number] = _Launch(fence, timeout, held)
+            self._pending[number] = _Launch(fence, timeout)
             try:
-                self._channel.send((number, body))
+                self._channel.send((number, body, held))
             except OSError:
                 pass  # the reader sees the end, and fails the fence
         return fence
@@ -169,18 +168,20 @@ class Context:
 
     # ---- devices that can't replay a fault: what a kernel touches is held on the device while it runs ----
 
-    def _hold(self, arrays: list[np.ndarray[Any, Any]]) -> list[tuple[bool, list[tuple[int, int]]]]:
-        held: list[tuple[bool, list[tuple[int, int]]]] = []
+    def _hold(self, arrays: list[np.ndarray[Any, Any]]) -> dict[str, Any] | None:
+        """Acquires what a kernel gets; the release request, which the device process makes when the kernel is done."""
+        held: list[tuple[int, int]] = []
         try:
             for write in (True, False):
                 ranges = [managed_extent(array, self._session) for array in arrays if array.flags.writeable is write]
                 if ranges:
                     self.acquire(ranges, write)
-                    held.append((write, ranges))
+                    held += ranges
         except BaseException:
-            self._let_go(held)
+            if held:
+                self.release(held)
             raise
-        return held
+        return {"context": self.context_id, "ranges": [list(r) for r in held]} if held else None
 
     def acquire(self, ranges: list[tuple[int, int]], write: bool) -> None:
         """Migrates and maps ranges, and holds them on the device; waits for launches that hold what is in the way."""
@@ -197,11 +198,6 @@ class Context:
 
     def release(self, ranges: list[tuple[int, int]]) -> None:
         self._session.request("release", context=self.context_id, ranges=[list(r) for r in ranges])
-
-    def _let_go(self, held: list[tuple[bool, list[tuple[int, int]]]]) -> None:
-        for _, ranges in held:
-            with suppress(GmemError):
-                self.release(ranges)
 
     # ---- answers ----
 
@@ -232,8 +228,6 @@ class Context:
     def _finish(self, number: int, what: str, rest: list[Any]) -> None:
         with self._lock:
             launch = self._pending[number]
-        if launch.held:
-            self._let_go(launch.held)
         try:
             if what == "done":
                 launch.fence._complete(loads(rest[0]))

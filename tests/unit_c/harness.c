@@ -236,6 +236,18 @@ struct client *context_start(struct client *of, int hnid, client_fn fn, void *ar
 	return spawn(client, fn, arg);
 }
 
+void core_settle(struct gmem_core *core)
+{
+	struct gmem_core_stats stats;
+
+	for (int i = 0; i < 2000; i++) {
+		gmem_core_stats(core, &stats);
+		if (!stats.objects)
+			break;
+		sleep_ms(1);
+	}
+}
+
 void client_free(struct client *client)
 {
 	shutdown(client->sock, SHUT_RDWR);

@@ -47,6 +47,8 @@ struct client {
 };
 
 struct gmem_core *core_start(struct gmem_core_config config);
+/* Waits until fault threads have let go of processes that have ended: no object is left (or 2 s have passed). */
+void core_settle(struct gmem_core *core);
 int attach_simgpu(struct gmem_core *core, const char *name, const char *options); /* "capacity=8M bandwidth=..." */
 
 /* Forks a client that runs fn; serves its requests from a thread. */

@@ -127,6 +127,7 @@ static void run(uint64_t page_bytes, bool hugepages, double seconds)
 		CHECK_EQ(client_wait(contexts[i]), 0);
 	CHECK_EQ(client_wait(client), 0);
 	CHECK_EQ(shared->bad, 0);
+	core_settle(core);
 	gmem_core_stats(core, &stats);
 	gmem_hnodes(core, hnodes, &count);
 	CHECK(stats.evictions > 0 && stats.d2h_bytes > 0 && stats.h2d_bytes > 0 && stats.invalidations > 0);

@@ -62,13 +62,8 @@ static void expect_empty(struct gmem_core *core)
 	struct gmem_core_stats stats;
 	size_t count;
 
-	/* a fault thread may still be about to let go of a process that was killed */
-	for (int i = 0; i < 2000; i++) {
-		gmem_core_stats(core, &stats);
-		if (!stats.objects)
-			break;
-		sleep_ms(1);
-	}
+	core_settle(core);
+	gmem_core_stats(core, &stats);
 	CHECK_EQ(stats.sessions, 0);
 	CHECK_EQ(stats.contexts, 0);
 	CHECK_EQ(stats.objects, 0);
@@ -254,14 +249,18 @@ static void test_device_faults(struct gmem_core *core)
 	context = context_start(client, strict, touches_when_told, NULL);
 	while (!context->context)
 		sleep_ms(1);
+	CHECK_EQ(gmem_release(core, context->context, &range, 1), -EINVAL);
 	CHECK_EQ(gmem_acquire(core, context->context, &range, 1, true), 0);
+	CHECK_EQ(gmem_acquire(core, context->context, &range, 1, false), 0);
+	CHECK_EQ(gmem_release(core, context->context, &range, 1), 0);
 	CHECK_EQ(gmem_prefetch(core, client->session, 0, shared->va, PAGE), -EBUSY);
 	CHECK_EQ(gmem_discard(core, client->session, shared->va, PAGE), -EBUSY);
 	CHECK_EQ(gmem_device_detach(core, strict, false), -EBUSY);
 	shared->step = 5;
 	CHECK_EQ(signal_of(context), 0);
 	CHECK_EQ(shared->result, 77);
-	CHECK_EQ(gmem_device_detach(core, strict, true), 0); /* nobody is left to release */
+	CHECK_EQ(gmem_prefetch(core, client->session, 0, shared->va, PAGE), 0); /* the hold ended with its context */
+	CHECK_EQ(gmem_device_detach(core, strict, false), 0);
 	CHECK_EQ(gmem_device_detach(core, tiny, false), 0);
 	shared->step = 2;
 	CHECK_EQ(client_wait(client), 0);

@@ -154,6 +154,7 @@ static void run(uint64_t page_bytes, bool hugepages)
 	context = context_start(client, shared->gpu, device_side, NULL);
 	CHECK_EQ(client_wait(context), 0);
 	CHECK_EQ(client_wait(client), 0);
+	core_settle(core);
 	gmem_core_stats(core, &stats);
 	CHECK_EQ(stats.sessions, 0);
 	CHECK_EQ(stats.contexts, 0);

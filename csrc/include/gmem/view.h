@@ -14,6 +14,11 @@
 struct gmem_as;
 struct gmem_session;
 
+struct gmem_hold {
+	struct gmem_range range;
+	struct gmem_hold *next;
+};
+
 struct gmem_view {
 	atomic_uint refs;             /* (A) */
 	atomic_bool dead;             /* (A) */
@@ -30,6 +35,7 @@ struct gmem_view {
 	_Atomic uint64_t faults;      /* (A) */
 	uint32_t slot;                /* (C) once watched */
 	_Atomic uint32_t strikes;     /* (A) signals sent for touching what it may not */
+	struct gmem_hold *holds;      /* as->views_lock; what the context has acquired */
 	struct gmem_view *next;       /* as->views_lock */
 };
 

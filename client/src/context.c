@@ -1,0 +1,291 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <limits.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include "context.h"
+#include "devices.h"
+#include "error.h"
+
+#define START_MS 60000
+
+#ifndef GMEM_LIBEXECDIR
+#define GMEM_LIBEXECDIR "/usr/local/libexec"
+#endif
+
+/* ---- its process ---- */
+
+/* Beside the library that runs, else where it was to be installed. */
+static const char *find_helper(const struct gmem_context_options *options, char *buffer, size_t capacity)
+{
+	const char *chosen = options ? options->helper : NULL;
+	const char *slash;
+	Dl_info info;
+
+	if (!chosen)
+		chosen = secure_getenv("GMEM_CONTEXT_HELPER");
+	if (chosen)
+		return chosen;
+	if (dladdr((void *)(uintptr_t)gmem_context_open, &info) && info.dli_fname &&
+	    (slash = strrchr(info.dli_fname, '/'))) {
+		snprintf(buffer, capacity, "%.*s/../libexec/gmem-context", (int)(slash - info.dli_fname),
+			 info.dli_fname);
+		if (!access(buffer, X_OK))
+			return buffer;
+	}
+	return GMEM_LIBEXECDIR "/gmem-context";
+}
+
+static int start_process(struct gmem_context *context, const struct gmem_context_options *options)
+{
+	char buffer[PATH_MAX];
+	const char *helper = find_helper(options, buffer, sizeof(buffer));
+	char *argv[] = { "gmem-context", NULL };
+	int pair[2], theirs, err;
+
+	if (access(helper, X_OK))
+		return gmem_fail(-errno, "helper: %s: %s", helper, strerror(errno));
+	if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair))
+		return gmem_fail(-errno, "socketpair: %s", strerror(errno));
+	context->channel = pair[0];
+	theirs = gmem_fd_high(pair[1]);
+	err = theirs < 0 ? theirs : gmem_child_spawn(helper, argv, &theirs, 1, &context->child);
+	if (theirs >= 0)
+		close(theirs);
+	if (err) {
+		close(context->channel);
+		return gmem_fail(err, "helper: %s can't be started: %s", helper, strerror(-err));
+	}
+	return 0;
+}
+
+static void end_process(struct gmem_context *context)
+{
+	int status;
+
+	gmem_child_wait(&context->child, true, -1, &status);
+	close(context->channel);
+}
+
+/* Tells the process whom to join, and waits until it has. The token goes over the socket: a command line can be read by
+ * everyone. */
+static int greet(struct gmem_context *context)
+{
+	struct gmem_link *link = context->session->link;
+	struct gmem_launch_hello hello = { .parent = getpid() };
+	struct pollfd readable = { .fd = context->channel, .events = POLLIN };
+	struct gmem_launch_ready ready;
+	ssize_t n;
+
+	memcpy(hello.token, gmem_link_token(link), sizeof(hello.token));
+	strcpy(hello.socket, link->path);
+	strcpy(hello.device, context->device.name);
+	if (send(context->channel, &hello, sizeof(hello), MSG_NOSIGNAL) < 0)
+		return gmem_fail(-EOWNERDEAD, "device: the context's process ended while it started");
+	do {
+		n = poll(&readable, 1, START_MS);
+	} while (n < 0 && errno == EINTR);
+	if (n == 0)
+		return gmem_fail(-ETIMEDOUT, "device: the context was not ready within %d s", START_MS / 1000);
+	n = recv(context->channel, &ready, sizeof(ready), 0);
+	if (n != sizeof(ready))
+		return gmem_fail(-EOWNERDEAD, "device: the context's process ended while it started");
+	ready.message[sizeof(ready.message) - 1] = '\0';
+	if (ready.status)
+		return gmem_fail(ready.status, "device: %s: %s", context->device.name, ready.message);
+	return 0;
+}
+
+/* gmemd's number of the context that our child has opened. */
+static int find_id(struct gmem_context *context)
+{
+	struct gmem_request request;
+	struct gmem_reply reply;
+	const msgpack_object *list;
+	int err;
+
+	gmem_request_init(&request, "contexts", 0);
+	err = gmem_rpc_call(context->session->rpc, &request, &reply);
+	if (err)
+		return err;
+	err = gmem_fail(-EOWNERDEAD, "device: gmemd has lost the context already");
+	list = gmem_map_get(gmem_reply_root(&reply), "contexts");
+	for (uint32_t i = 0; list && list->type == MSGPACK_OBJECT_ARRAY && i < list->via.array.size; i++) {
+		const msgpack_object *row = &list->via.array.ptr[i];
+		uint64_t pid;
+
+		if (!gmem_map_uint(row, "pid", &pid) && pid == (uint64_t)context->child.pid &&
+		    !gmem_map_uint(row, "context", &context->id))
+			err = 0;
+	}
+	gmem_reply_deinit(&reply);
+	return err;
+}
+
+static int start_reader(struct gmem_context *context)
+{
+	sigset_t all, before;
+	int err;
+
+	sigfillset(&all);
+	pthread_sigmask(SIG_BLOCK, &all, &before);
+	err = pthread_create(&context->reader, NULL, gmem_launch_read, context);
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	return err ? gmem_fail(-err, "the context's thread: %s", strerror(err)) : 0;
+}
+
+/* ---- open, close ---- */
+
+static int check_open(const struct gmem *session, const char *device, const struct gmem_context_options *options,
+		      struct gmem_context **ret)
+{
+	if (!session || !ret)
+		return gmem_fail(-EINVAL, "%s: is NULL", session ? "ret" : "session");
+	if (!device || !*device)
+		return gmem_fail(-EINVAL, "device: is NULL or empty");
+	return options ? gmem_check_options(options->size, sizeof(*options), "gmem_context_options") : 0;
+}
+
+static int start(struct gmem_context *context, const struct gmem_context_options *options)
+{
+	int err = start_process(context, options);
+
+	if (err)
+		return err;
+	err = greet(context);
+	if (!err)
+		err = find_id(context);
+	if (!err)
+		err = start_reader(context);
+	if (err)
+		end_process(context);
+	return err;
+}
+
+int gmem_context_open(struct gmem *session, const char *device, const struct gmem_context_options *options,
+		      struct gmem_context **ret)
+{
+	struct gmem_context *context;
+	pthread_condattr_t attributes;
+	int err = check_open(session, device, options, ret);
+
+	if (err)
+		return err;
+	context = calloc(1, sizeof(*context));
+	if (!context)
+		return gmem_fail(-ENOMEM, "out of memory");
+	context->session = session;
+	context->owner = getpid();
+	pthread_mutex_init(&context->lock, NULL);
+	pthread_condattr_init(&attributes);
+	pthread_condattr_setclock(&attributes, CLOCK_MONOTONIC);
+	pthread_cond_init(&context->progress, &attributes);
+	pthread_condattr_destroy(&attributes);
+	err = gmem_device_find(session, device, &context->device);
+	if (!err && !(context->device.caps & GMEM_CAP_COMPUTE))
+		err = gmem_fail(-EOPNOTSUPP, "device: %s has no contexts", device);
+	if (!err)
+		err = start(context, options);
+	if (err) {
+		pthread_cond_destroy(&context->progress);
+		pthread_mutex_destroy(&context->lock);
+		free(context);
+		return err;
+	}
+	gmem_session_count_contexts(session, 1);
+	*ret = context;
+	return 0;
+}
+
+int gmem_context_close(struct gmem_context *context)
+{
+	if (!context)
+		return gmem_fail(-EINVAL, "context: is NULL");
+	if (context->owner != getpid()) {
+		/* A forked child's copy: only its descriptors are its own. */
+		close(context->channel);
+		close(context->child.pidfd);
+		free(context);
+		return 0;
+	}
+	pthread_mutex_lock(&context->lock);
+	if (!context->ended) {
+		context->ended = -ECANCELED;
+		snprintf(context->message, sizeof(context->message), "context: is closed");
+	}
+	pthread_mutex_unlock(&context->lock);
+	/* The reader sees the end of its socket, kills the process and completes every fence. */
+	shutdown(context->channel, SHUT_RDWR);
+	pthread_join(context->reader, NULL);
+	close(context->channel);
+	gmem_session_count_contexts(context->session, -1);
+	pthread_cond_destroy(&context->progress);
+	pthread_mutex_destroy(&context->lock);
+	free(context);
+	return 0;
+}
+
+/* ---- acquire, release ---- */
+
+int gmem_check_ranges(const struct gmem_range *ranges, size_t count, const char *what)
+{
+	if (count && !ranges)
+		return gmem_fail(-EINVAL, "%s: is NULL", what);
+	if (count > 65536)
+		return gmem_fail(-EINVAL, "%s: %zu are more than 65536", what, count);
+	return 0;
+}
+
+int gmem_context_hold(struct gmem_context *context, const struct gmem_range *ranges, size_t count, bool write)
+{
+	struct gmem_request request;
+
+	gmem_request_init(&request, "acquire", 3);
+	gmem_request_uint(&request, "context", context->id);
+	gmem_request_ranges(&request, "ranges", ranges, count);
+	gmem_request_bool(&request, "write", write);
+	return gmem_rpc_call(context->session->rpc, &request, NULL);
+}
+
+int gmem_context_let_go(struct gmem_context *context, const struct gmem_range *ranges, size_t count)
+{
+	struct gmem_request request;
+
+	gmem_request_init(&request, "release", 2);
+	gmem_request_uint(&request, "context", context->id);
+	gmem_request_ranges(&request, "ranges", ranges, count);
+	return gmem_rpc_call(context->session->rpc, &request, NULL);
+}
+
+static int check_acquire(const struct gmem_context *context, const struct gmem_range *ranges, size_t count)
+{
+	if (!context)
+		return gmem_fail(-EINVAL, "context: is NULL");
+	if (context->owner != getpid())
+		return gmem_fail(-ECANCELED, "context: belongs to the parent process");
+	return gmem_check_ranges(ranges, count, "ranges");
+}
+
+int gmem_acquire(struct gmem_context *context, const struct gmem_range *ranges, size_t count, uint32_t flags)
+{
+	int err = check_acquire(context, ranges, count);
+
+	if (!err && (flags & ~GMEM_ACQUIRE_WRITE))
+		err = gmem_fail(-EINVAL, "flags: 0x%x are not known", flags & ~GMEM_ACQUIRE_WRITE);
+	return err ? err : gmem_context_hold(context, ranges, count, flags & GMEM_ACQUIRE_WRITE);
+}
+
+int gmem_release(struct gmem_context *context, const struct gmem_range *ranges, size_t count)
+{
+	int err = check_acquire(context, ranges, count);
+
+	return err ? err : gmem_context_let_go(context, ranges, count);
+}

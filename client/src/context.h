@@ -1,0 +1,58 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * A device context seen from its client: a process (gmem-context.c), a socket to it, and a thread that reads what it says
+ * and watches the clock. Launches wait in a list; the first SENT_MAX of them are with the process already, so that it goes
+ * from one kernel to the next without us, and the socket never fills up.
+ */
+#ifndef GMEM_CLIENT_CONTEXT_H
+#define GMEM_CLIENT_CONTEXT_H
+
+#include <pthread.h>
+#include <stdbool.h>
+
+#include "fence.h"
+#include "launch.h"
+#include "session.h"
+#include "spawn.h"
+
+struct gmem_launch {
+	struct gmem_launch *next;
+	struct gmem_fence *fence;
+	uint64_t timeout_ns;  /* 0: none */
+	uint64_t deadline_ns; /* once it has started, if it has a timeout */
+	size_t held_count;    /* ranges held on the device for it */
+	struct gmem_range *held;
+	struct gmem_launch_run run;
+};
+
+struct gmem_context {
+	struct gmem *session;
+	struct gmem_device_info device;
+	uint64_t id;      /* as gmemd counts contexts */
+	pid_t owner;
+	struct gmem_child child;
+	int channel;
+	pthread_t reader;
+	pthread_mutex_t lock; /* guards what follows */
+	pthread_cond_t progress;
+	struct gmem_launch *first, *last; /* not complete, oldest first */
+	size_t sent;                      /* so many of them, from the first */
+	uint64_t last_id;
+	uint64_t completed;
+	int ended;            /* 0, or -errno: why nothing can be launched any more */
+	char message[384];
+};
+
+/* ---- context.c ---- */
+
+int gmem_context_hold(struct gmem_context *context, const struct gmem_range *ranges, size_t count, bool write);
+int gmem_context_let_go(struct gmem_context *context, const struct gmem_range *ranges, size_t count);
+/* -EINVAL naming what, of ranges that can't be. */
+int gmem_check_ranges(const struct gmem_range *ranges, size_t count, const char *what);
+
+/* ---- launch.c ---- */
+
+/* The reader thread's function; its argument is the context. */
+void *gmem_launch_read(void *context);
+
+#endif

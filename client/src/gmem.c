@@ -1,0 +1,318 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * libgmem's memory and device functions: each is a request or two to gmemd. Arguments are checked by gmemd, which names
+ * them; here only what can't be told there, or would do harm before.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <string.h>
+
+#include "error.h"
+#include "session.h"
+
+#define SMALL_BYTES 4096ull
+#define HUGE_BYTES (2ull << 20)
+#define BUSY_RANGES_MAX 64
+/* A request describes at most 65536 pages; this many bytes are never more, and always whole pages. */
+#define QUERY_BYTES_MAX (65536 * SMALL_BYTES)
+
+static uint64_t address(const void *va)
+{
+	return (uintptr_t)va;
+}
+
+static int check_session(const struct gmem *session)
+{
+	return session ? 0 : gmem_fail(-EINVAL, "session: is NULL");
+}
+
+static int call_range(struct gmem *session, const char *op, const int *hnid, const void *va, size_t bytes)
+{
+	struct gmem_request request;
+	int err = check_session(session);
+
+	if (err)
+		return err;
+	gmem_request_init(&request, op, hnid ? 3 : 2);
+	if (hnid)
+		gmem_request_int(&request, "hnid", *hnid);
+	gmem_request_uint(&request, "va", address(va));
+	gmem_request_uint(&request, "bytes", bytes);
+	return gmem_rpc_call(session->rpc, &request, NULL);
+}
+
+/* ---- mapping ---- */
+
+struct grant {
+	uint64_t va, bytes, offset;
+	bool huge;
+};
+
+static int reserve(struct gmem *session, size_t bytes, const struct gmem_mmap_options *options, struct grant *ret)
+{
+	struct gmem_request request;
+	struct gmem_reply reply;
+	const msgpack_object *root;
+	int err;
+
+	gmem_request_init(&request, "mmap", 4);
+	gmem_request_uint(&request, "bytes", bytes);
+	gmem_request_uint(&request, "page_bytes", options->page_bytes);
+	gmem_request_str(&request, "fork", options->flags & GMEM_MMAP_NO_INHERIT ? "none" : "share");
+	gmem_request_bool(&request, "small", options->flags & GMEM_MMAP_SMALL);
+	err = gmem_rpc_call(session->rpc, &request, &reply);
+	if (err)
+		return err;
+	root = gmem_reply_root(&reply);
+	if (gmem_map_uint(root, "va", &ret->va) || gmem_map_uint(root, "bytes", &ret->bytes) ||
+	    gmem_map_uint(root, "offset", &ret->offset) || gmem_map_bool(root, "huge", &ret->huge))
+		err = gmem_fail(-EPROTO, "mmap: gmemd's reply can't be read");
+	gmem_reply_deinit(&reply);
+	return err;
+}
+
+/* Reserves and maps. Ranges that are in use in this process are given back, after all tries so that they do not come
+ * again. */
+static int reserve_and_map(struct gmem *session, size_t bytes, const struct gmem_mmap_options *options,
+			   struct grant *ret)
+{
+	struct grant busy[BUSY_RANGES_MAX], got;
+	bool inherit = !(options->flags & GMEM_MMAP_NO_INHERIT);
+	size_t count = 0;
+	int err;
+
+	do {
+		err = reserve(session, bytes, options, &got);
+		if (err)
+			break;
+		err = gmem_link_map(session->link, got.va, got.bytes, got.offset, got.huge, inherit);
+		if (err)
+			busy[count++] = got;
+	} while (err == -EEXIST && count < BUSY_RANGES_MAX);
+	for (size_t i = 0; i < count; i++)
+		call_range(session, "munmap", NULL, (void *)(uintptr_t)busy[i].va, busy[i].bytes);
+	if (err && count)
+		gmem_fail(err, "bytes: %zu bytes can't be mapped at 0x%llx: %s", bytes,
+			  (unsigned long long)busy[count - 1].va, strerror(-err));
+	if (!err)
+		*ret = got;
+	return err;
+}
+
+static int commit(struct gmem *session, uint64_t va)
+{
+	struct gmem_request request;
+
+	gmem_request_init(&request, "mmap_commit", 1);
+	gmem_request_uint(&request, "va", va);
+	return gmem_rpc_call(session->rpc, &request, NULL);
+}
+
+static int check_mmap(struct gmem *session, const struct gmem_mmap_options *options, void **ret)
+{
+	const uint32_t known = GMEM_MMAP_NO_INHERIT | GMEM_MMAP_SMALL;
+	int err = check_session(session);
+
+	if (!err && !ret)
+		err = gmem_fail(-EINVAL, "ret: is NULL");
+	if (!err)
+		err = gmem_check_options(options->size, sizeof(*options), "gmem_mmap_options");
+	if (!err && (options->flags & ~known))
+		err = gmem_fail(-EINVAL, "options: flags 0x%x are not known", options->flags & ~known);
+	if (!err && options->reserved)
+		err = gmem_fail(-EINVAL, "options: reserved is not zero");
+	return err;
+}
+
+int gmem_mmap(struct gmem *session, size_t bytes, const struct gmem_mmap_options *options, void **ret)
+{
+	const struct gmem_mmap_options defaults = { .size = sizeof(defaults) };
+	struct grant region;
+	int err;
+
+	options = options ? options : &defaults;
+	err = check_mmap(session, options, ret);
+	if (!err)
+		err = gmem_check_bytes(bytes);
+	if (!err)
+		err = reserve_and_map(session, bytes, options, &region);
+	if (err)
+		return err;
+	err = commit(session, region.va);
+	if (err) {
+		char why[256];
+
+		strncpy(why, gmem_last_error(), sizeof(why) - 1);
+		why[sizeof(why) - 1] = '\0';
+		gmem_link_unmap(session->link, region.va, region.bytes);
+		call_range(session, "munmap", NULL, (void *)(uintptr_t)region.va, region.bytes);
+		return gmem_fail(err, "%s", why);
+	}
+	*ret = (void *)(uintptr_t)region.va;
+	return 0;
+}
+
+static int query_once(struct gmem *session, uint64_t va, uint64_t bytes, struct gmem_page *pages, size_t capacity,
+		      uint64_t *ret_page_bytes, size_t *ret_count)
+{
+	struct gmem_request request;
+	struct gmem_reply reply;
+	const msgpack_object *data;
+	int err;
+
+	gmem_request_init(&request, "query", 2);
+	gmem_request_uint(&request, "va", va);
+	gmem_request_uint(&request, "bytes", bytes);
+	err = gmem_rpc_call(session->rpc, &request, &reply);
+	if (err)
+		return err;
+	data = gmem_map_get(gmem_reply_root(&reply), "pages");
+	if (!data || data->type != MSGPACK_OBJECT_BIN || data->via.bin.size % sizeof(*pages) ||
+	    gmem_map_uint(gmem_reply_root(&reply), "page_bytes", ret_page_bytes)) {
+		err = gmem_fail(-EPROTO, "query: gmemd's reply can't be read");
+	} else {
+		size_t count = data->via.bin.size / sizeof(*pages);
+
+		if (capacity)
+			memcpy(pages, data->via.bin.ptr, (count < capacity ? count : capacity) * sizeof(*pages));
+		*ret_count = count;
+	}
+	gmem_reply_deinit(&reply);
+	return err;
+}
+
+/* Whole pages go: the end is rounded up to the page size of the region that it lies in. */
+static int round_end(struct gmem *session, uint64_t va, size_t bytes, uint64_t *ret_bytes)
+{
+	uint64_t end = va + bytes, page_bytes;
+	size_t count;
+	int err = 0;
+
+	if (end % HUGE_BYTES) { /* else it is right for every page size */
+		err = query_once(session, end - 1, 1, NULL, 0, &page_bytes, &count);
+		if (!err)
+			end = (end + page_bytes - 1) & ~(page_bytes - 1);
+	}
+	*ret_bytes = end - va;
+	return err;
+}
+
+int gmem_munmap(struct gmem *session, void *va, size_t bytes)
+{
+	uint64_t base, window, whole;
+	int err = check_session(session);
+
+	if (!err)
+		err = gmem_check_bytes(bytes);
+	if (err)
+		return err;
+	/* munmap(2) takes any range of this process: what is not ours must not get there. */
+	base = gmem_link_window_base(session->link);
+	window = gmem_link_window_bytes(session->link);
+	if (address(va) % SMALL_BYTES)
+		return gmem_fail(-EINVAL, "va: %p is not a multiple of %llu", va, SMALL_BYTES);
+	if (address(va) < base || address(va) - base >= window || bytes > window - (address(va) - base))
+		return gmem_fail(-EINVAL, "va: %p + %zu is not memory of gmem", va, bytes);
+	err = round_end(session, address(va), bytes, &whole);
+	if (err)
+		return err;
+	err = gmem_link_unmap(session->link, address(va), whole);
+	if (err)
+		return gmem_fail(err, "va: munmap of %p: %s", va, strerror(-err));
+	return call_range(session, "munmap", NULL, va, whole);
+}
+
+/* ---- placement ---- */
+
+static const char *advice_word(int advice)
+{
+	switch (advice) {
+	case GMEM_ADVISE_DISCARD:
+		return "discard";
+	case GMEM_ADVISE_PREFETCH:
+		return "prefetch";
+	case GMEM_ADVISE_PINNED:
+		return "pinned";
+	case GMEM_ADVISE_UNPINNED:
+		return "unpinned";
+	case GMEM_ADVISE_READ_MOSTLY:
+		return "read_mostly";
+	case GMEM_ADVISE_NO_READ_MOSTLY:
+		return "no_read_mostly";
+	case GMEM_ADVISE_PREFERRED:
+		return "preferred";
+	case GMEM_ADVISE_COLD:
+		return "cold";
+	default:
+		return NULL;
+	}
+}
+
+int gmem_hmadvise(struct gmem *session, int hnid, void *va, size_t bytes, int advice)
+{
+	struct gmem_request request;
+	int err = check_session(session);
+
+	if (err)
+		return err;
+	if (!advice_word(advice))
+		return gmem_fail(-EINVAL, "advice: 0x%x is not known", (unsigned)advice);
+	gmem_request_init(&request, "advise", 4);
+	gmem_request_int(&request, "hnid", hnid);
+	gmem_request_uint(&request, "va", address(va));
+	gmem_request_uint(&request, "bytes", bytes);
+	gmem_request_str(&request, "advice", advice_word(advice));
+	return gmem_rpc_call(session->rpc, &request, NULL);
+}
+
+int gmem_hmemcpy(struct gmem *session, int hnid, void *dst, const void *src, size_t bytes)
+{
+	struct gmem_request request;
+	int err = check_session(session);
+
+	if (err)
+		return err;
+	gmem_request_init(&request, "hmemcpy", 4);
+	gmem_request_int(&request, "hnid", hnid);
+	gmem_request_uint(&request, "dst", address(dst));
+	gmem_request_uint(&request, "src", address(src));
+	gmem_request_uint(&request, "bytes", bytes);
+	return gmem_rpc_call(session->rpc, &request, NULL);
+}
+
+int gmem_prefetch(struct gmem *session, int hnid, void *va, size_t bytes)
+{
+	return call_range(session, "prefetch", &hnid, va, bytes);
+}
+
+int gmem_discard(struct gmem *session, void *va, size_t bytes)
+{
+	return call_range(session, "discard", NULL, va, bytes);
+}
+
+int gmem_query(struct gmem *session, const void *va, size_t bytes, struct gmem_page *pages, size_t capacity,
+	       size_t *ret)
+{
+	uint64_t at = address(va), end = at + bytes, page_bytes;
+	size_t total = 0;
+	int err = check_session(session);
+
+	if (!err)
+		err = gmem_check_bytes(bytes);
+	if (!err && end < at)
+		err = gmem_fail(-EINVAL, "bytes: %p + %zu ends beyond the address space", va, bytes);
+	if (!err && (!ret || (capacity && !pages)))
+		err = gmem_fail(-EINVAL, "%s: is NULL", ret ? "pages" : "ret");
+	while (!err && at < end) {
+		uint64_t stop = (at / QUERY_BYTES_MAX + 1) * QUERY_BYTES_MAX;
+		size_t left = capacity > total ? capacity - total : 0, count;
+
+		stop = stop < end ? stop : end;
+		err = query_once(session, at, stop - at, left ? pages + total : NULL, left, &page_bytes, &count);
+		total += err ? 0 : count;
+		at = stop;
+	}
+	if (!err)
+		*ret = total;
+	return err;
+}

@@ -1,0 +1,143 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+#include "error.h"
+#include "session.h"
+
+#define SYSTEM_SOCKET "/run/gmem/gmemd.sock"
+
+int gmem_check_bytes(size_t bytes)
+{
+	if (!bytes || bytes > INT64_MAX)
+		return gmem_fail(-EINVAL, "bytes: %zu is out of range: at least 1 and less than 2^63", bytes);
+	return 0;
+}
+
+int gmem_check_options(size_t size, size_t least, const char *what)
+{
+	if (size < least || size > 4096)
+		return gmem_fail(-EINVAL, "options: size %zu is not that of struct %s", size, what);
+	return 0;
+}
+
+void gmem_session_count_contexts(struct gmem *session, int change)
+{
+	pthread_mutex_lock(&session->lock);
+	if (session->context_pid != getpid()) {
+		session->context_pid = getpid();
+		session->context_count = 0;
+	}
+	session->context_count += (size_t)change;
+	pthread_mutex_unlock(&session->lock);
+}
+
+static int connect_to(struct gmem *session, const char *path)
+{
+	char message[GMEM_WIRE_MESSAGE_BYTES] = "";
+	int err = gmem_link_open(path, &session->link, message);
+
+	/* Some messages carry the path already. */
+	if (err && !strncmp(message, path, strlen(path)))
+		return gmem_fail(err, "%s", message);
+	if (err)
+		return gmem_fail(err, "%s: %s", path, message[0] ? message : strerror(-err));
+	return 0;
+}
+
+static int connect_embedded(struct gmem *session, const struct gmem_open_options *options)
+{
+	int err = gmem_embedded_get(options ? options->devices : NULL, options ? options->device_count : 0,
+				    &session->embedded);
+
+	if (err)
+		return err;
+	err = connect_to(session, gmem_embedded_socket(session->embedded));
+	if (err)
+		gmem_embedded_put(session->embedded);
+	return err;
+}
+
+static int connect_somewhere(struct gmem *session, const char *path, const struct gmem_open_options *options)
+{
+	bool own = options && options->device_count;
+	int err;
+
+	if (path)
+		return connect_to(session, path);
+	if (!own) {
+		const char *chosen = secure_getenv("GMEM_SOCKET");
+
+		if (chosen && *chosen)
+			return connect_to(session, chosen);
+		err = connect_to(session, SYSTEM_SOCKET);
+		if (err != -ENOENT && err != -ECONNREFUSED && err != -EACCES)
+			return err;
+	}
+	return connect_embedded(session, options);
+}
+
+static int check_open(const char *path, const struct gmem_open_options *options, struct gmem **ret)
+{
+	if (!ret)
+		return gmem_fail(-EINVAL, "ret: is NULL");
+	if (path && !*path)
+		return gmem_fail(-EINVAL, "path: is empty");
+	if (!options)
+		return 0;
+	if (gmem_check_options(options->size, sizeof(*options), "gmem_open_options"))
+		return -EINVAL;
+	if (options->device_count && path)
+		return gmem_fail(-EINVAL, "options: only a private gmemd takes devices, and path asks for another");
+	for (size_t i = 0; i < options->device_count; i++)
+		if (!options->devices || !options->devices[i])
+			return gmem_fail(-EINVAL, "options: devices[%zu] is NULL", i);
+	return 0;
+}
+
+int gmem_open(const char *path, const struct gmem_open_options *options, struct gmem **ret)
+{
+	struct gmem *session;
+	int err = check_open(path, options, ret);
+
+	if (err)
+		return err;
+	session = calloc(1, sizeof(*session));
+	if (!session)
+		return gmem_fail(-ENOMEM, "out of memory");
+	err = connect_somewhere(session, path, options);
+	if (err) {
+		free(session);
+		return err;
+	}
+	err = gmem_rpc_create(session->link, &session->rpc);
+	if (err) {
+		gmem_link_close(session->link);
+		if (session->embedded)
+			gmem_embedded_put(session->embedded);
+		free(session);
+		return err;
+	}
+	pthread_mutex_init(&session->lock, NULL);
+	*ret = session;
+	return 0;
+}
+
+int gmem_close(struct gmem *session)
+{
+	if (!session)
+		return gmem_fail(-EINVAL, "session: is NULL");
+	gmem_session_count_contexts(session, 0);
+	if (session->context_count)
+		return gmem_fail(-EBUSY, "session: %zu of its contexts are open", session->context_count);
+	gmem_rpc_destroy(session->rpc);
+	gmem_link_close(session->link);
+	if (session->embedded)
+		gmem_embedded_put(session->embedded);
+	pthread_mutex_destroy(&session->lock);
+	free(session);
+	return 0;
+}

@@ -1,0 +1,42 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What the files of libgmem know of each other's sessions.
+ */
+#ifndef GMEM_CLIENT_SESSION_H
+#define GMEM_CLIENT_SESSION_H
+
+#include <gmem.h>
+#include <pthread.h>
+#include <sys/types.h>
+
+#include "link.h"
+#include "rpc.h"
+
+struct gmem_embedded;
+
+struct gmem {
+	struct gmem_link *link;
+	struct gmem_rpc *rpc;
+	struct gmem_embedded *embedded; /* the private gmemd it is connected to; NULL: a running one */
+	pthread_mutex_t lock;           /* guards what follows */
+	size_t context_count;           /* open ones of process context_pid */
+	pid_t context_pid;
+};
+
+/* ---- session.c ---- */
+
+int gmem_check_bytes(size_t bytes);
+/* -EINVAL naming "options" if size is not that of a version of the struct that we know. */
+int gmem_check_options(size_t size, size_t least, const char *what);
+/* Counts an open context, or with -1 a closed one. */
+void gmem_session_count_contexts(struct gmem *session, int change);
+
+/* ---- embedded.c ---- */
+
+/* Starts a private gmemd, or shares the one this process has if it asks for no devices. */
+int gmem_embedded_get(const char *const *devices, size_t device_count, struct gmem_embedded **ret);
+/* Lets it end with its last session, if this was its last user. */
+void gmem_embedded_put(struct gmem_embedded *embedded);
+const char *gmem_embedded_socket(const struct gmem_embedded *embedded);
+
+#endif

@@ -1,0 +1,38 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Requests on ranges: checking a range, and doing something to each page of it under the page's BUSY state.
+ */
+#ifndef GMEM_PAGES_H
+#define GMEM_PAGES_H
+
+#include <gmem/migrate.h>
+#include <gmem/session.h>
+
+struct gmem_request {
+	struct gmem_core *core;
+	struct gmem_session *session;
+	struct gmem_view *view; /* where the pages are to be mapped, or NULL */
+	int hnid;
+	enum gmem_advice advice;
+	bool write;
+};
+
+typedef int (*gmem_page_fn)(struct gmem_request *request, struct gmem_page *page, struct gmem_range range);
+
+/* -EINVAL unless every byte of the range is in a region. */
+int gmem_range_check(struct gmem_session *session, uint64_t va, uint64_t bytes);
+int gmem_request_init(struct gmem_core *core, uint64_t session, int hnid, uint64_t va, uint64_t bytes,
+		      struct gmem_request *ret);
+void gmem_request_deinit(struct gmem_request *request);
+/* fn on one page, again while it says -EAGAIN. */
+int gmem_one_page(struct gmem_request *request, struct gmem_object *object, uint64_t index, struct gmem_range range,
+		  gmem_page_fn fn);
+/* Calls fn for each page that overlaps the range (outward), or lies in it whole (inward). touched: skips pages that were
+ * never used. Stops at the first error. */
+int gmem_for_pages(struct gmem_request *request, uint64_t va, uint64_t bytes, bool inward, bool touched,
+		   gmem_page_fn fn);
+
+/* Releases everything a context holds: it has ended. (acquire.c) */
+void gmem_release_all(struct gmem_view *view);
+
+#endif

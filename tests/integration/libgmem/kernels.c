@@ -1,0 +1,101 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Kernels of the tests, the bad ones included.
+ */
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <gmem.h>
+
+gmem_kernel answer, add, crash, crash_outside, spin, leave, hold_still, take_channel, read_zero, pid_of;
+
+int answer(void *const *args, size_t arg_count)
+{
+	(void)args;
+	return 40 + (int)arg_count;
+}
+
+/* args: uint64_t *, count, addend */
+int add(void *const *args, size_t arg_count)
+{
+	volatile uint64_t *words = args[0];
+
+	if (arg_count != 3)
+		return -EINVAL;
+	for (size_t i = 0; i < (uintptr_t)args[1]; i++)
+		words[i] += (uintptr_t)args[2];
+	return 0;
+}
+
+int crash(void *const *args, size_t arg_count)
+{
+	volatile int *volatile nowhere = NULL;
+
+	(void)args;
+	(void)arg_count;
+	return *nowhere;
+}
+
+/* args: an address of the window where no region is */
+int crash_outside(void *const *args, size_t arg_count)
+{
+	(void)arg_count;
+	return *(volatile int *)args[0];
+}
+
+int spin(void *const *args, size_t arg_count)
+{
+	(void)args;
+	(void)arg_count;
+	for (;;)
+		pause();
+}
+
+int leave(void *const *args, size_t arg_count)
+{
+	(void)args;
+	(void)arg_count;
+	_exit(3);
+}
+
+/* args: milliseconds. Returns them. */
+int hold_still(void *const *args, size_t arg_count)
+{
+	uintptr_t ms = arg_count ? (uintptr_t)args[0] : 100;
+	struct timespec wait = { (time_t)(ms / 1000), (long)(ms % 1000) * 1000000 };
+
+	while (nanosleep(&wait, &wait))
+		;
+	return (int)ms;
+}
+
+/* Closes every descriptor of its process, libgmem's among them. */
+int take_channel(void *const *args, size_t arg_count)
+{
+	(void)args;
+	(void)arg_count;
+	for (int fd = 3; fd < 64; fd++)
+		close(fd);
+	return 0;
+}
+
+/* args: memory, bytes: read(2) into it. Returns the number of bytes read. */
+int read_zero(void *const *args, size_t arg_count)
+{
+	int fd = open("/dev/zero", O_RDONLY | O_CLOEXEC);
+	ssize_t n = arg_count == 2 && fd >= 0 ? read(fd, args[0], (uintptr_t)args[1]) : -EINVAL;
+
+	close(fd);
+	return n < 0 ? -errno : (int)n;
+}
+
+int pid_of(void *const *args, size_t arg_count)
+{
+	(void)args;
+	(void)arg_count;
+	return getpid();
+}
