@@ -1,0 +1,579 @@
+# SPDX-License-Identifier: Apache-2.0
+# cython: language_level=3, binding=False
+"""The only bridge between the daemon and its C core: one method for each function of gmem/core.h, GIL released.
+
+Failures are OSError with the core's errno. Ids are the core's. Descriptors that methods return are the core's as well:
+they are not to be closed, and duplicates are to be made while what they belong to lives. Methods may be called from any
+thread; close() waits for those that are running.
+"""
+
+import errno
+import os
+import threading
+
+import structlog
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memset
+from posix.unistd cimport close as close_fd
+
+from gmemd._pydriver cimport Table, probing
+
+log = structlog.get_logger("gmemd.core")
+
+_ADVICE = {
+    "discard": GMEM_ADVISE_DISCARD, "prefetch": GMEM_ADVISE_PREFETCH, "pinned": GMEM_ADVISE_PINNED,
+    "unpinned": GMEM_ADVISE_UNPINNED, "read_mostly": GMEM_ADVISE_READ_MOSTLY,
+    "no_read_mostly": GMEM_ADVISE_NO_READ_MOSTLY, "preferred": GMEM_ADVISE_PREFERRED, "cold": GMEM_ADVISE_COLD,
+}
+_FORK = {"share": GMEM_FORK_SHARE, "none": GMEM_FORK_NONE}
+_FORK_NAMES = {number: name for name, number in _FORK.items()}
+_EVENTS = {
+    GMEM_EVENT_FORK: "fork", GMEM_EVENT_VIEW_GONE: "view_gone", GMEM_EVENT_POISONED: "poisoned",
+    GMEM_EVENT_SEGV: "segv", GMEM_EVENT_NOT_ACQUIRED: "not_acquired", GMEM_EVENT_PRESSURE: "pressure",
+    GMEM_EVENT_DEVICE_LOST: "device_lost", GMEM_EVENT_ERROR: "error",
+}
+# gmem_driver_ops.probe has no argument of its caller's, so who is being probed is told aside: one at a time.
+_probe_lock = threading.Lock()
+_EVENT_BATCH_MAX = 1024
+_CLOSE_WAIT_S = 30.0
+
+
+cdef object _raise(int err):
+    raise OSError(-err, os.strerror(-err))
+
+
+cdef dict _region(const gmem_region_info *r):
+    return {
+        "va": r.va, "bytes": r.bytes, "offset": r.offset, "page_bytes": r.page_bytes,
+        "huge": <int>r.class_ == GMEM_CLASS_HUGE, "fork": _FORK_NAMES[<int>r.fork], "fd": r.fd,
+    }
+
+
+cdef tuple _by_class(const int *fds):
+    """(huge, small), None where there is none."""
+    huge, small = fds[<int>GMEM_CLASS_HUGE], fds[<int>GMEM_CLASS_SMALL]
+    return (huge if huge >= 0 else None, small if small >= 0 else None)
+
+
+cdef gmem_range *_ranges(list pairs, size_t *count) except NULL:
+    cdef gmem_range *made = <gmem_range *>malloc(max(1, len(pairs)) * sizeof(gmem_range))
+    cdef size_t i = 0
+    if made is NULL:
+        raise MemoryError
+    try:
+        for va, size in pairs:
+            made[i].va = va
+            made[i].bytes = size
+            i += 1
+    except BaseException:
+        free(made)
+        raise
+    count[0] = i
+    return made
+
+
+ctypedef int (*region_list)(gmem_core *, uint64_t, int, gmem_region_info *, size_t, size_t *) noexcept nogil
+
+
+cdef int _session_regions(
+    gmem_core *core, uint64_t session, int hnid, gmem_region_info *regions, size_t capacity, size_t *count
+) noexcept nogil:
+    return gmem_session_regions(core, session, regions, capacity, count)
+
+
+cdef int _context_overlays(
+    gmem_core *core, uint64_t session, int hnid, gmem_region_info *regions, size_t capacity, size_t *count
+) noexcept nogil:
+    return gmem_context_overlays(core, session, hnid, regions, capacity, count)
+
+
+cdef class Core:
+    """The core, created on construction."""
+
+    cdef gmem_core *_core
+    cdef int _users
+    cdef bint _closing
+    cdef object _idle
+    cdef list _tables
+
+    def __cinit__(
+        self, *, uint64_t window_base=0, uint64_t window_bytes=0, uint64_t host_limit_bytes=0,
+        uint64_t feature_mask=0xFFFFFFFFFFFFFFFF, uint32_t fault_threads=0, bint hugepages=True, bint overcommit=False,
+        bint event_fork=True,
+    ):
+        cdef gmem_core_config config
+        cdef int err
+        memset(&config, 0, sizeof(config))
+        config.window_base = window_base
+        config.window_bytes = window_bytes
+        config.host_limit_bytes = host_limit_bytes
+        config.feature_mask = feature_mask
+        config.fault_threads = fault_threads
+        config.hugepages = hugepages
+        config.overcommit = overcommit
+        config.event_fork = event_fork
+        self._idle = threading.Event()
+        self._tables = []
+        with nogil:
+            err = gmem_core_create(&config, &self._core)
+        if err:
+            _raise(err)
+
+    def __dealloc__(self):
+        if self._core is not NULL:
+            with nogil:
+                gmem_core_destroy(self._core)
+            self._core = NULL
+
+    cdef gmem_core *_enter(self) except NULL:
+        if self._core is NULL or self._closing:
+            raise OSError(errno.ESHUTDOWN, "the core is closed")
+        self._users += 1
+        return self._core
+
+    cdef void _leave(self) noexcept:
+        self._users -= 1
+        if self._closing and not self._users:
+            self._idle.set()
+
+    def close(self):
+        """(blocks) Brings every page home and ends everything. Any number of times."""
+        cdef gmem_core *core = self._core
+        if core is NULL or self._closing:
+            return
+        self._closing = True
+        if self._users and not self._idle.wait(_CLOSE_WAIT_S):
+            log.error("the core is still in use and is left as it is", calls=self._users)
+            self._core = NULL
+            return
+        with nogil:
+            gmem_core_destroy(core)
+        self._core = NULL
+
+    # ---- what it is ----
+
+    def features(self):
+        cdef gmem_core *core = self._enter()
+        cdef gmem_core_features f
+        with nogil:
+            gmem_core_features_(core, &f)
+        self._leave()
+        return {
+            "uffd": f.uffd, "event_fork": bool(f.event_fork), "continue_wp": bool(f.continue_wp),
+            "poison": bool(f.poison), "hugepages": bool(f.hugepages), "uffd_device": bool(f.uffd_device),
+            "uffd_device_fd": f.uffd_device_fd,
+        }
+
+    def window(self):
+        cdef gmem_core *core = self._enter()
+        cdef gmem_window w
+        with nogil:
+            gmem_core_window(core, &w)
+        self._leave()
+        return {
+            "base": w.base, "bytes": w.bytes,
+            "huge_base": w.part_base[<int>GMEM_CLASS_HUGE], "huge_bytes": w.part_bytes[<int>GMEM_CLASS_HUGE],
+            "small_base": w.part_base[<int>GMEM_CLASS_SMALL], "small_bytes": w.part_bytes[<int>GMEM_CLASS_SMALL],
+        }
+
+    def stats(self):
+        cdef gmem_core *core = self._enter()
+        cdef gmem_core_stats s
+        with nogil:
+            gmem_core_stats_(core, &s)
+        self._leave()
+        return s
+
+    def reap(self):
+        cdef gmem_core *core = self._enter()
+        with nogil:
+            gmem_core_reap(core)
+        self._leave()
+
+    # ---- sessions ----
+
+    def session_create(self, uid_t uid, pid_t pid):
+        cdef gmem_core *core = self._enter()
+        cdef uint64_t session = 0
+        cdef int err
+        with nogil:
+            err = gmem_session_create(core, uid, pid, &session)
+        self._leave()
+        if err:
+            _raise(err)
+        return session
+
+    def session_destroy(self, uint64_t session):
+        cdef gmem_core *core = self._enter()
+        cdef int err
+        with nogil:
+            err = gmem_session_destroy(core, session)
+        self._leave()
+        if err:
+            _raise(err)
+
+    def session_files(self, uint64_t session):
+        """(huge, small) descriptors, None where there is none."""
+        cdef gmem_core *core = self._enter()
+        cdef int fds[2]
+        cdef int err
+        with nogil:
+            err = gmem_session_files(core, session, fds)
+        self._leave()
+        if err:
+            _raise(err)
+        return _by_class(fds)
+
+    def session_attach(self, uint64_t session, int uffd, int pidfd):
+        """Takes both descriptors in every case."""
+        cdef gmem_core *core = self._enter_with(uffd, pidfd)
+        cdef int err
+        with nogil:
+            err = gmem_session_attach(core, session, uffd, pidfd)
+        self._leave()
+        if err:
+            _raise(err)
+
+    cdef gmem_core *_enter_with(self, int uffd, int pidfd) except NULL:
+        try:
+            return self._enter()
+        except OSError:
+            close_fd(uffd)
+            close_fd(pidfd)
+            raise
+
+    def session_fork(self, uint64_t parent, uid_t uid, pid_t pid):
+        """(child, stored)"""
+        cdef gmem_core *core = self._enter()
+        cdef uint64_t child = 0
+        cdef c_bool stored = False
+        cdef int err
+        with nogil:
+            err = gmem_session_fork(core, parent, uid, pid, &child, &stored)
+        self._leave()
+        if err:
+            _raise(err)
+        return child, bool(stored)
+
+    cdef list _list_regions(self, region_list function, uint64_t session, int hnid):
+        cdef gmem_core *core = self._enter()
+        cdef size_t capacity = 64, count = 0
+        cdef gmem_region_info *regions = NULL
+        cdef int err
+        try:
+            while True:
+                regions = <gmem_region_info *>malloc(capacity * sizeof(gmem_region_info))
+                if regions is NULL:
+                    raise MemoryError
+                with nogil:
+                    err = function(core, session, hnid, regions, capacity, &count)
+                if err:
+                    _raise(err)
+                if count <= capacity:
+                    return [_region(&regions[i]) for i in range(count)]
+                capacity = count + 16
+                free(regions)
+                regions = NULL
+        finally:
+            free(regions)
+            self._leave()
+
+    def regions(self, uint64_t session):
+        return self._list_regions(_session_regions, session, 0)
+
+    def session_stats(self, uint64_t session):
+        cdef gmem_core *core = self._enter()
+        cdef gmem_session_stats s
+        cdef int err
+        with nogil:
+            err = gmem_session_stats_(core, session, &s)
+        self._leave()
+        if err:
+            _raise(err)
+        return {
+            "session": s.session, "uid": s.uid, "pid": s.pid, "mapped_bytes": s.mapped_bytes, "regions": s.regions,
+            "contexts": s.contexts, "host_faults": s.host_faults, "device_faults": s.device_faults,
+            "resident_bytes": {h: s.resident_bytes[h] for h in range(GMEM_HNODE_MAX) if s.resident_bytes[h]},
+        }
+
+    # ---- contexts ----
+
+    def context_files(self, uint64_t session, int hnid):
+        """(huge, small) descriptors, None where there is none."""
+        cdef gmem_core *core = self._enter()
+        cdef int fds[2]
+        cdef int err
+        with nogil:
+            err = gmem_context_files(core, session, hnid, fds)
+        self._leave()
+        if err:
+            _raise(err)
+        return _by_class(fds)
+
+    def context_overlays(self, uint64_t session, int hnid):
+        return self._list_regions(_context_overlays, session, hnid)
+
+    def context_attach(self, uint64_t session, int hnid, int uffd, int pidfd, pid_t pid):
+        """Takes both descriptors in every case."""
+        cdef gmem_core *core = self._enter_with(uffd, pidfd)
+        cdef uint64_t context = 0
+        cdef int err
+        with nogil:
+            err = gmem_context_attach(core, session, hnid, uffd, pidfd, pid, &context)
+        self._leave()
+        if err:
+            _raise(err)
+        return context
+
+    def context_detach(self, uint64_t context):
+        cdef gmem_core *core = self._enter()
+        cdef int err
+        with nogil:
+            err = gmem_context_detach(core, context)
+        self._leave()
+        if err:
+            _raise(err)
+
+    # ---- memory ----
+
+    def mmap(self, uint64_t session, uint64_t size, *, uint64_t page_bytes=0, str fork="share", bint small=False):
+        cdef int fork_number = _FORK[fork]
+        cdef gmem_core *core = self._enter()
+        cdef gmem_mmap_args args
+        cdef gmem_region_info region
+        cdef int err
+        args.bytes = size
+        args.page_bytes = page_bytes
+        args.fork = <gmem_fork>fork_number
+        args.small_only = small
+        with nogil:
+            err = gmem_mmap(core, session, &args, &region)
+        self._leave()
+        if err:
+            _raise(err)
+        return _region(&region)
+
+    def mmap_commit(self, uint64_t session, uint64_t va):
+        cdef gmem_core *core = self._enter()
+        cdef int err
+        with nogil:
+            err = gmem_mmap_commit(core, session, va)
+        self._leave()
+        if err:
+            _raise(err)
+
+    def munmap(self, uint64_t session, uint64_t va, uint64_t size):
+        cdef gmem_core *core = self._enter()
+        cdef int err
+        with nogil:
+            err = gmem_munmap(core, session, va, size)
+        self._leave()
+        if err:
+            _raise(err)
+
+    def advise(self, uint64_t session, int hnid, uint64_t va, uint64_t size, str advice):
+        cdef int number = _ADVICE[advice]
+        cdef gmem_core *core = self._enter()
+        cdef int err
+        with nogil:
+            err = gmem_advise(core, session, hnid, va, size, <gmem_advice>number)
+        self._leave()
+        if err:
+            _raise(err)
+
+    def prefetch(self, uint64_t session, int hnid, uint64_t va, uint64_t size):
+        cdef gmem_core *core = self._enter()
+        cdef int err
+        with nogil:
+            err = gmem_prefetch(core, session, hnid, va, size)
+        self._leave()
+        if err:
+            _raise(err)
+
+    def discard(self, uint64_t session, uint64_t va, uint64_t size):
+        cdef gmem_core *core = self._enter()
+        cdef int err
+        with nogil:
+            err = gmem_discard(core, session, va, size)
+        self._leave()
+        if err:
+            _raise(err)
+
+    def hmemcpy(self, uint64_t session, int hnid, uint64_t dst, uint64_t src, uint64_t size):
+        cdef gmem_core *core = self._enter()
+        cdef int err
+        with nogil:
+            err = gmem_hmemcpy(core, session, hnid, dst, src, size)
+        self._leave()
+        if err:
+            _raise(err)
+
+    def query(self, uint64_t session, uint64_t va, uint64_t size, size_t capacity):
+        """(pages, total): 8 bytes for each of at most capacity pages, and how many there are."""
+        cdef gmem_core *core
+        cdef bytes pages = PyBytes_FromStringAndSize(NULL, capacity * sizeof(gmem_page_info))
+        cdef gmem_page_info *info = <gmem_page_info *>PyBytes_AS_STRING(pages)
+        cdef size_t total = 0
+        cdef int err
+        core = self._enter()
+        with nogil:
+            err = gmem_query(core, session, va, size, info, capacity, &total)
+        self._leave()
+        if err:
+            _raise(err)
+        return pages[: min(total, capacity) * sizeof(gmem_page_info)], total
+
+    def acquire(self, uint64_t context, list ranges, bint write):
+        cdef size_t count = 0
+        cdef gmem_range *made = _ranges(ranges, &count)
+        cdef gmem_core *core
+        cdef c_bool writing = write
+        cdef int err
+        try:
+            core = self._enter()
+            with nogil:
+                err = gmem_acquire(core, context, made, count, writing)
+            self._leave()
+        finally:
+            free(made)
+        if err:
+            _raise(err)
+
+    def release(self, uint64_t context, list ranges):
+        cdef size_t count = 0
+        cdef gmem_range *made = _ranges(ranges, &count)
+        cdef gmem_core *core
+        cdef int err
+        try:
+            core = self._enter()
+            with nogil:
+                err = gmem_release(core, context, made, count)
+            self._leave()
+        finally:
+            free(made)
+        if err:
+            _raise(err)
+
+    # ---- devices ----
+
+    def driver_builtin(self, str name):
+        """Whether the core has a driver of that name."""
+        return gmem_driver_builtin(name.encode()) is not NULL
+
+    def device_attach(self, str driver, str name, dict config, object py=None):
+        """hnid. With py, a Python driver object, driver is only the name it goes by."""
+        cdef const gmem_driver_ops *ops
+        cdef Table table
+        cdef int hnid
+        if py is None:
+            ops = gmem_driver_builtin(driver.encode())
+            if ops is NULL:
+                raise OSError(errno.ENOENT, f"driver: there is no driver {driver!r}")
+            return self._attach(ops, name, config)
+        table = Table(py, driver)
+        with _probe_lock:
+            probing(py)
+            try:
+                hnid = self._attach(&table.ops, name, config)
+                self._tables.append(table)  # the core keeps its name, also after a detach
+                return hnid
+            finally:
+                probing(None)
+
+    cdef int _attach(self, const gmem_driver_ops *ops, str name, dict config) except -1:
+        cdef gmem_driver_config c
+        cdef char message[160]
+        cdef list texts = [text.encode() for pair in config.items() for text in pair]
+        cdef bytes name_bytes = name.encode()
+        cdef size_t count = len(config)
+        cdef const char **pointers = <const char **>calloc(2 * count + 1, sizeof(char *))
+        cdef gmem_core *core
+        cdef int err, hnid = -1
+        if pointers is NULL:
+            raise MemoryError
+        try:
+            for i in range(count):
+                pointers[i] = <bytes>texts[2 * i]
+                pointers[count + i] = <bytes>texts[2 * i + 1]
+            memset(message, 0, sizeof(message))
+            c.name = name_bytes
+            c.keys = pointers
+            c.values = pointers + count
+            c.count = count
+            c.message = message
+            core = self._enter()
+            with nogil:
+                err = gmem_device_attach(core, ops, &c, &hnid)
+            self._leave()
+        finally:
+            free(pointers)
+        if err:
+            text = (<bytes>message).decode("utf-8", "replace")
+            raise OSError(-err, text or os.strerror(-err))
+        return hnid
+
+    def device_detach(self, int hnid, bint force=False):
+        cdef gmem_core *core = self._enter()
+        cdef c_bool forced = force
+        cdef int err
+        with nogil:
+            err = gmem_device_detach(core, hnid, forced)
+        self._leave()
+        if err:
+            _raise(err)
+
+    def hnodes(self):
+        cdef gmem_core *core = self._enter()
+        cdef gmem_hnode_stats stats[16]
+        cdef gmem_hnode_stats *s
+        cdef size_t count = 0
+        with nogil:
+            gmem_hnodes(core, stats, &count)
+        self._leave()
+        found = []
+        for i in range(count):
+            s = &stats[i]
+            found.append({
+                "hnid": s.hnid, "name": (<bytes>s.name).decode("utf-8", "replace"),
+                "driver": (<bytes>s.driver).decode("utf-8", "replace"),
+                "capacity_bytes": s.info.capacity_bytes, "page_bytes_mask": s.info.page_bytes_mask,
+                "caps": s.info.caps, "bandwidth_bytes_per_s": s.info.bandwidth_bytes_per_s,
+                "latency_ns": s.info.latency_ns, "used_bytes": s.used_bytes, "peak_bytes": s.peak_bytes,
+                "pinned_bytes": s.pinned_bytes, "contexts": s.contexts, "faults": s.faults, "in_bytes": s.in_bytes,
+                "out_bytes": s.out_bytes, "evictions": s.evictions, "evicted_clean": s.evicted_clean,
+                "errors": s.errors, "health": s.health,
+            })
+        return found
+
+    # ---- events ----
+
+    def event_fd(self):
+        """Readable while events wait; the core's."""
+        cdef gmem_core *core = self._enter()
+        cdef int fd = gmem_event_fd(core)
+        self._leave()
+        return fd
+
+    def read_events(self, int capacity=256):
+        cdef size_t most = min(max(capacity, 1), _EVENT_BATCH_MAX), count
+        cdef gmem_core *core
+        cdef gmem_event *events = <gmem_event *>malloc(most * sizeof(gmem_event))
+        if events is NULL:
+            raise MemoryError
+        try:
+            core = self._enter()
+            with nogil:
+                count = gmem_event_read(core, events, most)
+            self._leave()
+            return [
+                {
+                    "type": _EVENTS.get(events[i].type, str(events[i].type)), "hnid": events[i].hnid,
+                    "error": events[i].error, "session": events[i].session, "va": events[i].va,
+                    "value": events[i].value,
+                }
+                for i in range(count)
+            ]
+        finally:
+            free(events)

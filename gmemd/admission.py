@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a HELLO comes to: a session, a forked child's session, a device context or an administrator's token.
+
+These calls may wait for the core, so the handshake server runs them on its threads. Each returns an Admission: the
+WELCOME, the descriptors to pass, how to go on once the client's userfaultfd has come, and how to undo it all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from gmemd import wire
+from gmemd.devices import DeviceTable
+from gmemd.errors import RequestError, as_request_error
+from gmemd.sessions import Context, Session, SessionTable
+
+Close = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Claimant:
+    """Who is asking, as the kernel has it; on_end is called when what they got has ended."""
+
+    uid: int
+    pid: int
+    pidfd: int
+    on_end: Close
+
+
+def _nothing(reason: str) -> None:
+    """For what needs no undoing."""
+
+
+@dataclass
+class Admission:
+    """lent holds our duplicates of the core's descriptors; welcome_fds and those of regions are among them.
+
+    finish(uffd) takes the descriptor and gives the new close(); None if no UFFD is to come, and then ready says whether
+    a READY is."""
+
+    welcome: wire.Welcome
+    welcome_fds: list[int] = field(default_factory=list)
+    regions: list[tuple[bytes, int]] = field(default_factory=list)
+    lent: dict[int, int] = field(default_factory=dict)
+    finish: Callable[[int], Close] | None = None
+    ready: bool = True
+    close: Close = _nothing
+
+    def close_fds(self) -> None:
+        for fd in self.lent.values():
+            os.close(fd)
+        self.lent, self.welcome_fds, self.regions = {}, [], []
+
+
+class Admissions:
+    """The four kinds of HELLO."""
+
+    def __init__(
+        self, core: Any, sessions: SessionTable, devices: DeviceTable, *, control: str, events: str,
+        publish: Callable[[str, dict[str, Any]], None],
+    ) -> None:  # fmt: skip
+        self._core = core
+        self._sessions = sessions
+        self._devices = devices
+        self._endpoints = (control, events)
+        self._publish = publish
+        self._admin_uids = frozenset((0, os.geteuid()))
+        self._kinds = {
+            wire.CLIENT: self._client,
+            wire.FORK_CHILD: self._fork_child,
+            wire.CONTEXT: self._context,
+            wire.ADMIN: self._admin,
+        }
+
+    def admit(self, claimant: Claimant, hello: wire.Hello) -> Admission:
+        """(blocks) OSError, with nothing left open, if it is refused."""
+        return self._kinds[hello.kind](claimant, hello)
+
+    def _admin(self, who: Claimant, hello: wire.Hello) -> Admission:
+        self._sessions.check_session_count(who.uid)
+        session = self._sessions.open(0, who.uid, who.pid, self._may_administer(who), who.on_end)
+        control, events = self._endpoints
+        welcome = wire.Welcome(token=session.token, control=control, events=events)
+        return Admission(welcome, ready=False, close=lambda reason: self._sessions.end(session, reason))
+
+    def _may_administer(self, who: Claimant) -> bool:
+        return who.uid in self._admin_uids
+
+    def _client(self, who: Claimant, hello: wire.Hello) -> Admission:
+        self._sessions.check_session_count(who.uid)
+        return self._session(who, self._core.session_create(who.uid, who.pid), stored=False)
+
+    def _fork_child(self, who: Claimant, hello: wire.Hello) -> Admission:
+        parent = self._owned(who, hello)
+        self._sessions.check_session_count(who.uid)
+        core_id, stored = self._core.session_fork(parent.core_id, who.uid, who.pid)
+        return self._session(who, core_id, stored)
+
+    def _owned(self, who: Claimant, hello: wire.Hello) -> Session:
+        """The session of the token, if it is of the same user: a token alone does not carry memory across users."""
+        session = self._sessions.by_token(hello.token)
+        if session.uid != who.uid or not session.core_id:
+            raise RequestError(errno.EPERM, "token: not that of a session of this user", "token")
+        return session
+
+    def _session(self, who: Claimant, core_id: int, stored: bool) -> Admission:
+        session = self._sessions.open(core_id, who.uid, who.pid, self._may_administer(who), who.on_end)
+
+        def close(reason: str) -> None:
+            self._sessions.end(session, reason)
+
+        def finish(uffd: int) -> Close:
+            with _giving(uffd, who.pidfd) as pidfd:
+                self._core.session_attach(core_id, uffd, pidfd)
+            self._announce(session)
+            return close
+
+        admission = Admission(wire.Welcome(), close=close, finish=None if stored else finish)
+        try:
+            with self._sessions.hold(session):
+                flags = self._lend(admission, *self._core.session_files(core_id))
+                if not stored:
+                    self._lend_regions(admission, self._core.regions(core_id))
+        except BaseException:
+            admission.close_fds()
+            close("handshake failed")
+            raise
+        if stored:
+            flags |= wire.FORK_STORED
+            self._announce(session)
+        admission.welcome = self._welcome(core_id, flags, session.token, len(admission.regions))
+        return admission
+
+    def _announce(self, session: Session) -> None:
+        self._publish(
+            "session.started",
+            {"session": session.core_id, "uid": session.uid, "pid": session.pid, "name": session.name},
+        )
+
+    def _context(self, who: Claimant, hello: wire.Hello) -> Admission:
+        session = self._owned(who, hello)
+        self._sessions.check_context_count(session)
+        admission = Admission(wire.Welcome())
+        with self._sessions.hold(session), self._devices.hold(hello.device) as hnid:
+            try:
+                flags = self._lend(admission, *self._core.context_files(session.core_id, hnid))
+                self._lend_regions(admission, self._core.context_overlays(session.core_id, hnid))
+            except BaseException as error:
+                admission.close_fds()
+                if isinstance(error, OSError) and error.errno == errno.EOPNOTSUPP:
+                    text = f"device: {hello.device} only stores pages, no context can be opened on it"
+                    raise RequestError(errno.EOPNOTSUPP, text, "device") from None
+                raise
+
+        def finish(uffd: int) -> Close:
+            with _giving(uffd, who.pidfd) as pidfd:
+                context_id = self._core.context_attach(session.core_id, hnid, uffd, pidfd, who.pid)
+            context = Context(context_id, session, hnid, who.pid, who.on_end)
+            try:
+                self._sessions.open_context(session, context)
+            except RequestError:
+                with contextlib.suppress(OSError):
+                    self._core.context_detach(context_id)
+                raise
+            return lambda reason: self._sessions.end_context(context, reason)
+
+        admission.finish = finish
+        admission.welcome = self._welcome(session.core_id, flags, hello.token, len(admission.regions), hnid)
+        return admission
+
+    def _lend(self, admission: Admission, huge: int | None, small: int | None) -> int:
+        """The flags of the descriptors that go with WELCOME, in the order of gmem_wire.h."""
+        features = self._core.features()
+        flags = wire.EVENT_FORK if features["event_fork"] else 0
+        device = features["uffd_device_fd"] if features["uffd_device_fd"] >= 0 else None
+        for flag, fd in ((wire.HAS_UFFD_DEV, device), (wire.HAS_HUGE, huge), (wire.HAS_SMALL, small)):
+            if fd is not None:
+                admission.welcome_fds.append(_duplicate(admission, fd))
+                flags |= flag
+        return flags
+
+    @staticmethod
+    def _lend_regions(admission: Admission, regions: list[dict[str, Any]]) -> None:
+        for region in regions:
+            flags = wire.REGION_HUGE if region["huge"] else 0
+            message = wire.pack_region(region["va"], region["bytes"], region["offset"], flags, region["page_bytes"])
+            admission.regions.append((message, _duplicate(admission, region["fd"])))
+
+    def _welcome(self, session: int, flags: int, token: bytes, regions: int, hnid: int = 0) -> wire.Welcome:
+        window = self._core.window()
+        control, events = self._endpoints
+        return wire.Welcome(
+            flags=flags, session=session, window=(window["base"], window["bytes"]),
+            huge=(window["huge_base"], window["huge_bytes"]), small=(window["small_base"], window["small_bytes"]),
+            region_count=regions, hnid=hnid, token=token, control=control, events=events,
+        )  # fmt: skip
+
+
+def _duplicate(admission: Admission, fd: int) -> int:
+    """Ours of one of the core's; regions share few files, so each is duplicated once."""
+    if fd not in admission.lent:
+        admission.lent[fd] = os.dup(fd)
+    return admission.lent[fd]
+
+
+@contextlib.contextmanager
+def _giving(uffd: int, pidfd: int) -> Iterator[int]:
+    """A duplicate of the pidfd to give away with the uffd: the core takes both in any case. Its refusal names uffd."""
+    try:
+        duplicate = os.dup(pidfd)
+    except OSError:
+        os.close(uffd)
+        raise
+    try:
+        yield duplicate
+    except OSError as error:
+        raise as_request_error(error, "uffd: can't be attached", "uffd") from None

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Devices: attached and detached at run time, named by people, numbered (hnid) by the core."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import structlog
+
+from gmemd.caps import cap_names, page_sizes
+from gmemd.drivers.registry import Registry
+from gmemd.errors import RequestError, as_request_error
+from gmemd.sessions import SessionTable
+
+log = structlog.get_logger("gmemd.devices")
+
+HOST = 0
+_COUNTERS = (
+    "used_bytes", "peak_bytes", "pinned_bytes", "contexts", "faults", "in_bytes", "out_bytes", "evictions",
+    "evicted_clean", "errors",
+)  # fmt: skip
+_HOLD_WAIT_S = 5.0
+
+
+class DeviceTable:
+    """One lock; it is not held over the core's attach and detach, which may take as long as moving memory takes. A name
+    that is being attached or detached is busy meanwhile."""
+
+    def __init__(
+        self, core: Any, drivers: Registry, sessions: SessionTable, publish: Callable[[str, dict[str, Any]], None]
+    ) -> None:
+        self._core = core
+        self._drivers = drivers
+        self._sessions = sessions
+        self._publish = publish
+        self._changed = threading.Condition()
+        self._hnids: dict[str, int] = {}
+        self._busy: set[str] = set()
+        self._holds: dict[int, int] = {}
+
+    def attach(self, driver: str, name: str, config: Mapping[str, str]) -> int:
+        """(blocks) hnid of the new device."""
+        found = self._drivers.find(driver)
+        with self._changed:
+            if name == "host" or name in self._hnids:
+                raise RequestError(errno.EEXIST, f"name: {name} is attached already", "name")
+            self._begin_locked(name)
+        try:
+            instance = found.load()
+            hnid = self._core.device_attach(found.name, name, dict(config), instance)
+            with self._changed:
+                self._hnids[name] = hnid
+        except RequestError:
+            raise
+        except OSError as error:
+            argument = {errno.EEXIST: "name", errno.ENOENT: "driver", errno.ENOSPC: None}.get(
+                error.errno or 0, "config"
+            )
+            raise as_request_error(error, f"{name} can't be attached", argument) from None
+        finally:
+            self._finish(name)
+        log.info("device attached", name=name, driver=driver, hnid=hnid)
+        stats = self.describe(hnid) or {"capacity_bytes": 0}
+        self._publish(
+            "device.attached",
+            {"hnid": hnid, "name": name, "driver": driver, "capacity_bytes": stats["capacity_bytes"]},
+        )
+        return hnid
+
+    def detach(self, name: str, force: bool) -> None:
+        """(blocks) Brings every page home first. EBUSY while contexts are open, unless force, which ends them."""
+        with self._changed:
+            hnid = self._hnids.get(name)
+            if hnid is None:
+                raise RequestError(errno.ENOENT, f"name: no device {name} is attached", "name")
+            self._begin_locked(name)
+            self._changed.wait_for(lambda: not self._holds.get(hnid), _HOLD_WAIT_S)
+        try:
+            contexts = self._sessions.contexts_on(hnid)
+            if contexts and not force:
+                raise RequestError(errno.EBUSY, f"name: {name} has open contexts ({len(contexts)})", "name")
+            self._core.device_detach(hnid, force)
+            with self._changed:
+                del self._hnids[name]
+            # The core has killed their processes: whatever they touched next would have blocked them for ever.
+            for context in contexts:
+                self._sessions.end_context(context, f"device {name} was detached")
+        except RequestError:
+            raise
+        except OSError as error:
+            raise as_request_error(error, f"name: {name} can't be detached", "name") from None
+        finally:
+            self._finish(name)
+        log.info("device detached", name=name, hnid=hnid)
+        self._publish("device.detached", {"hnid": hnid, "name": name})
+
+    def _begin_locked(self, name: str) -> None:
+        if name in self._busy:
+            raise RequestError(errno.EBUSY, f"name: {name} is being attached or detached", "name")
+        self._busy.add(name)
+
+    def _finish(self, name: str) -> None:
+        with self._changed:
+            self._busy.discard(name)
+
+    @contextmanager
+    def hold(self, name: str) -> Iterator[int]:
+        """hnid of a device that is not detached meanwhile: its descriptors stay open. For short stretches."""
+        with self._changed:
+            hnid = self._hnids.get(name)
+            if hnid is None:
+                raise RequestError(errno.ENOENT, f"device: no device {name!r} is attached", "device")
+            if name in self._busy:
+                raise RequestError(errno.EBUSY, f"device: {name} is being detached", "device")
+            self._holds[hnid] = self._holds.get(hnid, 0) + 1
+        try:
+            yield hnid
+        finally:
+            with self._changed:
+                self._holds[hnid] -= 1
+                self._changed.notify_all()
+
+    def check_hnid(self, hnid: int, least: int) -> None:
+        """EINVAL for a number that is no hnode's; least says whether -1 and the host count here."""
+        with self._changed:
+            known = hnid in self._hnids.values()
+        if not known and not least <= hnid <= HOST:
+            raise RequestError(errno.EINVAL, f"hnid: there is no hnode {hnid}", "hnid")
+
+    def name_of(self, hnid: int) -> str:
+        with self._changed:
+            return next((name for name, number in self._hnids.items() if number == hnid), "host" if not hnid else "")
+
+    def names(self) -> list[str]:
+        with self._changed:
+            return list(self._hnids)
+
+    def describe_all(self) -> list[dict[str, Any]]:
+        """All hnodes with their counters, the host first, in the shape of the op `devices`."""
+        return [_describe(hnode) for hnode in self._core.hnodes()]
+
+    def describe(self, hnid: int) -> dict[str, Any] | None:
+        return next((hnode for hnode in self.describe_all() if hnode["hnid"] == hnid), None)
+
+
+def _describe(hnode: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "hnid": hnode["hnid"],
+        "name": hnode["name"],
+        "driver": hnode["driver"],
+        "caps": cap_names(hnode["caps"]),
+        "page_bytes": page_sizes(hnode["page_bytes_mask"]),
+        "capacity_bytes": hnode["capacity_bytes"],
+        "bandwidth_bytes_per_s": hnode["bandwidth_bytes_per_s"],
+        "latency_ns": hnode["latency_ns"],
+        **{name: hnode[name] for name in _COUNTERS},
+        "health": hnode["health"],
+    }

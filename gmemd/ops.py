@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each op does, once schema.py has found its arguments sound: calls of the core, and its errors in words."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from gmemd import __version__, schema
+from gmemd.devices import DeviceTable
+from gmemd.drivers.registry import Registry
+from gmemd.errors import RequestError, as_request_error
+from gmemd.sessions import Session, SessionTable
+
+Args = dict[str, Any]
+Reply = dict[str, Any]
+
+_PAGE_SHIFT_OFFSET = 5  # of struct gmem_page_info
+
+# Which argument a core's errno speaks of, by op, where it is always the same one.
+_RANGE = {errno.EINVAL: "va", errno.ENODEV: "hnid", errno.ENOMEM: "bytes", errno.ENOSPC: "bytes"}
+_RANGES = {errno.EINVAL: "ranges", errno.ENOMEM: "ranges", errno.ENOSPC: "ranges", errno.ENOENT: "context"}
+_BLAME: dict[str, dict[int, str]] = {
+    "mmap": {errno.ENOMEM: "bytes", errno.EINVAL: "bytes"},
+    "mmap_commit": {errno.EINVAL: "va", errno.ENOMEM: "va"},
+    "munmap": {errno.EINVAL: "va"},
+    "advise": {**_RANGE, errno.EOPNOTSUPP: "advice"},
+    "prefetch": _RANGE,
+    "discard": {errno.EINVAL: "va"},
+    "hmemcpy": {errno.EINVAL: "dst", errno.ENODEV: "hnid", errno.EOPNOTSUPP: "hnid", errno.ENOMEM: "bytes"},
+    "query": {errno.EINVAL: "va"},
+    "acquire": _RANGES,
+    "release": _RANGES,
+}
+
+# What the core's errno means, where the system's own words would leave people guessing.
+_MEANING: dict[tuple[str, int], str] = {
+    ("mmap", errno.ENOMEM): "more than the host and all devices together could hold, or than the window has room for",
+    ("mmap_commit", errno.EINVAL): "not the start of a region that waits for its commit, or not mapped there",
+    ("mmap_commit", errno.ENOTCONN): "the session's userfaultfd has not been attached",
+    ("query", errno.EINVAL): "the range is not within one region of this session",
+    ("hmemcpy", errno.EINVAL): "source or destination is not mapped by this session, or they overlap",
+    ("hmemcpy", errno.EOPNOTSUPP): "this device can't be copied to directly",
+    ("advise", errno.EOPNOTSUPP): "this advice is not supported yet",
+}
+_MEANING_OF_ANY: dict[int, str] = {
+    errno.EINVAL: "the range is not mapped by this session",
+    errno.ENODEV: "there is no such hnode",
+    errno.ENOMEM: "there is no room: what is there is pinned or acquired, or too much was asked for",
+    errno.ENOSPC: "there is no room: what is there is pinned or acquired, or too much was asked for",
+    errno.EAGAIN: "it stayed busy; another context may have acquired it",
+    errno.EIO: "a page of the range was lost",
+    errno.ENOENT: "the session or the context has ended",
+}
+
+
+@contextmanager
+def _blaming(op: str) -> Iterator[None]:
+    """The core's error as a refusal that names the argument."""
+    try:
+        yield
+    except RequestError:
+        raise
+    except OSError as error:
+        number = error.errno or errno.EIO
+        argument = _BLAME.get(op, {}).get(number)
+        meaning = _MEANING.get((op, number)) or _MEANING_OF_ANY.get(number)
+        head = f"{argument}: " if argument else f"{op}: "
+        if meaning and op in _BLAME:
+            raise RequestError(number, head + meaning, argument) from None
+        raise as_request_error(error, op, argument) from None
+
+
+class Operations:
+    """One method for each op of schema.OPS, by its name. They run on several threads at once."""
+
+    def __init__(self, core: Any, sessions: SessionTable, devices: DeviceTable, drivers: Registry) -> None:
+        self._core = core
+        self._sessions = sessions
+        self._devices = devices
+        self._drivers = drivers
+        self._window = core.window()
+        self._methods: dict[str, Callable[[Session, Args], Reply]] = {
+            name: getattr(self, f"_op_{name}") for name in schema.OPS
+        }
+
+    def allow(self, session: Session, request: schema.Request) -> None:
+        """EPERM unless this session may ask this."""
+        if request.op.who == schema.ADMIN and not session.admin:
+            raise RequestError(errno.EPERM, f"token: {request.name} is for administrators of this gmemd", "token")
+        if request.op.who == schema.SESSION and not session.core_id:
+            raise RequestError(errno.EPERM, f"token: {request.name} needs a session with memory", "token")
+
+    def execute(self, session: Session, request: schema.Request) -> Reply:
+        """(blocks, unless the op is inline)"""
+        args = schema.check_args(request)
+        with _blaming(request.name):
+            return self._methods[request.name](session, args)
+
+    def _check_window(self, name: str, va: int, size: int) -> None:
+        base, end = self._window["base"], self._window["base"] + self._window["bytes"]
+        if not base <= va < end or va + size > end:
+            raise RequestError(
+                errno.EINVAL, f"{name}: 0x{va:x} + {size} is outside the window [0x{base:x}, 0x{end:x})", name
+            )
+
+    def _op_ping(self, session: Session, args: Args) -> Reply:
+        return {"version": __version__, "pid": os.getpid()}
+
+    def _op_mmap(self, session: Session, args: Args) -> Reply:
+        if args["bytes"] > self._window["bytes"]:
+            text = f"bytes: {args['bytes']} is more than the window's {self._window['bytes']}"
+            raise RequestError(errno.ENOMEM, text, "bytes")
+        region = self._core.mmap(
+            session.core_id, args["bytes"], page_bytes=args["page_bytes"], fork=args["fork"], small=args["small"]
+        )
+        return {key: region[key] for key in ("va", "bytes", "offset", "page_bytes", "huge")}
+
+    def _op_mmap_commit(self, session: Session, args: Args) -> Reply:
+        self._core.mmap_commit(session.core_id, args["va"])
+        return {}
+
+    def _op_munmap(self, session: Session, args: Args) -> Reply:
+        self._check_window("va", args["va"], args["bytes"])
+        self._core.munmap(session.core_id, args["va"], args["bytes"])
+        return {}
+
+    def _op_advise(self, session: Session, args: Args) -> Reply:
+        # -1 is "no hnode": advice that holds wherever the pages are needs none.
+        least = 0 if args["advice"] in ("prefetch", "pinned", "cold") else -1
+        self._devices.check_hnid(args["hnid"], least)
+        self._check_window("va", args["va"], args["bytes"])
+        self._core.advise(session.core_id, args["hnid"], args["va"], args["bytes"], args["advice"])
+        return {}
+
+    def _op_prefetch(self, session: Session, args: Args) -> Reply:
+        self._devices.check_hnid(args["hnid"], 0)
+        self._check_window("va", args["va"], args["bytes"])
+        self._core.prefetch(session.core_id, args["hnid"], args["va"], args["bytes"])
+        return {}
+
+    def _op_discard(self, session: Session, args: Args) -> Reply:
+        self._check_window("va", args["va"], args["bytes"])
+        self._core.discard(session.core_id, args["va"], args["bytes"])
+        return {}
+
+    def _op_hmemcpy(self, session: Session, args: Args) -> Reply:
+        self._devices.check_hnid(args["hnid"], -1)  # -1: the host, as openEuler's hmemcpy has it
+        for name in ("dst", "src"):
+            self._check_window(name, args[name], args["bytes"])
+        self._core.hmemcpy(session.core_id, max(args["hnid"], 0), args["dst"], args["src"], args["bytes"])
+        return {}
+
+    def _op_query(self, session: Session, args: Args) -> Reply:
+        self._check_window("va", args["va"], args["bytes"])
+        capacity = min(schema.QUERY_PAGES_MAX, args["bytes"] // 4096 + 2)
+        pages, total = self._core.query(session.core_id, args["va"], args["bytes"], capacity)
+        if total > schema.QUERY_PAGES_MAX:
+            text = f"bytes: {total} pages; one query answers for at most {schema.QUERY_PAGES_MAX}"
+            raise RequestError(errno.EINVAL, text, "bytes")
+        return {"page_bytes": 1 << pages[_PAGE_SHIFT_OFFSET], "pages": pages}
+
+    def _op_acquire(self, session: Session, args: Args) -> Reply:
+        context = self._sessions.context(session, args["context"])
+        self._core.acquire(context.id, args["ranges"], args["write"])
+        return {}
+
+    def _op_release(self, session: Session, args: Args) -> Reply:
+        context = self._sessions.context(session, args["context"])
+        self._core.release(context.id, args["ranges"])
+        return {}
+
+    def _op_devices(self, session: Session, args: Args) -> Reply:
+        return {"devices": self._devices.describe_all()}
+
+    def _op_drivers(self, session: Session, args: Args) -> Reply:
+        found = self._drivers.names()
+        return {"drivers": [{"name": d.name, "builtin": d.builtin, "origin": d.origin} for d in found]}
+
+    def _op_attach(self, session: Session, args: Args) -> Reply:
+        return {"hnid": self._devices.attach(args["driver"], args["name"], args["config"])}
+
+    def _op_detach(self, session: Session, args: Args) -> Reply:
+        self._devices.detach(args["name"], args["force"])
+        return {}
+
+    def _op_contexts(self, session: Session, args: Args) -> Reply:
+        contexts = self._sessions.contexts_of(session)
+        return {"contexts": [{"context": c.id, "hnid": c.hnid, "pid": c.pid} for c in contexts]}
+
+    def _op_context_close(self, session: Session, args: Args) -> Reply:
+        self._sessions.end_context(self._sessions.context(session, args["context"]), "closed by its session")
+        return {}
+
+    def _visible(self, session: Session) -> list[Session]:
+        """Sessions that this one may hear of: those of its own user, all for an administrator."""
+        return [other for other in self._sessions.live() if session.admin or other.uid == session.uid]
+
+    def _op_sessions(self, session: Session, args: Args) -> Reply:
+        rows = []
+        for other in self._visible(session):
+            try:
+                stats = self._core.session_stats(other.core_id)
+            except OSError:
+                continue  # ended between the list and the look
+            # Keys of a map are strings on the wire, as msgpack's decoders want them by default.
+            stats["resident_bytes"] = {str(hnid): size for hnid, size in stats["resident_bytes"].items()}
+            rows.append({**stats, "session": other.core_id, "uid": other.uid, "pid": other.pid, "name": other.name})
+        return {"sessions": rows}
+
+    def _op_stats(self, session: Session, args: Args) -> Reply:
+        return {"stats": self._core.stats(), "hnodes": self._devices.describe_all()}
+
+    def _op_map(self, session: Session, args: Args) -> Reply:
+        wanted = args["session"]
+        visible = {other.core_id: other for other in self._visible(session)}
+        if wanted is None and session.core_id:
+            wanted = session.core_id
+        if wanted is not None and wanted not in visible:
+            raise RequestError(errno.ENOENT, f"session: there is no session {wanted} of yours", "session")
+        regions: list[Reply] = []
+        total = 0
+        for core_id in [wanted] if wanted is not None else visible:
+            try:
+                found = self._core.regions(core_id)
+            except OSError:
+                continue
+            total += len(found)
+            regions.extend(_region(core_id, region) for region in found[: args["limit"] - len(regions)])
+        return {"regions": regions, "total": total}
+
+    def _op_close(self, session: Session, args: Args) -> Reply:
+        self._sessions.end(session, "closed by the client")
+        return {}
+
+
+def _region(session_id: int, region: dict[str, Any]) -> Reply:
+    keys = ("va", "bytes", "page_bytes", "huge", "fork")
+    return {"session": session_id, **{key: region[key] for key in keys}}

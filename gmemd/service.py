@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The daemon's life: core, devices, control plane, handshake; until a signal or, embedded, until its processes end.
+
+Everything starts in that order and stops in the other. A stop brings every page home, so that clients which are still
+there keep their memory, and leaves no file behind.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import os
+import resource
+import signal
+import socket
+import stat
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import structlog
+import zmq
+
+from gmemd import __version__
+from gmemd.admission import Admissions
+from gmemd.config import Config, check_runtime_dir, resolve_runtime_dir
+from gmemd.devices import DeviceTable
+from gmemd.drivers.registry import Registry
+from gmemd.events import EventPump, Publisher
+from gmemd.handshake import HandshakeServer
+from gmemd.ops import Operations
+from gmemd.server import Server
+from gmemd.sessions import SessionTable
+from gmemd.systemd import Notifier, activated_socket
+
+log = structlog.get_logger("gmemd.service")
+
+HANDSHAKE, CONTROL, EVENTS = "gmemd.sock", "control.sock", "events.sock"
+_IDLE_CHECK_S = 0.05
+_REAP_S = 5.0
+
+
+class RuntimeDir:
+    """The directory of the sockets, ours alone while we hold its lock. Whether it is private is said by its mode."""
+
+    def __init__(self, path: Path, *, mode: int) -> None:
+        self.path = path
+        self._mode = mode
+        self._ours = False
+        self._fd = -1
+
+    def open(self) -> None:
+        with contextlib.suppress(FileExistsError):
+            self.path.mkdir(0o700, parents=True)
+            self._ours = True
+            self.path.chmod(self._mode)
+        check_runtime_dir(self.path)
+        self._mode = self.path.stat().st_mode
+        self._lock()
+        for name in (CONTROL, EVENTS):  # what a killed predecessor left
+            self.unlink(name)
+
+    def _lock(self) -> None:
+        self._fd = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._fd)
+            self._fd = -1
+            if error.errno != errno.EWOULDBLOCK:
+                raise
+            raise OSError(errno.EADDRINUSE, f"runtime_dir: another gmemd runs in {self.path}") from None
+
+    def adopt(self) -> None:
+        """A directory made for us by whoever started us is ours to remove as well."""
+        self._ours = True
+
+    def file(self, name: str) -> str:
+        return str(self.path / name)
+
+    def unlink(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            (self.path / name).unlink()
+
+    def admit(self, name: str) -> None:
+        """Who may connect: whoever may enter the directory, and then the handshake decides."""
+        os.chmod(self.path / name, 0o666 if self._mode & stat.S_IXOTH else 0o600)
+
+    def close(self) -> None:
+        if self._fd < 0:
+            return
+        for name in (CONTROL, EVENTS):
+            self.unlink(name)
+        if self._ours:
+            with contextlib.suppress(OSError):  # somebody else's files in it are theirs to remove
+                self.path.rmdir()
+        os.close(self._fd)
+        self._fd = -1
+
+
+def _listen(runtime: RuntimeDir) -> tuple[socket.socket, bool]:
+    """The handshake socket and whether it is ours to unlink: systemd's, or a new one."""
+    passed = activated_socket()
+    if passed is not None:
+        return passed, False
+    runtime.unlink(HANDSHAKE)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
+    sock.bind(runtime.file(HANDSHAKE))
+    runtime.admit(HANDSHAKE)
+    return sock, True
+
+
+def _raise_file_limit() -> None:
+    """Every session is some descriptors; the soft limit is meant for programs that use select()."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def make_core(config: Config) -> Any:
+    from gmemd._core import Core  # here, so that what needs no core can be used without it
+
+    return Core(
+        window_base=config.window_base, window_bytes=config.window_bytes, host_limit_bytes=config.host_limit_bytes,
+        fault_threads=config.fault_threads, hugepages=config.hugepages, overcommit=config.overcommit,
+        event_fork=config.event_fork,
+    )  # fmt: skip
+
+
+class Service:
+    """One daemon. run() is its life; ready_fd gets READY=1 when clients may come, or ERROR= and why not."""
+
+    def __init__(
+        self, config: Config, *, embedded: bool = False, ready_fd: int = -1, parent_fd: int = -1,
+        core_factory: Callable[[Config], Any] = make_core,
+    ) -> None:  # fmt: skip
+        self._config = config
+        self._embedded = embedded
+        self._ready_fd = ready_fd
+        self._parent_fd = parent_fd
+        self._core_factory = core_factory
+        self._stop = asyncio.Event()
+        self._why = ""
+        self._notifier = Notifier()
+        self.sessions: SessionTable
+        self.devices: DeviceTable
+        self.handshake: HandshakeServer
+        self.runtime: RuntimeDir
+        self.core: Any
+        self._pump: EventPump | None = None
+
+    def request_stop(self, why: str) -> None:
+        self._why = self._why or why
+        self._stop.set()
+
+    async def run(self) -> None:
+        """Until stopped. OSError and ConfigError say why it could not start."""
+        _raise_file_limit()
+        self._loop = asyncio.get_running_loop()
+        try:
+            async with contextlib.AsyncExitStack() as stack:
+                await self._start(stack)
+                self._report_ready()
+                await self._stop.wait()
+                self._notifier.stopping(self._why)
+                log.info("stopping", why=self._why)
+        except OSError as error:
+            self._tell(f"ERROR={error.strerror or error}\n")
+            raise
+        log.info("stopped")
+
+    async def _start(self, stack: contextlib.AsyncExitStack) -> None:
+        config = self._config
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            self._loop.add_signal_handler(number, self._on_signal, number)
+        public = os.geteuid() == 0 and not self._embedded
+        path = resolve_runtime_dir(config, self._embedded)
+        self.runtime = runtime = RuntimeDir(path, mode=0o755 if public else 0o700)
+        runtime.open()
+        stack.callback(runtime.close)
+        if self._embedded:
+            runtime.adopt()
+        self.core = self._core_factory(config)
+        stack.push_async_callback(self._close_core)
+        zmq_context = zmq.Context(io_threads=1)
+        stack.callback(zmq_context.term)
+        control, events = f"ipc://{runtime.file(CONTROL)}", f"ipc://{runtime.file(EVENTS)}"
+        publisher = Publisher(zmq_context, events)
+        stack.callback(publisher.close)
+        runtime.admit(EVENTS)
+        publisher.start()
+        drivers = Registry(self.core.driver_builtin)
+        self.sessions = SessionTable(
+            self.core, sessions_per_uid=config.limits.sessions_per_uid,
+            contexts_per_session=config.limits.contexts_per_session, publish=publisher.publish,
+        )  # fmt: skip
+        self.devices = DeviceTable(self.core, drivers, self.sessions, publisher.publish)
+        self._start_events(stack, publisher)
+        self._warn_of_what_is_missing()
+        for device in config.devices:
+            await asyncio.to_thread(self.devices.attach, device.driver, device.name, device.config)
+        operations = Operations(self.core, self.sessions, self.devices, drivers)
+        await self._open_doors(stack, runtime, zmq_context, operations, publisher, control, events)
+        tasks = [self._loop.create_task(self._housekeeping())]
+        stack.callback(tasks[0].cancel)
+        if self._embedded:
+            tasks.append(self._loop.create_task(self._until_orphaned()))
+            stack.callback(tasks[1].cancel)
+
+    def _start_events(self, stack: contextlib.AsyncExitStack, publisher: Publisher) -> None:
+        executor = ThreadPoolExecutor(1, "gmemd-event")
+        stack.callback(executor.shutdown, wait=False, cancel_futures=True)
+
+        def defer(function: Callable[..., Any], *args: Any) -> None:
+            executor.submit(function, *args).add_done_callback(_log_failure)
+
+        self._pump = EventPump(self.core, self.sessions, self.devices, publisher.publish, defer)
+        self._pump.start()
+
+    async def _close_core(self) -> None:
+        """Any number of times. The pump first: the core's descriptor goes with the core."""
+        if self._pump is not None:
+            self._pump.stop()
+        await asyncio.to_thread(self.core.close)
+
+    async def _open_doors(
+        self, stack: contextlib.AsyncExitStack, runtime: RuntimeDir, zmq_context: zmq.Context, operations: Operations,
+        publisher: Publisher, control: str, events: str,
+    ) -> None:  # fmt: skip
+        """Control plane and handshake. On the way out: no new clients, the last replies, contexts and sessions go, the
+        pages come home (the core's close), and only then do the connections close."""
+        limits = self._config.limits
+        server = Server(
+            zmq_context, control, self.sessions, operations, workers=limits.workers,
+            requests_in_flight=limits.requests_in_flight,
+        )  # fmt: skip
+        runtime.admit(CONTROL)
+        server.start()
+        admissions = Admissions(
+            self.core, self.sessions, self.devices, control=control, events=events, publish=publisher.publish
+        )
+        self.handshake = HandshakeServer(admissions, limits)
+        stack.push_async_callback(self.handshake.stop)
+        stack.push_async_callback(self._close_core)
+        stack.push_async_callback(asyncio.to_thread, self.sessions.release_all, "gmemd stopped")
+        stack.push_async_callback(asyncio.to_thread, server.stop, limits.stop_timeout_s)
+        listener, ours = _listen(runtime)
+        if ours:
+            stack.callback(runtime.unlink, HANDSHAKE)
+        self.handshake.start(listener)
+        stack.callback(self.handshake.refuse_new)
+
+    def _on_signal(self, number: int) -> None:
+        # The terminal sends these to a whole group; an embedded daemon outlives the program's handling of them.
+        if self._embedded and number in (signal.SIGINT, signal.SIGHUP):
+            return
+        self.request_stop(signal.Signals(number).name)
+
+    def _report_ready(self) -> None:
+        devices = ", ".join(self.devices.names()) or "none"
+        log.info("ready", version=__version__, pid=os.getpid(), runtime_dir=str(self.runtime.path), devices=devices)
+        self._notifier.ready(f"devices: {devices}")
+        self._tell("READY=1\n")
+
+    def _tell(self, text: str) -> None:
+        """Once, to whoever started us."""
+        if self._ready_fd < 0:
+            return
+        with contextlib.suppress(OSError):
+            os.write(self._ready_fd, text.encode())
+        os.close(self._ready_fd)
+        self._ready_fd = -1
+
+    def _warn_of_what_is_missing(self) -> None:
+        features = self.core.features()
+        if not features["uffd_device"]:
+            lost = "clients make user-mode-only ones: system calls on memory that was never touched fail with EFAULT"
+            log.warning(f"/dev/userfaultfd can't be opened; {lost}")
+        if not features["poison"]:
+            log.warning("this kernel (before 6.6) has no UFFDIO_POISON: lost pages block instead of giving SIGBUS")
+        if not features["continue_wp"]:
+            log.warning("this kernel (before 6.4) allows no read duplicates")
+        log.info("features", **{name: value for name, value in features.items() if isinstance(value, bool)})
+
+    async def _housekeeping(self) -> None:
+        """The watchdog's pats and the core's reaping of children that nobody claimed."""
+        interval = self._notifier.watchdog_interval_s
+        next_reap = 0.0
+        while True:
+            self._notifier.watchdog()
+            if self._loop.time() >= next_reap:
+                next_reap = self._loop.time() + _REAP_S
+                await asyncio.to_thread(self.core.reap)
+            await asyncio.sleep(min(interval, _REAP_S) if interval else _REAP_S)
+
+    async def _until_orphaned(self) -> None:
+        """An embedded daemon belongs to a process tree: it ends when whoever started it and the last session are gone.
+        Forked children that were never claimed count, and so do handshakes that are under way."""
+        with _parent_gone(self._loop, self._parent_fd) as gone:
+            await gone.wait()
+        quiet = 0
+        while quiet < 2:
+            await asyncio.sleep(_IDLE_CHECK_S)
+            await asyncio.to_thread(self.core.reap)
+            busy = len(self.sessions) or self.handshake.connections or self.core.stats()["sessions"]
+            quiet = 0 if busy else quiet + 1
+        self.request_stop("its process tree has ended")
+
+
+@contextlib.contextmanager
+def _parent_gone(loop: asyncio.AbstractEventLoop, parent_fd: int) -> Iterator[asyncio.Event]:
+    """An event that is set when the starter is gone: end of file on its pipe, else its pidfd."""
+    gone = asyncio.Event()
+    fd = parent_fd
+    if fd < 0:
+        parent = os.getppid()
+        try:
+            fd = os.pidfd_open(parent)
+        except OSError:
+            gone.set()
+        if parent == 1 or os.getppid() != parent:
+            gone.set()
+    if fd >= 0:
+        loop.add_reader(fd, gone.set)
+    try:
+        yield gone
+    finally:
+        if fd >= 0:
+            loop.remove_reader(fd)
+            os.close(fd)
+
+
+def _log_failure(future: Any) -> None:
+    if not future.cancelled() and future.exception() is not None:
+        log.error("unexpected failure", exc_info=future.exception())

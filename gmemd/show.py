@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What gmemctl prints for people: one table for each command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from gmemd.sizes import format_size
+
+Reply = dict[str, Any]
+Namespace = argparse.Namespace
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    """Columns whose name begins with < are text, the others are numbers."""
+    table = Table(box=None, pad_edge=False, title=title, title_justify="left", header_style="bold")
+    for column in columns:
+        text = column.startswith("<")
+        table.add_column(column.lstrip("<"), justify="left" if text else "right", no_wrap=True)
+    return table
+
+
+def _count(value: int) -> str:
+    return f"{value:,}"
+
+
+def _plural(value: int, noun: str) -> str:
+    return f"{_count(value)} {noun}" if value == 1 else f"{_count(value)} {noun}s"
+
+
+def devices_table(hnodes: list[Reply]) -> Table:
+    table = _table(
+        "hnid", "<name", "<driver", "used", "peak", "capacity", "pinned", "contexts", "faults", "in", "out",
+        "evictions", "errors", "<health",
+    )  # fmt: skip
+    for h in hnodes:
+        table.add_row(
+            str(h["hnid"]), Text(h["name"]), Text(h["driver"]), format_size(h["used_bytes"]),
+            format_size(h["peak_bytes"]), format_size(h["capacity_bytes"]), format_size(h["pinned_bytes"]),
+            _count(h["contexts"]), _count(h["faults"]), format_size(h["in_bytes"]), format_size(h["out_bytes"]),
+            _count(h["evictions"]), _count(h["errors"]), "ok" if not h["health"] else f"errno {-h['health']}",
+        )  # fmt: skip
+    return table
+
+
+def sessions_table(sessions: list[Reply], hnodes: list[Reply] | None = None) -> Table:
+    names = {str(h["hnid"]): h["name"] for h in hnodes or []}
+    table = _table(
+        "session", "uid", "pid", "<name", "mapped", "regions", "contexts", "host faults", "device faults", "<resident"
+    )
+    for s in sessions:
+        resident = "  ".join(
+            f"{names.get(hnid, hnid)}:{format_size(size)}" for hnid, size in s["resident_bytes"].items() if size
+        )
+        table.add_row(
+            str(s["session"]), str(s["uid"]), str(s["pid"]), Text(s["name"]), format_size(s["mapped_bytes"]),
+            _count(s["regions"]), _count(s["contexts"]), _count(s["host_faults"]), _count(s["device_faults"]),
+            Text(resident),
+        )  # fmt: skip
+    return table
+
+
+def _amount(name: str, value: int) -> str:
+    if name.endswith("_bytes"):
+        return format_size(value)
+    if name.endswith("_ns"):
+        return f"{value / 1e9:.3f} s"
+    return _count(value)
+
+
+def stats_table(stats: Reply) -> Table:
+    table = _table("<counter", "value")
+    for name, value in stats.items():
+        table.add_row(name.removesuffix("_ns").removesuffix("_bytes"), _amount(name, value))
+    return table
+
+
+def status_view(reply: Reply) -> Group:
+    stats = reply["stats"]
+    head = Text(
+        f"gmemd {reply['version']}, pid {reply['pid']}: {_plural(stats['sessions'], 'session')}, "
+        f"{_plural(stats['regions'], 'region')}, {_plural(stats['contexts'], 'context')}; "
+        f"moved {format_size(stats['h2d_bytes'])} to devices, {format_size(stats['d2h_bytes'])} back, "
+        f"{_plural(stats['evictions'], 'eviction')}"
+    )
+    parts: list[Any] = [head, "", devices_table(reply["hnodes"])]
+    if reply["sessions"]:
+        parts += ["", sessions_table(reply["sessions"], reply["hnodes"])]
+    return Group(*parts)
+
+
+def _map_table(reply: Reply, args: Namespace) -> None:
+    table = _table("session", "<va", "bytes", "page", "<backing", "<fork")
+    for r in reply["regions"]:
+        table.add_row(
+            str(r["session"]), f"0x{r['va']:012x}", format_size(r["bytes"]), format_size(r["page_bytes"]),
+            "hugetlb" if r["huge"] else "shmem", r["fork"],
+        )  # fmt: skip
+    _print(table)
+    hidden = reply["total"] - len(reply["regions"])
+    if hidden > 0:
+        _print(f"{hidden} more; see --limit")
+
+
+def _drivers(reply: Reply, args: Namespace) -> None:
+    table = _table("<driver", "<built in", "<origin")
+    for d in reply["drivers"]:
+        table.add_row(Text(d["name"]), "yes" if d["builtin"] else "no", Text(d["origin"]))
+    _print(table)
+
+
+def _print(what: Any) -> None:
+    """As wide as the table when nobody looks: a line that wraps is of no use to a program that reads it."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=400)
+    console.print(what, soft_wrap=isinstance(what, str))
+
+
+SHOW: dict[str, Callable[[Reply, Namespace], None]] = {
+    "status": lambda reply, args: _print(status_view(reply)),
+    "devices": lambda reply, args: _print(devices_table(reply["devices"])),
+    "attach": lambda reply, args: _print(f"{args.name} is attached as hnode {reply['hnid']}"),
+    "detach": lambda reply, args: _print(f"{args.name} is detached"),
+    "drivers": _drivers,
+    "sessions": lambda reply, args: _print(sessions_table(reply["sessions"], reply["hnodes"])),
+    "stats": lambda reply, args: _print(Group(stats_table(reply["stats"]), "", devices_table(reply["hnodes"]))),
+    "map": _map_table,
+}
+
+
+@contextmanager
+def screen(as_json: bool) -> Iterator[Callable[[Reply], None]]:
+    """Where `top` draws: the terminal, refreshed in place; or a line of JSON, or a view, for each look."""
+    if as_json:
+        yield lambda reply: print(json.dumps(reply), flush=True)
+        return
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        yield lambda reply: _print(status_view(reply))
+        return
+    with Live(console=console, screen=True, auto_refresh=False) as live:
+        yield lambda reply: live.update(status_view(reply), refresh=True)
