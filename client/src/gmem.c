@@ -5,6 +5,7 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "error.h"
@@ -124,6 +125,17 @@ static int check_mmap(struct gmem *session, const struct gmem_mmap_options *opti
 	return err;
 }
 
+/* What was mapped and can't be used: gone, with the words of the failure kept. */
+static int undo(struct gmem *session, const struct grant *region, int err)
+{
+	char why[384];
+
+	snprintf(why, sizeof(why), "%s", gmem_last_error());
+	gmem_link_unmap(session->link, region->va, region->bytes);
+	call_range(session, "munmap", NULL, (void *)(uintptr_t)region->va, region->bytes);
+	return gmem_fail(err, "%s", why);
+}
+
 int gmem_mmap(struct gmem *session, size_t bytes, const struct gmem_mmap_options *options, void **ret)
 {
 	const struct gmem_mmap_options defaults = { .size = sizeof(defaults) };
@@ -134,22 +146,19 @@ int gmem_mmap(struct gmem *session, size_t bytes, const struct gmem_mmap_options
 	err = check_mmap(session, options, ret);
 	if (!err)
 		err = gmem_check_bytes(bytes);
-	if (!err)
-		err = reserve_and_map(session, bytes, options, &region);
 	if (err)
 		return err;
-	err = commit(session, region.va);
-	if (err) {
-		char why[256];
-
-		strncpy(why, gmem_last_error(), sizeof(why) - 1);
-		why[sizeof(why) - 1] = '\0';
-		gmem_link_unmap(session->link, region.va, region.bytes);
-		call_range(session, "munmap", NULL, (void *)(uintptr_t)region.va, region.bytes);
-		return gmem_fail(err, "%s", why);
+	pthread_rwlock_rdlock(&session->mapping);
+	err = reserve_and_map(session, bytes, options, &region);
+	if (!err) {
+		err = commit(session, region.va);
+		if (err)
+			err = undo(session, &region, err);
 	}
-	*ret = (void *)(uintptr_t)region.va;
-	return 0;
+	pthread_rwlock_unlock(&session->mapping);
+	if (!err)
+		*ret = (void *)(uintptr_t)region.va;
+	return err;
 }
 
 static int query_once(struct gmem *session, uint64_t va, uint64_t bytes, struct gmem_page *pages, size_t capacity,
@@ -197,29 +206,43 @@ static int round_end(struct gmem *session, uint64_t va, size_t bytes, uint64_t *
 	return err;
 }
 
-int gmem_munmap(struct gmem *session, void *va, size_t bytes)
+/* munmap(2) takes any range of this process: what is not ours must not get there. */
+static int check_munmap(struct gmem *session, const void *va, size_t bytes)
 {
-	uint64_t base, window, whole;
+	uint64_t base, window;
 	int err = check_session(session);
 
 	if (!err)
 		err = gmem_check_bytes(bytes);
 	if (err)
 		return err;
-	/* munmap(2) takes any range of this process: what is not ours must not get there. */
 	base = gmem_link_window_base(session->link);
 	window = gmem_link_window_bytes(session->link);
 	if (address(va) % SMALL_BYTES)
 		return gmem_fail(-EINVAL, "va: %p is not a multiple of %llu", va, SMALL_BYTES);
 	if (address(va) < base || address(va) - base >= window || bytes > window - (address(va) - base))
 		return gmem_fail(-EINVAL, "va: %p + %zu is not memory of gmem", va, bytes);
-	err = round_end(session, address(va), bytes, &whole);
+	return 0;
+}
+
+int gmem_munmap(struct gmem *session, void *va, size_t bytes)
+{
+	uint64_t whole;
+	int err = check_munmap(session, va, bytes);
+
 	if (err)
 		return err;
-	err = gmem_link_unmap(session->link, address(va), whole);
-	if (err)
-		return gmem_fail(err, "va: munmap of %p: %s", va, strerror(-err));
-	return call_range(session, "munmap", NULL, va, whole);
+	pthread_rwlock_wrlock(&session->mapping);
+	err = round_end(session, address(va), bytes, &whole);
+	if (!err) {
+		err = gmem_link_unmap(session->link, address(va), whole);
+		if (err)
+			gmem_fail(err, "va: munmap of %p: %s", va, strerror(-err));
+		else
+			err = call_range(session, "munmap", NULL, va, whole);
+	}
+	pthread_rwlock_unlock(&session->mapping);
+	return err;
 }
 
 /* ---- placement ---- */

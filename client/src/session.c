@@ -35,6 +35,59 @@ void gmem_session_count_contexts(struct gmem *session, int change)
 	pthread_mutex_unlock(&session->lock);
 }
 
+/* ---- fork ---- */
+
+static pthread_mutex_t all_lock = PTHREAD_MUTEX_INITIALIZER;
+static struct gmem *all; /* all_lock */
+
+/* Runs before the handlers of rpc.c and link.c, which were registered earlier: what is under way needs their locks. */
+static void before_fork(void)
+{
+	pthread_mutex_lock(&all_lock);
+	for (struct gmem *session = all; session; session = session->next) {
+		pthread_rwlock_wrlock(&session->mapping);
+		pthread_mutex_lock(&session->lock);
+	}
+}
+
+static void after_fork(void)
+{
+	for (struct gmem *session = all; session; session = session->next) {
+		pthread_mutex_unlock(&session->lock);
+		pthread_rwlock_unlock(&session->mapping);
+	}
+	pthread_mutex_unlock(&all_lock);
+}
+
+static void install_handlers(void)
+{
+	pthread_atfork(before_fork, after_fork, after_fork);
+}
+
+static void enlist(struct gmem *session)
+{
+	static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+	pthread_once(&once, install_handlers);
+	pthread_mutex_lock(&all_lock);
+	session->next = all;
+	all = session;
+	pthread_mutex_unlock(&all_lock);
+}
+
+static void delist(struct gmem *session)
+{
+	struct gmem **at;
+
+	pthread_mutex_lock(&all_lock);
+	for (at = &all; *at != session; at = &(*at)->next)
+		;
+	*at = session->next;
+	pthread_mutex_unlock(&all_lock);
+}
+
+/* ---- open, close ---- */
+
 static int connect_to(struct gmem *session, const char *path)
 {
 	char message[GMEM_WIRE_MESSAGE_BYTES] = "";
@@ -122,6 +175,8 @@ int gmem_open(const char *path, const struct gmem_open_options *options, struct 
 		return err;
 	}
 	pthread_mutex_init(&session->lock, NULL);
+	pthread_rwlock_init(&session->mapping, NULL);
+	enlist(session);
 	*ret = session;
 	return 0;
 }
@@ -133,10 +188,12 @@ int gmem_close(struct gmem *session)
 	gmem_session_count_contexts(session, 0);
 	if (session->context_count)
 		return gmem_fail(-EBUSY, "session: %zu of its contexts are open", session->context_count);
+	delist(session);
 	gmem_rpc_destroy(session->rpc);
 	gmem_link_close(session->link);
 	if (session->embedded)
 		gmem_embedded_put(session->embedded);
+	pthread_rwlock_destroy(&session->mapping);
 	pthread_mutex_destroy(&session->lock);
 	free(session);
 	return 0;

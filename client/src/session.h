@@ -18,9 +18,14 @@ struct gmem {
 	struct gmem_link *link;
 	struct gmem_rpc *rpc;
 	struct gmem_embedded *embedded; /* the private gmemd it is connected to; NULL: a running one */
+	/* Read-held over a whole mmap, write-held over a whole munmap and over a fork. gmemd may hand a range out again as
+	 * soon as munmap(2) is done, before our request and our table say so: no mmap may get it in between. And a child
+	 * must not inherit a mapping that is not registered yet: it would read silent zeros. */
+	pthread_rwlock_t mapping;
 	pthread_mutex_t lock;           /* guards what follows */
 	size_t context_count;           /* open ones of process context_pid */
 	pid_t context_pid;
+	struct gmem *next;              /* all of this process */
 };
 
 /* ---- session.c ---- */

@@ -31,8 +31,7 @@ static int simgpu_probe(const struct gmem_driver_config *config, struct gmem_dev
 
 	if (!gpu)
 		return -ENOMEM;
-	gpu->capacity = 1ull << 30;
-	gpu->replayable = 1;
+	*gpu = (struct gmem_device){ .capacity = 1ull << 30, .replayable = 1 };
 	err = gmem_driver_options(config, options, sizeof(options) / sizeof(options[0]));
 	if (err)
 		free(gpu);
@@ -53,8 +52,7 @@ static int simgpu_info(struct gmem_device *gpu, struct gmem_device_info *ret)
 		.page_bytes_mask = 1ull << GMEM_SHIFT_4K | 1ull << GMEM_SHIFT_64K | 1ull << GMEM_SHIFT_2M,
 		.caps = GMEM_CAP_COMPUTE | GMEM_CAP_SAME_VA | GMEM_CAP_CPU_VISIBLE |
 			(gpu->replayable ? GMEM_CAP_REPLAYABLE : 0),
-		.bandwidth_bytes_per_s = gpu->bandwidth,
-		.latency_ns = gpu->latency_ns,
+		.bandwidth_bytes_per_s = gpu->bandwidth, .latency_ns = gpu->latency_ns,
 	};
 	return 0;
 }
@@ -63,7 +61,6 @@ static int simgpu_copy(struct gmem_device *gpu, const struct gmem_sg *sg, size_t
 		       gmem_fence_t *ret)
 {
 	uint64_t busy_ns = gpu->latency_ns, done, free_ns = gpu->link_free_ns, now = gmem_now_ns();
-	struct timespec until;
 	int err = 0;
 
 	for (size_t i = 0; i < count; i++)
@@ -73,8 +70,9 @@ static int simgpu_copy(struct gmem_device *gpu, const struct gmem_sg *sg, size_t
 	} while (!atomic_compare_exchange_weak(&gpu->link_free_ns, &free_ns, done));
 	for (size_t i = 0; !err && i < count; i++)
 		err = gmem_copy(sg[i].dst, sg[i].src, sg[i].bytes);
-	until = (struct timespec){ (time_t)(done / 1000000000ull), (long)(done % 1000000000ull) };
-	while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &until, NULL) == EINTR)
+	while (clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME,
+			       &(struct timespec){ (time_t)(done / 1000000000ull), (long)(done % 1000000000ull) },
+			       NULL) == EINTR)
 		;
 	(void)after; /* copies are complete when this returns, in the order of the calls */
 	*ret = 0;

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import gmem
@@ -59,11 +60,17 @@ def run_python(code: str, *, session: gmem.Session | None = None, uid: int | Non
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
-def start_python(code: str, session: gmem.Session) -> subprocess.Popen:
+@contextmanager
+def started_python(code: str, session: gmem.Session) -> Iterator[subprocess.Popen]:
+    """The same, running beside the test; killed at the end of the block at the latest."""
     environment = {**os.environ, "GMEM_SOCKET": session.path}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code)], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
+    try:
+        yield process
+    finally:
+        kill(process)
 
 
 def kill(process: subprocess.Popen) -> None:

@@ -65,11 +65,11 @@ def run(arguments: argparse.Namespace) -> list[str]:
     with gmem.connect(devices=[f"{DEVICE}:capacity={arguments.hbm}"]) as session:
         device = device_stats(session)
         console.print(f"gmemd started; {DEVICE} attached with {device['capacity_bytes'] / report.MIB:g} MiB of HBM")
-        before = session.stats()["stats"]
+        before = session.stats()
         embedded = embed(arguments, inputs, session, console)
         for query, hits in zip(inputs.queries, embedded.hits, strict=True):
             report.answers(console, query, hits, inputs.texts)
-        after, device = session.stats()["stats"], device_stats(session)
+        after, device = session.stats(), device_stats(session)
         values, failures = check(arguments, inputs, embedded, device)
         values |= {name: after[name] - before[name] for name in COUNTERS}
         values["migration_s"] = (after["migration_ns"] - before["migration_ns"]) / 1e9

@@ -1,0 +1,199 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * libgmem: unified memory. A pointer from gmem_mmap() is valid on the CPU and in every device context of this process;
+ * data moves to whoever touches it.
+ *
+ * Functions return 0 or -errno; outputs come last and are left alone on failure. gmem_last_error() has words for the
+ * calling thread's last failure, and names the argument. Everything is thread-safe, except that a handle must not be
+ * closed while another thread uses it. A forked child may go on using a session, which is then one of its own over the
+ * shared regions; device contexts and fences stay with the parent.
+ *
+ * Option structs: set size to sizeof(struct ...), zero the rest; later versions add fields at the end. NULL means all
+ * defaults.
+ */
+#ifndef GMEM_H
+#define GMEM_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define GMEM_API __attribute__((visibility("default")))
+
+#define GMEM_HOST 0       /* hnid of the host */
+#define GMEM_NO_HNID (-1) /* "nowhere in particular", where a function says so */
+
+struct gmem;         /* a session with one gmemd */
+struct gmem_context; /* a device opened for a session */
+struct gmem_fence;   /* completion of a launch */
+
+struct gmem_range {
+	void *va;
+	size_t bytes;
+};
+
+/* ---- session ---- */
+
+struct gmem_open_options {
+	size_t size;
+	const char *const *devices; /* for a private gmemd, which is then started: "simgpu0:capacity=48M" */
+	size_t device_count;
+};
+
+/* path: gmemd.sock of a running daemon. NULL: $GMEM_SOCKET, else the system's /run/gmem/gmemd.sock, else a private
+ * gmemd for this process tree, if `gmemd` is in PATH; -ENOENT if none of them is there. */
+GMEM_API int gmem_open(const char *path, const struct gmem_open_options *options, struct gmem **ret);
+/* Ends the session: its memory is unmapped and its content gone. -EBUSY while contexts are open. */
+GMEM_API int gmem_close(struct gmem *session);
+
+/* ---- memory ---- */
+
+#define GMEM_MMAP_NO_INHERIT 0x1u /* a forked child does not get the region (by default it shares it) */
+#define GMEM_MMAP_SMALL 0x2u      /* never backed by huge pages */
+
+struct gmem_mmap_options {
+	size_t size;
+	size_t page_bytes; /* what moves at once: 4096, 65536 or 2097152; 0: by the region's size */
+	uint32_t flags;    /* GMEM_MMAP_* */
+	uint32_t reserved;
+};
+
+/* bytes is rounded up to whole pages. The memory reads zero. -ENOMEM: more than host and devices could ever hold. */
+GMEM_API int gmem_mmap(struct gmem *session, size_t bytes, const struct gmem_mmap_options *options, void **ret);
+/* Any page-aligned part of a region. Returns when gmemd has let go of the memory. */
+GMEM_API int gmem_munmap(struct gmem *session, void *va, size_t bytes);
+
+enum gmem_advice {
+	GMEM_ADVISE_DISCARD = 4,         /* drop the content of whole pages in the range: they read zero */
+	GMEM_ADVISE_PREFETCH = 0x1000,   /* move to hnid */
+	GMEM_ADVISE_PINNED = 0x1001,     /* move to hnid, and stay there */
+	GMEM_ADVISE_UNPINNED = 0x1002,
+	GMEM_ADVISE_READ_MOSTLY = 0x1010, /* keep a copy wherever it is read */
+	GMEM_ADVISE_NO_READ_MOSTLY = 0x1011,
+	GMEM_ADVISE_PREFERRED = 0x1012,  /* best kept at hnid; GMEM_NO_HNID clears that */
+	GMEM_ADVISE_COLD = 0x1013,       /* first to be evicted from hnid */
+};
+
+GMEM_API int gmem_hmadvise(struct gmem *session, int hnid, void *va, size_t bytes, int advice);
+/* Copies between two ranges that do not overlap, wherever their pages are; dst is at hnid afterwards (GMEM_NO_HNID: at
+ * the host). Any alignment. */
+GMEM_API int gmem_hmemcpy(struct gmem *session, int hnid, void *dst, const void *src, size_t bytes);
+/* Moves a range to hnid, by whole pages; returns when it is there. */
+GMEM_API int gmem_prefetch(struct gmem *session, int hnid, void *va, size_t bytes);
+GMEM_API int gmem_discard(struct gmem *session, void *va, size_t bytes);
+
+enum gmem_page_state { GMEM_PAGE_NOMAP = 0, GMEM_PAGE_RESIDENT = 1, GMEM_PAGE_BUSY = 2, GMEM_PAGE_POISONED = 3 };
+
+#define GMEM_PAGE_DIRTY 0x01
+#define GMEM_PAGE_PINNED 0x02
+#define GMEM_PAGE_WILLNEED 0x04
+#define GMEM_PAGE_READ_MOSTLY 0x08
+#define GMEM_PAGE_REFERENCED 0x10
+
+struct gmem_page {
+	uint8_t state;      /* enum gmem_page_state */
+	int8_t writer;      /* hnid that may write, -1 if none */
+	uint16_t valid;     /* bit h: hnid h holds a valid copy */
+	uint8_t flags;      /* GMEM_PAGE_* */
+	uint8_t page_shift; /* log2 of the page's size */
+	uint16_t why;       /* 1 first touch, 2 host fault, 3 device fault, 4 prefetch, 5 evicted, 6 hmemcpy, 7 acquire,
+			     * 8 detach, 9 advice, 10 lost */
+};
+
+/* Describes each page that the range touches, in order; the range lies in one region. Fills at most capacity elements
+ * and returns how many pages there are. */
+GMEM_API int gmem_query(struct gmem *session, const void *va, size_t bytes, struct gmem_page *pages, size_t capacity,
+			size_t *ret);
+
+/* ---- devices ---- */
+
+#define GMEM_CAP_REPLAYABLE 0x001u /* kernels may touch anything; else only what was acquired */
+#define GMEM_CAP_PEER 0x010u
+#define GMEM_CAP_COHERENT 0x020u
+#define GMEM_CAP_COMPUTE 0x040u    /* contexts can be opened on it */
+#define GMEM_CAP_PERSISTENT 0x080u
+#define GMEM_CAP_EXPORT_FD 0x100u
+#define GMEM_CAP_REMOTE 0x200u
+#define GMEM_CAP_SAME_VA 0x400u
+
+struct gmem_device_info {
+	int32_t hnid;
+	uint32_t caps; /* GMEM_CAP_* */
+	char name[32], driver[32];
+	uint64_t capacity_bytes, used_bytes, peak_bytes, pinned_bytes;
+	uint64_t contexts;
+	uint64_t faults, in_bytes, out_bytes, evictions;
+};
+
+/* All hnodes, the host first. device_bytes is sizeof(struct gmem_device_info): the struct may grow. Fills at most
+ * capacity elements and returns how many hnodes there are. */
+GMEM_API int gmem_devices(struct gmem *session, struct gmem_device_info *devices, size_t device_bytes,
+			  size_t capacity, size_t *ret);
+
+/* ---- contexts: kernels on a device ---- */
+
+/* A kernel: a function of a shared object of yours, called in the device's process. What args point to is at the same
+ * addresses there if it is from gmem_mmap(); nothing else of this process is there. */
+typedef int gmem_kernel(void *const *args, size_t arg_count);
+
+#define GMEM_ARGS_MAX 64
+
+struct gmem_context_options {
+	size_t size;
+	const char *helper; /* program of the device's process; NULL: the installed gmem-context */
+};
+
+struct gmem_launch_options {
+	size_t size;
+	uint64_t timeout_ns; /* how long the kernel may run; then its context is ended. 0: for ever */
+	/* What the kernel touches, held on the device while it runs. Devices without GMEM_CAP_REPLAYABLE need this. */
+	const struct gmem_range *writes;
+	size_t write_count;
+	const struct gmem_range *reads;
+	size_t read_count;
+};
+
+GMEM_API int gmem_context_open(struct gmem *session, const char *device, const struct gmem_context_options *options,
+			       struct gmem_context **ret);
+/* Queues library:symbol(args, arg_count); kernels of a context run one after the other. library: path of a shared
+ * object. The fence is the caller's, to be freed with gmem_fence_free(). */
+GMEM_API int gmem_context_launch(struct gmem_context *context, const char *library, const char *symbol,
+				 void *const *args, size_t arg_count, const struct gmem_launch_options *options,
+				 struct gmem_fence **ret);
+/* Ends the device's process; fences that are not complete fail with -ECANCELED. */
+GMEM_API int gmem_context_close(struct gmem_context *context);
+
+#define GMEM_ACQUIRE_WRITE 0x1u
+
+/* Brings ranges to the context's device and holds them there, until as many calls of gmem_release(). */
+GMEM_API int gmem_acquire(struct gmem_context *context, const struct gmem_range *ranges, size_t count,
+			  uint32_t flags);
+GMEM_API int gmem_release(struct gmem_context *context, const struct gmem_range *ranges, size_t count);
+
+#define GMEM_FOREVER UINT64_MAX
+
+/* Waits for a kernel and gives its return value (ret may be NULL). -ETIMEDOUT: not complete yet, ask again. The kernel
+ * itself failed: -ETIME it ran longer than its timeout_ns; -EOWNERDEAD its process crashed, the message has the signal;
+ * -ECANCELED the context was closed; -ELIBACC the library, -ENOENT the symbol could not be had. */
+GMEM_API int gmem_fence_wait(struct gmem_fence *fence, uint64_t timeout_ns, int *ret);
+/* Whether gmem_fence_wait() would return at once. */
+GMEM_API int gmem_fence_poll(struct gmem_fence *fence, bool *ret);
+/* The kernel goes on if it was not complete. NULL is allowed. */
+GMEM_API void gmem_fence_free(struct gmem_fence *fence);
+
+/* ---- errors ---- */
+
+/* What a returned -errno (or errno) means in gmem. */
+GMEM_API const char *gmem_strerror(int err);
+/* What went wrong in this thread's last failed call, argument first; "" if none failed. Valid until the next call. */
+GMEM_API const char *gmem_last_error(void);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
