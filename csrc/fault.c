@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <pthread.h>
+#include <sched.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -87,8 +88,10 @@ static int resolve_locked(struct gmem_page *page, struct gmem_view *view, struct
 
 	if (missing && (gmem_word_valid(page->word) & here))
 		err = heal(page, view->hnid);
+	/* A small page that will be written is filled unmapped and then mapped once: lifting a write-protection costs more
+	 * than copying 4 KiB. */
 	if (!err)
-		err = gmem_page_fetch(page, view->hnid, view, range, why, &mapped);
+		err = gmem_page_fetch(page, view->hnid, write && page->bytes == 4096 ? NULL : view, range, why, &mapped);
 	if (err)
 		return err;
 	/* A sole copy is mapped writable at once: that saves the second fault of read-then-write. */
@@ -215,15 +218,34 @@ static void view_failed(struct gmem_core *core, struct gmem_view *view)
 	gmem_core_post(core, GMEM_EVENT_VIEW_GONE, view->session_id, 0, view->id, view->hnid, 0);
 }
 
-static void serve(struct gmem_core *core, struct gmem_view *view)
+/* The uffd is watched edge-triggered, so that a fault wakes one thread: it reads until there is no more, and what comes
+ * meanwhile wakes another. */
+static void serve(struct gmem_core *core, struct gmem_view *view, struct gmem_service *service)
 {
 	struct gmem_uffd_msg messages[MESSAGES];
-	ssize_t n = read(view->uffd, messages, sizeof(messages));
+	ssize_t n;
 
-	if (n < 0 && errno != EAGAIN && errno != EINTR)
-		view_failed(core, view);
-	for (ssize_t i = 0; i < n / (ssize_t)sizeof(messages[0]); i++)
-		handle(core, view, &messages[i]);
+	atomic_store(&service->view, (uintptr_t)view);
+	do {
+		n = read(view->uffd, messages, sizeof(messages));
+		if (n < 0 && errno != EAGAIN && errno != EINTR)
+			view_failed(core, view);
+		for (ssize_t i = 0; i < n / (ssize_t)sizeof(messages[0]); i++)
+			handle(core, view, &messages[i]);
+	} while (n == sizeof(messages) || (n < 0 && errno == EINTR));
+	atomic_store(&service->view, 0);
+	atomic_fetch_add(&service->turns, 1);
+}
+
+void gmem_faults_quiesce(struct gmem_core *core, struct gmem_view *view)
+{
+	for (uint32_t i = 0; i < core->faults.thread_count; i++) {
+		struct gmem_service *service = &core->faults.services[i];
+		uint64_t turns = atomic_load(&service->turns);
+
+		while (atomic_load(&service->view) == (uintptr_t)view && atomic_load(&service->turns) == turns)
+			sched_yield();
+	}
 }
 
 static struct gmem_view *view_of(struct gmem_faults *faults, uint64_t token)
@@ -240,7 +262,8 @@ static struct gmem_view *view_of(struct gmem_faults *faults, uint64_t token)
 
 static void *fault_thread(void *arg)
 {
-	struct gmem_core *core = arg;
+	struct gmem_service *service = arg;
+	struct gmem_core *core = service->core;
 	struct gmem_faults *faults = &core->faults;
 
 	pthread_setname_np(pthread_self(), "gmem-fault");
@@ -259,7 +282,7 @@ static void *fault_thread(void *arg)
 		if (event.events & (EPOLLERR | EPOLLHUP))
 			view_failed(core, view);
 		else
-			serve(core, view);
+			serve(core, view, service);
 		gmem_view_unref(view);
 	}
 }
@@ -319,7 +342,7 @@ static void *filler_thread(void *arg)
 int gmem_faults_watch(struct gmem_core *core, struct gmem_view *view)
 {
 	struct gmem_faults *faults = &core->faults;
-	struct epoll_event event = { .events = EPOLLIN };
+	struct epoll_event event = { .events = EPOLLIN | EPOLLET };
 	uint32_t index;
 	int err = 0;
 
@@ -371,8 +394,12 @@ static int start_threads(struct gmem_core *core, uint32_t threads)
 	struct gmem_faults *faults = &core->faults;
 	int err = 0;
 
-	for (; !err && faults->thread_count < threads; faults->thread_count += !err)
-		err = -pthread_create(&faults->threads[faults->thread_count], NULL, fault_thread, core);
+	for (; !err && faults->thread_count < threads; faults->thread_count += !err) {
+		struct gmem_service *service = &faults->services[faults->thread_count];
+
+		service->core = core;
+		err = -pthread_create(&faults->threads[faults->thread_count], NULL, fault_thread, service);
+	}
 	for (; !err && faults->filler_count < FILLERS; faults->filler_count += !err)
 		err = -pthread_create(&faults->fillers[faults->filler_count], NULL, filler_thread, core);
 	return err;

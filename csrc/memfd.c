@@ -13,6 +13,9 @@
 
 #include <gmem/memfd.h>
 
+#define HUGEPAGES "/sys/kernel/mm/hugepages/hugepages-2048kB/"
+#define TOUCH_BYTES 65536 /* a read fault maps its neighbours too, in windows of this size */
+
 #ifndef FALLOC_FL_KEEP_SIZE
 #define FALLOC_FL_KEEP_SIZE 1
 #define FALLOC_FL_PUNCH_HOLE 2
@@ -179,21 +182,42 @@ int gmem_copy(void *dst, const void *src, size_t bytes)
 	return 0;
 }
 
-static uint64_t read_number(const char *path)
+/* Of a file that stays open: a request for memory asks each time. */
+static uint64_t read_number(int fd)
 {
-	FILE *f = fopen(path, "re");
-	unsigned long long n = 0;
+	char text[32];
+	ssize_t n = fd < 0 ? -1 : pread(fd, text, sizeof(text) - 1, 0);
 
-	if (!f)
+	if (n <= 0)
 		return 0;
-	if (fscanf(f, "%llu", &n) != 1)
-		n = 0;
-	fclose(f);
-	return n;
+	text[n] = '\0';
+	return strtoull(text, NULL, 10);
+}
+
+static int hugepage_fds[2];
+
+static void open_hugepage_files(void)
+{
+	hugepage_fds[0] = open(HUGEPAGES "nr_hugepages", O_RDONLY | O_CLOEXEC);
+	hugepage_fds[1] = open(HUGEPAGES "nr_overcommit_hugepages", O_RDONLY | O_CLOEXEC);
 }
 
 uint64_t gmem_hugepages_bytes(void)
 {
-	return GMEM_HUGE_BYTES * (read_number("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages") +
-				  read_number("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_overcommit_hugepages"));
+	static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+	pthread_once(&once, open_hugepage_files);
+	return GMEM_HUGE_BYTES * (read_number(hugepage_fds[0]) + read_number(hugepage_fds[1]));
+}
+
+int gmem_alias_touch(const uint8_t *alias, uint64_t bytes)
+{
+	for (uint64_t done = 0; done < bytes; done += TOUCH_BYTES) {
+		uint8_t byte;
+		int err = gmem_copy(&byte, alias + done, 1);
+
+		if (err)
+			return err;
+	}
+	return 0;
 }

@@ -142,6 +142,7 @@ int gmem_mmap_commit(struct gmem_core *core, uint64_t id, uint64_t va)
 int gmem_munmap(struct gmem_core *core, uint64_t id, uint64_t va, uint64_t bytes)
 {
 	struct gmem_session *session;
+	struct gmem_view *view;
 
 	if ((va & 4095) || !bytes || va + bytes < va)
 		return -EINVAL;
@@ -149,6 +150,10 @@ int gmem_munmap(struct gmem_core *core, uint64_t id, uint64_t va, uint64_t bytes
 	session = gmem_session_get(core, id);
 	if (!session)
 		return -ENOENT;
+	view = gmem_as_view(&session->as, GMEM_HOST);
+	if (view)
+		gmem_faults_quiesce(core, view);
+	gmem_view_unref(view);
 	gmem_as_remove(&session->as, va, bytes, gmem_session_release_piece, NULL);
 	gmem_session_unref(session);
 	return 0;

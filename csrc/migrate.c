@@ -11,6 +11,7 @@
 #include <gmem/uffd.h>
 
 #define RECLAIM_TRIES 64
+#define COMMIT_SPINS 64 /* a few microseconds */
 
 static _Atomic gmem_word_t *word_of(const struct gmem_page *page)
 {
@@ -31,9 +32,17 @@ int gmem_page_trylock(struct gmem_object *object, uint64_t index, bool wait_flag
 	_Atomic gmem_word_t *at = &object->core->lpt.words[object->pn + index];
 	gmem_word_t word = atomic_load_explicit(at, memory_order_acquire);
 
-	for (;;) {
+	for (int spins = 0;;) {
 		if (gmem_word_state(word) == GMEM_BUSY) {
-			if (!wait_flag || (word & GMEM_WORD_WAITERS))
+			if (!wait_flag)
+				return -EBUSY;
+			/* A thread is woken a moment before its page is committed, and may be back at once. */
+			if (gmem_word_dir(word) != GMEM_DIR_COPY && spins++ < COMMIT_SPINS) {
+				gmem_cpu_relax();
+				word = atomic_load_explicit(at, memory_order_acquire);
+				continue;
+			}
+			if (word & GMEM_WORD_WAITERS)
 				return -EBUSY;
 			if (atomic_compare_exchange_weak(at, &word, word | GMEM_WORD_WAITERS))
 				return -EBUSY;
@@ -330,6 +339,8 @@ static int copy_into_view(struct gmem_page *page, struct gmem_hnode *from, struc
 	uint8_t *src;
 	int err = gmem_object_alias(page->object, from->hnid, &src);
 
+	if (!err)
+		err = gmem_alias_touch(src + page->offset, page->bytes);
 	if (err)
 		return err;
 	mark(page, GMEM_DIR_COPY, to->hnid);

@@ -16,7 +16,8 @@ static struct gmem_session **bucket(struct gmem_core *core, uint64_t id)
 	return &core->sessions[id % GMEM_SESSION_BUCKETS];
 }
 
-int gmem_session_new(struct gmem_core *core, uid_t uid, pid_t pid, uint64_t parent, struct gmem_session **ret)
+int gmem_session_new(struct gmem_core *core, uid_t uid, pid_t pid, struct gmem_session *parent,
+		     struct gmem_session **ret)
 {
 	struct gmem_session *session = calloc(1, sizeof(*session));
 	int err;
@@ -28,10 +29,11 @@ int gmem_session_new(struct gmem_core *core, uid_t uid, pid_t pid, uint64_t pare
 	session->id = atomic_fetch_add(&core->next_id, 1);
 	session->uid = uid;
 	session->pid = pid;
-	session->parent = parent;
+	session->parent = parent ? parent->id : 0;
 	err = gmem_as_init(&session->as);
 	if (!err) {
-		err = gmem_account_create(session->id, core->window.bytes, &session->account);
+		err = gmem_account_create(session->id, core->window.bytes, parent ? parent->account : NULL,
+					  &session->account);
 		if (err)
 			gmem_as_deinit(&session->as);
 	}
@@ -80,7 +82,7 @@ int gmem_session_create(struct gmem_core *core, uid_t uid, pid_t pid, uint64_t *
 {
 	struct gmem_session *session;
 	struct gmem_file *file;
-	int err = gmem_session_new(core, uid, pid, 0, &session);
+	int err = gmem_session_new(core, uid, pid, NULL, &session);
 
 	if (err)
 		return err;
@@ -309,7 +311,7 @@ void gmem_session_forked(struct gmem_session *parent, int uffd)
 	struct gmem_session *child;
 	struct gmem_view *view;
 	uint64_t id = 0;
-	int err = gmem_session_new(core, parent->uid, 0, parent->id, &child);
+	int err = gmem_session_new(core, parent->uid, 0, parent, &child);
 
 	if (!err) {
 		id = child->id;
@@ -374,7 +376,7 @@ int gmem_session_fork(struct gmem_core *core, uint64_t parent_id, uid_t uid, pid
 	}
 	*ret_stored = child != NULL;
 	if (!child) {
-		err = gmem_session_new(core, uid, pid, parent_id, &child);
+		err = gmem_session_new(core, uid, pid, parent, &child);
 		if (!err) {
 			atomic_store(&child->bound, true);
 			err = inherit_regions(parent, child, false);
@@ -497,9 +499,9 @@ int gmem_session_destroy(struct gmem_core *core, uint64_t id)
 	gmem_rwlock_unlock(&core->sessions_lock);
 	if (!session)
 		return -ENOENT;
-	atomic_fetch_sub(&core->session_count, 1);
 	atomic_store(&session->closed, true);
 	tear_down(session);
+	atomic_fetch_sub(&core->session_count, 1);
 	gmem_session_unref(session);
 	return 0;
 }

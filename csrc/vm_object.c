@@ -7,7 +7,8 @@
 #include <gmem/internal.h>
 #include <gmem/vm_object.h>
 
-int gmem_account_create(uint64_t session_id, uint64_t file_bytes, struct gmem_account **ret)
+int gmem_account_create(uint64_t session_id, uint64_t file_bytes, struct gmem_account *parent,
+			struct gmem_account **ret)
 {
 	struct gmem_account *account = calloc(1, sizeof(*account));
 
@@ -16,6 +17,7 @@ int gmem_account_create(uint64_t session_id, uint64_t file_bytes, struct gmem_ac
 	account->refs = 1;
 	account->session_id = session_id;
 	account->file_bytes = file_bytes;
+	account->parent = parent ? gmem_account_ref(parent) : NULL;
 	gmem_mutex_init(&account->lock, GMEM_RANK_ACCOUNT);
 	*ret = account;
 	return 0;
@@ -29,13 +31,16 @@ struct gmem_account *gmem_account_ref(struct gmem_account *account)
 
 void gmem_account_unref(struct gmem_account *account)
 {
-	if (!account || atomic_fetch_sub(&account->refs, 1) != 1)
-		return;
-	for (int h = 0; h < GMEM_HNODE_MAX; h++)
-		for (int c = 0; c < GMEM_CLASS_COUNT; c++)
-			gmem_file_unref(atomic_load(&account->files[h][c]));
-	gmem_mutex_deinit(&account->lock);
-	free(account);
+	while (account && atomic_fetch_sub(&account->refs, 1) == 1) {
+		struct gmem_account *parent = account->parent;
+
+		for (int h = 0; h < GMEM_HNODE_MAX; h++)
+			for (int c = 0; c < GMEM_CLASS_COUNT; c++)
+				gmem_file_unref(atomic_load(&account->files[h][c]));
+		gmem_mutex_deinit(&account->lock);
+		free(account);
+		account = parent;
+	}
 }
 
 int gmem_account_file(struct gmem_account *account, int hnid, enum gmem_class class_, struct gmem_file **ret)

@@ -285,6 +285,19 @@ static int pins(struct client *client, void *arg)
 	return 0;
 }
 
+/* munmap(2) returns when its event has been read; a region that gets the same address at once must outlive it. */
+static int remaps(struct client *client, void *arg)
+{
+	(void)arg;
+	for (int i = 0; i < 300; i++) {
+		volatile char *p = client_mmap(client, 2 << 20, 2 << 20, GMEM_FORK_SHARE);
+
+		*p = 1; /* SIGBUS if the event of the round before took it away */
+		CHECK_EQ(client_munmap(client, (void *)p, 2 << 20), 0);
+	}
+	return 0;
+}
+
 int main(void)
 {
 	struct gmem_core *core = core_start((struct gmem_core_config){ .event_fork = true });
@@ -304,6 +317,8 @@ int main(void)
 		test_session_end(core);
 	test_device_faults(core);
 	CHECK_EQ(client_wait(client_start(core, pins, NULL)), 0);
+	expect_empty(core);
+	CHECK_EQ(client_wait(client_start(core, remaps, NULL)), 0);
 	expect_empty(core);
 	gmem_hnodes(core, hnodes, &count);
 	CHECK_EQ(hnodes[1].pinned_bytes, 0);

@@ -59,7 +59,7 @@ struct gmem_region_info {
 	uint64_t va, bytes, offset, page_bytes;
 	enum gmem_class class_;
 	enum gmem_fork fork;
-	int fd; /* borrowed */
+	int fd; /* borrowed; open for as long as the session lives, also if the region goes */
 };
 /* Fills at most capacity entries, ret_count is the full count. */
 int gmem_session_regions(struct gmem_core *core, uint64_t session, struct gmem_region_info *regions, size_t capacity,

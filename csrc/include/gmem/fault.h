@@ -36,6 +36,13 @@ struct gmem_slot {
 	uint32_t next_free;
 };
 
+/* What one fault thread is doing: which view it serves, and how many times it has finished. */
+struct gmem_service {
+	struct gmem_core *core;  /* (C) */
+	_Atomic uintptr_t view;  /* (A) */
+	_Atomic uint64_t turns;  /* (A) */
+};
+
 struct gmem_faults {
 	int epoll_fd; /* (C) */
 	int stop_fd;  /* (C) */
@@ -44,6 +51,7 @@ struct gmem_faults {
 	uint32_t slots_used, slots_free;        /* slots_lock; index + 1 of the first free one, 0: none */
 	uint32_t thread_count, filler_count;
 	pthread_t threads[GMEM_THREADS_MAX];
+	struct gmem_service services[GMEM_THREADS_MAX];
 	pthread_t fillers[GMEM_THREADS_MAX];
 	struct gmem_mutex work_lock;
 	pthread_cond_t work_ready;
@@ -56,6 +64,9 @@ int gmem_faults_start(struct gmem_core *core, uint32_t threads);
 void gmem_faults_stop(struct gmem_core *core);
 /* -ENFILE: too many views. */
 int gmem_faults_watch(struct gmem_core *core, struct gmem_view *view);
+/* Waits until every message of the view that has been read by now has been handled: munmap(2) returns when its event was
+ * read, and what it says must not be done to a region that takes its place. Not for fault threads. */
+void gmem_faults_quiesce(struct gmem_core *core, struct gmem_view *view);
 void gmem_faults_unwatch(struct gmem_core *core, struct gmem_view *view);
 
 /* Resolves one fault now, or sees to it that the faulting thread is woken later. */

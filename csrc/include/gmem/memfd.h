@@ -32,6 +32,9 @@ int gmem_file_fill(struct gmem_file *file, uint64_t offset, uint8_t *alias, cons
 int gmem_alias_map(struct gmem_file *file, uint64_t offset, uint64_t bytes, uint8_t **ret);
 void gmem_alias_unmap(uint8_t *alias, uint64_t bytes);
 
+/* Maps pages that are present into the alias. The kernel copies from user memory with faults disabled first, and twice
+ * when the source is not mapped: UFFDIO_COPY of a huge page from a cold alias takes twice its time. */
+int gmem_alias_touch(const uint8_t *alias, uint64_t bytes);
 /* memcpy between aliases; -EFAULT instead of SIGBUS. */
 int gmem_copy(void *dst, const void *src, size_t bytes);
 /* Installs the SIGBUS handler once for the process; keeps and calls the previous one for faults not ours. */

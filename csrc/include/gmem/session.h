@@ -23,7 +23,8 @@ struct gmem_session {
 	struct gmem_session *next;    /* core->sessions_lock */
 };
 
-int gmem_session_new(struct gmem_core *core, uid_t uid, pid_t pid, uint64_t parent, struct gmem_session **ret);
+int gmem_session_new(struct gmem_core *core, uid_t uid, pid_t pid, struct gmem_session *parent,
+		     struct gmem_session **ret);
 /* Referenced; NULL if unknown. */
 struct gmem_session *gmem_session_get(struct gmem_core *core, uint64_t id);
 struct gmem_session *gmem_session_ref(struct gmem_session *session);

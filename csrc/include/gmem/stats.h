@@ -27,6 +27,15 @@ static inline uint64_t gmem_counter(const _Atomic uint64_t *counter)
 	return atomic_load_explicit(counter, memory_order_relaxed);
 }
 
+static inline void gmem_cpu_relax(void)
+{
+#if defined(__x86_64__)
+	__builtin_ia32_pause();
+#elif defined(__aarch64__)
+	__asm__ volatile("yield");
+#endif
+}
+
 static inline uint64_t gmem_now_ns(void)
 {
 	struct timespec t;

@@ -21,6 +21,7 @@ struct gmem_account {
 	atomic_uint refs;                                /* (A) */
 	uint64_t session_id;                             /* (C) */
 	uint64_t file_bytes;                             /* (C) size of each file: the VA window */
+	struct gmem_account *parent;                     /* (C) of the session it was forked from: its files stay open */
 	struct gmem_mutex lock;                          /* guards the making of files */
 	_Atomic(struct gmem_file *) files[GMEM_HNODE_MAX][GMEM_CLASS_COUNT]; /* (A) set once under lock */
 	_Atomic uint64_t resident_bytes[GMEM_HNODE_MAX]; /* (A) */
@@ -42,7 +43,8 @@ struct gmem_object {
 	_Atomic(uint8_t *) aliases[GMEM_HNODE_MAX]; /* (A) set once under lock */
 };
 
-int gmem_account_create(uint64_t session_id, uint64_t file_bytes, struct gmem_account **ret);
+int gmem_account_create(uint64_t session_id, uint64_t file_bytes, struct gmem_account *parent,
+			struct gmem_account **ret);
 struct gmem_account *gmem_account_ref(struct gmem_account *account);
 void gmem_account_unref(struct gmem_account *account);
 /* The file of that class on hnid, made on first use; borrowed. */
