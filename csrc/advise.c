@@ -16,10 +16,11 @@ static int prefetch_page(struct gmem_request *request, struct gmem_page *page, s
 
 	if (!hnode)
 		return -ENODEV;
+	if (gmem_hnode_is_peer(hnode) && !gmem_word_valid(page->word))
+		return 0; /* nothing to store */
 	err = gmem_page_fetch(page, request->hnid, request->view, range, GMEM_WHY_PREFETCH, &mapped);
-	if (!err && !gmem_hnode_is_peer(hnode) && !read_mostly)
-		err = gmem_page_own(page, request->hnid);
-	else if (!err && gmem_hnode_is_peer(hnode)) /* moving a page to a tier frees the memory it had */
+	/* moving a page to a tier is meant to free the memory it had, read mostly or not */
+	if (!err && (gmem_hnode_is_peer(hnode) || !read_mostly))
 		err = gmem_page_own(page, request->hnid);
 	if (!err && request->view)
 		err = gmem_page_map(page, request->view, range, mapped);

@@ -13,7 +13,7 @@
 #include <gmem/uffd.h>
 
 #define MESSAGES 16
-#define FILLERS 2
+#define FILLERS 4 /* they sleep most of the time */
 #define STOP_TOKEN UINT64_MAX
 
 void gmem_fault_poison(struct gmem_core *core, struct gmem_view *view, struct gmem_range range, int error)
@@ -48,22 +48,28 @@ static void touch_outside(struct gmem_core *core, struct gmem_view *view, uint64
 		gmem_uffd_pmap_wake(gmem_view_pmap(view), huge);
 }
 
-/* What the fault needs is behind a slow device: a filler shall wait for it. */
+static bool is_slow(struct gmem_core *core, int hnid)
+{
+	struct gmem_hnode *hnode = gmem_core_hnode(core, hnid);
+
+	return hnode && (hnode->info.caps & GMEM_CAP_SLOW);
+}
+
+/* What the fault needs is behind a slow link (or room must be made across one): a filler shall wait for it. */
 static bool needs_filler(struct gmem_core *core, const struct gmem_place *place, int hnid)
 {
 	gmem_word_t word = atomic_load_explicit(&core->lpt.words[place->object->pn + place->index],
 						memory_order_relaxed);
 	uint32_t valid = gmem_word_valid(word);
 
-	if (!valid || (valid >> hnid & 1))
+	if (valid >> hnid & 1)
 		return false;
-	for (int h = 0; valid >> h; h++) {
-		struct gmem_hnode *hnode = valid >> h & 1 ? gmem_core_hnode(core, h) : NULL;
-
-		if (hnode && !(hnode->info.caps & GMEM_CAP_SLOW))
+	if (is_slow(core, hnid))
+		return true;
+	for (int h = 0; valid >> h; h++)
+		if ((valid >> h & 1) && !is_slow(core, h))
 			return false;
-	}
-	return true;
+	return valid != 0;
 }
 
 /* The content of a page that is recorded here is missing: the client punched it, and reads zero. */

@@ -9,6 +9,7 @@
 #include <gmem/reclaim.h>
 
 #define PRESSURE_NS 50000000ull /* how long after a full hnode room is still made ahead */
+#define TELL_NS 1000000000ull   /* how often an hnode under pressure says so */
 #define DRAIN_TRIES 20000
 #define DRAIN_PAUSE_NS 100000
 
@@ -229,12 +230,14 @@ int gmem_reclaim_drain(struct gmem_hnode *hnode)
 static void *reclaimer(void *arg)
 {
 	struct gmem_hnode *hnode = arg;
+	uint64_t told_ns = 0;
 
 	pthread_setname_np(pthread_self(), "gmem-reclaim");
 	gmem_mutex_lock(&hnode->lock);
 	while (!hnode->stop) {
+		uint64_t now = gmem_now_ns();
 		uint64_t room = hnode->info.capacity_bytes - hnode->used_bytes;
-		bool pressed = hnode->pressure_ns && gmem_now_ns() - hnode->pressure_ns < PRESSURE_NS;
+		bool pressed = hnode->pressure_ns && now - hnode->pressure_ns < PRESSURE_NS;
 		int err;
 
 		if (!pressed || room >= hnode->low_bytes) {
@@ -244,7 +247,10 @@ static void *reclaimer(void *arg)
 			continue;
 		}
 		gmem_mutex_unlock(&hnode->lock);
-		gmem_core_post(hnode->core, GMEM_EVENT_PRESSURE, 0, 0, 0, hnode->hnid, 0);
+		if (now - told_ns > TELL_NS) {
+			gmem_core_post(hnode->core, GMEM_EVENT_PRESSURE, 0, 0, 0, hnode->hnid, 0);
+			told_ns = now;
+		}
 		err = gmem_reclaim(hnode, hnode->high_bytes);
 		gmem_mutex_lock(&hnode->lock);
 		if (err)

@@ -51,7 +51,7 @@ static int simgpu_info(struct gmem_device *gpu, struct gmem_device_info *ret)
 		.capacity_bytes = gpu->capacity,
 		.page_bytes_mask = 1ull << GMEM_SHIFT_4K | 1ull << GMEM_SHIFT_64K | 1ull << GMEM_SHIFT_2M,
 		.caps = GMEM_CAP_COMPUTE | GMEM_CAP_SAME_VA | GMEM_CAP_CPU_VISIBLE |
-			(gpu->replayable ? GMEM_CAP_REPLAYABLE : 0),
+			(gpu->replayable ? GMEM_CAP_REPLAYABLE : 0) | (gpu->bandwidth || gpu->latency_ns ? GMEM_CAP_SLOW : 0),
 		.bandwidth_bytes_per_s = gpu->bandwidth, .latency_ns = gpu->latency_ns,
 	};
 	return 0;

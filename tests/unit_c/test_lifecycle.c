@@ -285,6 +285,62 @@ static int pins(struct client *client, void *arg)
 	return 0;
 }
 
+/* ---- faults across a slow link keep nobody else waiting ---- */
+
+static void *touch_page(void *at)
+{
+	(void)*(volatile char *)at;
+	__atomic_fetch_add(&shared->step, 1, __ATOMIC_SEQ_CST);
+	return NULL;
+}
+
+static int waits_for_the_link(struct client *client, void *arg)
+{
+	char *p = client_mmap(client, PAGES * PAGE, PAGE, GMEM_FORK_SHARE);
+	pthread_t threads[2]; /* as many as there are fault threads */
+
+	memset(p, 1, 2 * PAGE);
+	CHECK_EQ(client_prefetch(client, (int)(long)arg, p, 2 * PAGE), 0);
+	shared->step = 1;
+	for (int i = 0; i < 2; i++)
+		CHECK(!pthread_create(&threads[i], NULL, touch_page, p + i * PAGE));
+	for (int i = 0; i < 2; i++)
+		pthread_join(threads[i], NULL);
+	return 0;
+}
+
+static int does_not_wait(struct client *client, void *arg)
+{
+	volatile char *p = client_mmap(client, PAGES * PAGE, 4096, GMEM_FORK_SHARE);
+
+	(void)arg;
+	while (shared->step < 1)
+		sleep_ms(1);
+	sleep_ms(20); /* both are waiting by now */
+	for (unsigned long i = 0; i < PAGES * PAGE; i += 4096)
+		p[i] = 1;
+	shared->result = shared->step;
+	return 0;
+}
+
+static void test_slow_link(struct gmem_core *core)
+{
+	int slow = attach_simgpu(core, "slow", "capacity=4M latency=700000000");
+	struct client *other, *client;
+
+	CHECK(slow > 0);
+	shared->step = 0;
+	other = client_start(core, does_not_wait, NULL);
+	client = client_start(core, waits_for_the_link, (void *)(long)slow);
+	CHECK_EQ(client_wait(other), 0);
+	CHECK_EQ(shared->result, 1); /* it was done before either of the two */
+	CHECK_EQ(client_wait(client), 0);
+	CHECK_EQ(shared->step, 3);
+	CHECK_EQ(gmem_device_detach(core, slow, false), 0);
+	expect_empty(core);
+	printf("slow link: others go on\n");
+}
+
 /* munmap(2) returns when its event has been read; a region that gets the same address at once must outlive it. */
 static int remaps(struct client *client, void *arg)
 {
@@ -316,6 +372,7 @@ int main(void)
 	if (features.poison)
 		test_session_end(core);
 	test_device_faults(core);
+	test_slow_link(core);
 	CHECK_EQ(client_wait(client_start(core, pins, NULL)), 0);
 	expect_empty(core);
 	CHECK_EQ(client_wait(client_start(core, remaps, NULL)), 0);
