@@ -302,8 +302,10 @@ static int waits_for_the_link(struct client *client, void *arg)
 	memset(p, 1, 2 * PAGE);
 	CHECK_EQ(client_prefetch(client, (int)(long)arg, p, 2 * PAGE), 0);
 	shared->step = 1;
-	for (int i = 0; i < 2; i++)
+	for (int i = 0; i < 2; i++) {
 		CHECK(!pthread_create(&threads[i], NULL, touch_page, p + i * PAGE));
+		sleep_ms(20); /* so that they are not read as one batch */
+	}
 	for (int i = 0; i < 2; i++)
 		pthread_join(threads[i], NULL);
 	return 0;
@@ -316,7 +318,7 @@ static int does_not_wait(struct client *client, void *arg)
 	(void)arg;
 	while (shared->step < 1)
 		sleep_ms(1);
-	sleep_ms(20); /* both are waiting by now */
+	sleep_ms(60); /* both are waiting by now */
 	for (unsigned long i = 0; i < PAGES * PAGE; i += 4096)
 		p[i] = 1;
 	shared->result = shared->step;
