@@ -131,8 +131,10 @@ static int undo(struct gmem *session, const struct grant *region, int err)
 	char why[384];
 
 	snprintf(why, sizeof(why), "%s", gmem_last_error());
+	pthread_rwlock_wrlock(&session->mapping);
 	gmem_link_unmap(session->link, region->va, region->bytes);
 	call_range(session, "munmap", NULL, (void *)(uintptr_t)region->va, region->bytes);
+	pthread_rwlock_unlock(&session->mapping);
 	return gmem_fail(err, "%s", why);
 }
 
@@ -140,6 +142,7 @@ int gmem_mmap(struct gmem *session, size_t bytes, const struct gmem_mmap_options
 {
 	const struct gmem_mmap_options defaults = { .size = sizeof(defaults) };
 	struct grant region;
+	bool mapped;
 	int err;
 
 	options = options ? options : &defaults;
@@ -150,12 +153,12 @@ int gmem_mmap(struct gmem *session, size_t bytes, const struct gmem_mmap_options
 		return err;
 	pthread_rwlock_rdlock(&session->mapping);
 	err = reserve_and_map(session, bytes, options, &region);
-	if (!err) {
+	mapped = !err;
+	if (mapped)
 		err = commit(session, region.va);
-		if (err)
-			err = undo(session, &region, err);
-	}
 	pthread_rwlock_unlock(&session->mapping);
+	if (mapped && err)
+		err = undo(session, &region, err);
 	if (!err)
 		*ret = (void *)(uintptr_t)region.va;
 	return err;
@@ -234,6 +237,8 @@ int gmem_munmap(struct gmem *session, void *va, size_t bytes)
 		return err;
 	pthread_rwlock_wrlock(&session->mapping);
 	err = round_end(session, address(va), bytes, &whole);
+	if (!err)
+		err = gmem_session_check(session); /* without gmemd, munmap(2) would not return */
 	if (!err) {
 		err = gmem_link_unmap(session->link, address(va), whole);
 		if (err)

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <poll.h>
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -35,6 +36,19 @@ void gmem_session_count_contexts(struct gmem *session, int change)
 	pthread_mutex_unlock(&session->lock);
 }
 
+int gmem_session_check(const struct gmem *session)
+{
+	struct pollfd end = { .fd = gmem_link_socket(session->link), .events = POLLIN };
+	int err = gmem_link_status(session->link);
+
+	if (err)
+		return gmem_fail(err, "this forked process could not join gmemd: %s",
+				 gmem_link_message(session->link));
+	if (poll(&end, 1, 0) > 0)
+		return gmem_fail(-ECONNRESET, "gmemd has gone, or has ended this session");
+	return 0;
+}
+
 /* ---- fork ---- */
 
 static pthread_mutex_t all_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -59,9 +73,19 @@ static void after_fork(void)
 	pthread_mutex_unlock(&all_lock);
 }
 
+static void after_fork_child(void)
+{
+	for (struct gmem *session = all; session; session = session->next) {
+		pthread_mutex_unlock(&session->lock);
+		/* A write lock knows its owner by thread id, which is another one here. */
+		pthread_rwlock_init(&session->mapping, NULL);
+	}
+	pthread_mutex_unlock(&all_lock);
+}
+
 static void install_handlers(void)
 {
-	pthread_atfork(before_fork, after_fork, after_fork);
+	pthread_atfork(before_fork, after_fork, after_fork_child);
 }
 
 static void enlist(struct gmem *session)
@@ -190,6 +214,11 @@ int gmem_close(struct gmem *session)
 		return gmem_fail(-EBUSY, "session: %zu of its contexts are open", session->context_count);
 	delist(session);
 	gmem_rpc_destroy(session->rpc);
+	/* munmap(2) waits until the userfaultfd's reader has heard of it. If gmemd is dead, that would be for ever, unless
+	 * its last descriptor is closed; if it lives, it has one of its own. */
+	if (session->link->uffd >= 0)
+		close(session->link->uffd);
+	session->link->uffd = -1;
 	gmem_link_close(session->link);
 	if (session->embedded)
 		gmem_embedded_put(session->embedded);

@@ -33,6 +33,8 @@ struct gmem {
 int gmem_check_bytes(size_t bytes);
 /* -EINVAL naming "options" if size is not that of a version of the struct that we know. */
 int gmem_check_options(size_t size, size_t least, const char *what);
+/* -ECONNRESET if gmemd is gone. */
+int gmem_session_check(const struct gmem *session);
 /* Counts an open context, or with -1 a closed one. */
 void gmem_session_count_contexts(struct gmem *session, int change);
 

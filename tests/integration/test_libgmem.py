@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""libgmem: its examples and its test programs, built as an application would, run against a gmemd of their own."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, eventually
+
+SOURCES = Path(__file__).parent / "libgmem"
+EXAMPLES = ROOT / "client/examples"
+C_FLAGS = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-pthread"]
+DEVICES = ["name=simgpu0,driver=simgpu,capacity=8M", "name=simgpu1,driver=simgpu,capacity=8M,replayable=off"]
+TIMEOUT_S = 100
+
+
+def run_ok(command: list[str | Path], **options) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, **options)
+    assert done.returncode == 0, f"{command[0]} ended with {done.returncode}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+class Builder:
+    """Compiles against the installed library: what pkg-config says, and nothing else."""
+
+    def __init__(self, prefix: Path, directory: Path) -> None:
+        self.prefix = prefix
+        self.directory = directory
+
+    def _flags(self, what: str) -> list[str]:
+        path = {"PKG_CONFIG_PATH": str(self.prefix / "lib/pkgconfig")}
+        return run_ok(["pkg-config", what, "gmem"], env={**os.environ, **path}).split()
+
+    def program(self, source: Path) -> Path:
+        made = self.directory / source.stem
+        rpath = f"-Wl,-rpath,{self.prefix}/lib"
+        run_ok(["cc", *C_FLAGS, *self._flags("--cflags"), source, *self._flags("--libs"), rpath, "-o", made])
+        return made
+
+    def kernels(self, source: Path) -> Path:
+        made = self.directory / f"{source.stem}.so"
+        run_ok(["cc", *C_FLAGS, *self._flags("--cflags"), "-shared", "-fPIC", source, "-o", made])
+        return made
+
+
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory: pytest.TempPathFactory) -> Builder:
+    prefix = tmp_path_factory.mktemp("prefix")
+    run_ok(["make", "-s", "-C", ROOT / "client", "install", f"PREFIX={prefix}"])
+    return Builder(prefix, tmp_path_factory.mktemp("programs"))
+
+
+class Daemon:
+    def __init__(self) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="gmem-test-", dir="/tmp"))  # short: paths of sockets are
+        self.socket = self.directory / "gmemd.sock"
+        command = [sys.executable, "-m", "gmemd", "run", "--runtime-dir", self.directory]
+        command += [part for device in DEVICES for part in ("--device", device)]
+        ready, ready_end = os.pipe()
+        with open(self.directory / "log", "wb") as log:
+            self.process = subprocess.Popen([*command, "--ready-fd", str(ready_end)], stderr=log, cwd=ROOT,
+                                            pass_fds=(ready_end,))  # fmt: skip
+        os.close(ready_end)
+        with os.fdopen(ready) as pipe:
+            said = pipe.read()
+        assert "READY=1" in said, said + self.log()
+
+    def log(self) -> str:
+        return (self.directory / "log").read_text(errors="replace")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "GMEM_SOCKET": str(self.socket)}
+
+    def close(self) -> None:
+        self.process.terminate()
+        try:
+            self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise
+        finally:
+            shutil.rmtree(self.directory)
+
+
+@pytest.fixture
+def daemon() -> Iterator[Daemon]:
+    started = Daemon()
+    yield started
+    started.close()
+
+
+def test_hello(builder: Builder, daemon: Daemon) -> None:
+    printed = run_ok([builder.program(EXAMPLES / "hello.c")], env=daemon.environment)
+    assert "device simgpu0 (hnid 1, simgpu, 8388608 bytes)" in printed
+    assert "valid at 0x2, resident" in printed
+    assert printed.endswith("ok\n")
+
+
+def test_list_larger_than_the_device(builder: Builder, daemon: Daemon) -> None:
+    kernels = builder.kernels(EXAMPLES / "kernel.c")
+    command = [builder.program(EXAMPLES / "list.c"), "simgpu0", kernels, "4000"]
+    assert run_ok(command, env=daemon.environment) == "ok: 4000 nodes, sum of squares 21341334000\n"
+
+
+def test_list_on_a_device_that_can_not_fault(builder: Builder, daemon: Daemon) -> None:
+    command = [builder.program(EXAMPLES / "list.c"), "simgpu1", builder.kernels(EXAMPLES / "kernel.c"), "1000"]
+    run_ok(command, env={**daemon.environment, "LIST_ACQUIRE": "1"})
+    done = subprocess.run(command, env=daemon.environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert done.returncode == 1
+    assert "SIGBUS" in done.stderr and "not acquired" in done.stderr
+
+
+@pytest.mark.parametrize(("name", "device"), [("memory", "simgpu0"), ("contexts", "simgpu0"), ("acquire", "simgpu1")])
+def test_program(builder: Builder, daemon: Daemon, name: str, device: str) -> None:
+    kernels = builder.kernels(SOURCES / "kernels.c")
+    run_ok([builder.program(SOURCES / f"{name}.c"), device, kernels], env=daemon.environment)
+    assert daemon.process.poll() is None, daemon.log()
+    assert '"level": "error"' not in daemon.log()
+
+
+def test_killed_daemon_hangs_nobody(builder: Builder, daemon: Daemon) -> None:
+    kernels = builder.kernels(SOURCES / "kernels.c")
+    program = builder.program(SOURCES / "gone.c")
+    process = subprocess.Popen([program, "simgpu0", kernels], env=daemon.environment, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    try:
+        assert process.stdout.readline() == "ready\n"
+        daemon.process.kill()
+        daemon.process.wait()
+        _, errors = process.communicate("go\n", timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0, errors
+
+
+def test_killed_client_leaves_nothing(builder: Builder, daemon: Daemon) -> None:
+    kernels = builder.kernels(SOURCES / "kernels.c")
+    program = builder.program(SOURCES / "gone.c")
+    process = subprocess.Popen([program, "simgpu0", kernels], env=daemon.environment, stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE)  # fmt: skip
+    assert process.stdout.readline() == b"ready\n"
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == 1
+    process.kill()
+    process.communicate()
+    # Its kernel never ends by itself.
+    eventually(lambda: not Path(f"/proc/{children[0]}").exists(), "the context's process goes on without its client")
+
+
+def test_private_gmemd(builder: Builder) -> None:
+    program = builder.program(SOURCES / "private.c")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment.pop("GMEM_SOCKET", None)
+    with tempfile.TemporaryDirectory(prefix="gmem-rt-", dir="/tmp") as runtime:
+        run_ok([program], env={**environment, "XDG_RUNTIME_DIR": runtime})
+        assert list(Path(runtime).iterdir()) == []
+
+
+def test_exports_are_the_header(builder: Builder) -> None:
+    """What the library exports, its version script and gmem.h declare the same functions."""
+    symbols = run_ok(["nm", "-D", "--defined-only", builder.prefix / "lib/libgmem.so.0"])
+    exported = {line.split()[2].split("@")[0] for line in symbols.splitlines() if " T " in line}
+    header = (builder.prefix / "include/gmem.h").read_text()
+    declared = {name for name in exported if f"{name}(" in header}
+    assert exported == declared
+    assert len(exported) == header.count("GMEM_API ") - 1  # the macro's own definition
+    assert not [line for line in symbols.splitlines() if " T " in line and "@@GMEM_0" not in line]
+
+
+def test_header_is_cxx_too(builder: Builder, tmp_path: Path) -> None:
+    source = tmp_path / "main.cpp"
+    source.write_text("#include <gmem.h>\nint main() { return gmem_strerror(-22)[0] == 0; }\n")
+    flags = [f"-I{builder.prefix}/include", f"-L{builder.prefix}/lib", f"-Wl,-rpath,{builder.prefix}/lib", "-lgmem"]
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler")
+    run_ok(["c++", "-Wall", "-Wextra", "-Werror", source, *flags, "-o", tmp_path / "main"])
+    run_ok([tmp_path / "main"])
