@@ -106,14 +106,22 @@ static int context_request(struct gmem_core *core, uint64_t context, const struc
 			   struct gmem_request *ret)
 {
 	struct gmem_view *view = gmem_context_find(core, context);
+	struct gmem_hnode *hnode = view ? gmem_core_hnode(core, view->hnid) : NULL;
+	uint64_t bytes = 0;
 	int err = 0;
 
-	if (!view)
-		return -ENOENT;
+	if (!hnode) {
+		gmem_view_unref(view);
+		return view ? -ENODEV : -ENOENT;
+	}
 	*ret = (struct gmem_request){ .core = core, .session = gmem_session_ref(view->session), .view = view,
 				 .hnid = view->hnid };
-	for (size_t i = 0; !err && i < count; i++)
+	for (size_t i = 0; !err && i < count; i++) {
 		err = ranges[i].bytes ? gmem_range_check(ret->session, ranges[i].va, ranges[i].bytes) : -EINVAL;
+		bytes += ranges[i].bytes;
+	}
+	if (!err && bytes > hnode->info.capacity_bytes)
+		err = -ENOMEM; /* all of it is to be held at once */
 	if (err)
 		gmem_request_deinit(ret);
 	return err;

@@ -8,6 +8,8 @@
 #include <gmem/internal.h>
 #include <gmem/uffd.h>
 
+#define BUSY_SPINS 2000
+
 static int shift_of(uint64_t page_bytes, uint64_t bytes)
 {
 	switch (page_bytes) {
@@ -168,6 +170,18 @@ static struct gmem_page_info info_of(gmem_word_t word, uint8_t shift)
 	};
 }
 
+/* A page is BUSY for a moment after the thread that touched it has been woken; that is not worth reporting. */
+static gmem_word_t settled_word(struct gmem_core *core, uint64_t pn)
+{
+	gmem_word_t word = atomic_load(&core->lpt.words[pn]);
+
+	for (int spins = 0; gmem_word_state(word) == GMEM_BUSY && spins < BUSY_SPINS; spins++) {
+		gmem_cpu_relax();
+		word = atomic_load(&core->lpt.words[pn]);
+	}
+	return word;
+}
+
 int gmem_query(struct gmem_core *core, uint64_t id, uint64_t va, uint64_t bytes, struct gmem_page_info *pages,
 	       size_t capacity, size_t *ret_count)
 {
@@ -192,8 +206,7 @@ int gmem_query(struct gmem_core *core, uint64_t id, uint64_t va, uint64_t bytes,
 	offset = place.region_offset + (va - place.region_va);
 	last = (offset + bytes - 1) >> place.object->shift;
 	for (uint64_t i = place.index; i <= last && i - place.index < capacity; i++)
-		pages[i - place.index] = info_of(atomic_load(&core->lpt.words[place.object->pn + i]),
-						 place.object->shift);
+		pages[i - place.index] = info_of(settled_word(core, place.object->pn + i), place.object->shift);
 	*ret_count = last - place.index + 1;
 	gmem_object_unref(place.object);
 	return 0;

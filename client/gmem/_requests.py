@@ -73,7 +73,10 @@ class Requests:
                 socket.close()
                 raise ConnectionLost(f"{op}: gmemd is gone")
             return
-        reply = msgpack.unpackb(socket.recv())
+        try:
+            reply = msgpack.unpackb(socket.recv(zmq.NOBLOCK))
+        except zmq.Again:
+            return  # the finaliser's request has received ours, too
         # Others are answers to requests whose caller was interrupted; 0 is for one that could not be read.
         number = reply.get("id") or max(waiting)
         if number in waiting:

@@ -38,6 +38,10 @@ class Session:
             raise from_errno(-err, f"{path}: {ffi.string(message).decode(errors='replace') or os.strerror(-err)}")
         self._link = link[0]
         self._requests = Requests(self._control, self._token, self._daemon_gone)
+        # An address that munmap(2) has freed can be given out again before gmemd hears of the munmap: until then no
+        # other thread may map. Reentrant, because a finaliser may unmap while its thread maps.
+        self._layout = threading.RLock()
+        _sessions.add(self)
         self.mappings: weakref.WeakValueDictionary[int, Mapping] = weakref.WeakValueDictionary()
         self.contexts: weakref.WeakSet[Any] = weakref.WeakSet()
         self.window = (lib.gmem_link_window_base(self._link), lib.gmem_link_window_bytes(self._link))
@@ -89,6 +93,10 @@ class Session:
 
     def map(self, nbytes: int, page_bytes: int, fork: str, small: bool = False) -> tuple[int, int]:
         """Address and size of a fresh region. Ranges that are in use in this process are skipped."""
+        with self._layout:
+            return self._map(nbytes, page_bytes, fork, small)
+
+    def _map(self, nbytes: int, page_bytes: int, fork: str, small: bool) -> tuple[int, int]:
         for _ in range(_BUSY_RANGES):
             region = self.request("mmap", bytes=nbytes, page_bytes=page_bytes, fork=fork, small=small)
             va, size = region["va"], region["bytes"]
@@ -109,13 +117,14 @@ class Session:
 
     def unmap(self, va: int, nbytes: int) -> None:
         """munmap, and then waits until gmemd has let go of the memory."""
-        if self.closed:
-            return
-        err = lib.gmem_link_unmap(self._link, va, nbytes)
-        if err:
-            raise from_errno(-err, f"munmap of 0x{va:x}: {os.strerror(-err)}")
-        with suppress(ConnectionLost):
-            self.request("munmap", va=va, bytes=nbytes)
+        if self.closed or self._daemon_gone():
+            return  # munmap(2) would wait for a gmemd that is not there to read its event
+        with self._layout:
+            err = lib.gmem_link_unmap(self._link, va, nbytes)
+            if err:
+                raise from_errno(-err, f"munmap of 0x{va:x}: {os.strerror(-err)}")
+            with suppress(ConnectionLost):
+                self.request("munmap", va=va, bytes=nbytes)
 
     def owner_of(self, address: int) -> Mapping | None:
         """The mapping object that keeps this address alive."""
@@ -185,6 +194,18 @@ class Session:
 
 _lock = threading.RLock()
 _default: Session | None = None
+_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def _in_child() -> None:
+    """Locks may have been held by threads that a forked child does not have."""
+    global _lock
+    _lock = threading.RLock()
+    for session in _sessions:
+        session._layout = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 def _device_specs(devices: Sequence[str | MappingABC[str, Any]]) -> list[str]:

@@ -154,6 +154,10 @@ void gmem_link_close(struct gmem_link *link)
 	if (*at)
 		*at = link->next;
 	pthread_mutex_unlock(&links_lock);
+	/* If gmemd is gone, ours is the last: munmap would wait for it to read an event. */
+	if (link->uffd >= 0)
+		close(link->uffd);
+	link->uffd = -1;
 	gmem_link_unmap_all(link);
 	gmem_link_hang_up(link);
 	pthread_mutex_destroy(&link->lock);

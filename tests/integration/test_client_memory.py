@@ -3,7 +3,9 @@
 
 import gc
 import os
+import signal
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
 import gmem
 import numpy as np
@@ -256,3 +258,30 @@ def test_memory_stays_readable_after_the_daemon_stopped_in_good_order(connect):
     assert (a == 6).all() and not untouched.any()
     with pytest.raises(gmem.ConnectionLost):
         gmem.stats()
+
+
+def test_threads_that_map_and_unmap(session):
+    """An address that one thread has just unmapped may be another's the next moment."""
+
+    def churn(value):
+        for _ in range(60):
+            a = gmem.empty(128 << 10, np.uint8, page_size="4K")
+            a[::4096] = value
+            assert (a[::4096] == value).all()
+            del a
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(churn, value) for value in (1, 2, 3, 4)]:
+            done.result(60)
+    assert gmem.stats()["objects"] == 0
+
+
+def test_nothing_hangs_when_the_daemon_was_killed(connect):
+    session = connect("simgpu0:capacity=4M")
+    a = gmem.full(1 << 20, 6, np.uint8)
+    os.kill(session.embedded.pid, signal.SIGKILL)
+    eventually(session._daemon_gone, "the daemon is gone")
+    with pytest.raises(gmem.ConnectionLost):
+        gmem.stats()
+    del a
+    session.close()

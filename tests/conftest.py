@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the C test programs of tests/unit_c as pytest items, one for each flavour they are built in."""
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FLAVOURS = {"plain": "c", "asan": "asan", "tsan": "tsan"}  # flavour: folder below build/
+SKIPPED = 77
+TIMEOUT_S = 110
+SANITIZER_OPTIONS = {
+    "ASAN_OPTIONS": "detect_leaks=1:detect_stack_use_after_return=1:allocator_may_return_null=1",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+    "TSAN_OPTIONS": "halt_on_error=1:second_deadlock_stack=1",
+}
+
+
+class CFailure(Exception):
+    pass
+
+
+class CProgram(pytest.Item):
+    def __init__(self, *, flavour: str, **kwargs) -> None:
+        super().__init__(name=flavour, **kwargs)
+        self.binary = Path("build", FLAVOURS[flavour], self.path.stem)
+
+    def runtest(self) -> None:
+        made = subprocess.run(["make", "-s", str(self.binary)], cwd=ROOT, capture_output=True, text=True)
+        if made.returncode:
+            raise CFailure(f"{self.binary} does not build\n{made.stdout}{made.stderr}")
+        # A session of its own: what a program leaves behind when it hangs is ended with it.
+        process = subprocess.Popen(
+            [ROOT / self.binary],
+            cwd=ROOT,
+            env={**os.environ, **SANITIZER_OPTIONS},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        try:
+            output, _ = process.communicate(timeout=TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            raise CFailure(f"{self.binary} did not end within {TIMEOUT_S} s\n{output}") from None
+        if process.returncode == SKIPPED:
+            pytest.skip(output.strip().splitlines()[-1] if output.strip() else "exit 77")
+        if process.returncode:
+            raise CFailure(f"{self.binary} ended with {process.returncode}\n{output}")
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException]) -> str:
+        if isinstance(excinfo.value, CFailure):
+            return str(excinfo.value)
+        return str(super().repr_failure(excinfo))
+
+    def reportinfo(self) -> tuple[Path, int, str]:
+        return self.path, 0, f"{self.path.stem} ({self.name})"
+
+
+class CFile(pytest.File):
+    def collect(self) -> Iterator[CProgram]:
+        for flavour in os.environ.get("GMEM_C_FLAVOURS", "plain asan").split():
+            yield CProgram.from_parent(self, flavour=flavour)
+
+
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> CFile | None:
+    if file_path.parent.name == "unit_c" and file_path.match("test_*.c"):
+        return CFile.from_parent(parent, path=file_path)
+    return None
