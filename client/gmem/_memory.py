@@ -160,7 +160,8 @@ def _take_run(session: Session, size: int) -> tuple[int, _Arena]:
 
 
 def allocate(
-    cls: type[Mapping], nbytes: int, page_size: str | int | None, fork: str, session: Session | None, name: str = "nbytes"
+    cls: type[Mapping], nbytes: int, page_size: str | int | None, fork: str, session: Session | None,
+    name: str = "nbytes",
 ) -> Mapping:
     """nbytes of zeroed unified memory, freed when the mapping object (and every array over it) is gone."""
     if not isinstance(nbytes, int) or isinstance(nbytes, bool) or not 0 < nbytes < _BYTES_LIMIT:
@@ -172,7 +173,7 @@ def allocate(
         size = -(-nbytes // _ARENA_PAGE) * _ARENA_PAGE
         address, arena = _take_run(session, size)
         mapping = cls(address, nbytes)
-        finalizer = weakref.finalize(mapping, _free_run, session, arena, address, size)
+        finalizer: weakref.finalize[Any, Any] = weakref.finalize(mapping, _free_run, session, arena, address, size)
     else:
         address, size = session.map(nbytes, page_bytes, fork)
         mapping = cls(address, nbytes)

@@ -228,9 +228,9 @@ def connect(
 ) -> Session:
     """Connects to gmemd and makes the session the default one.
 
-    path: gmemd.sock of a running daemon. Without it: $GMEM_SOCKET, the system service, else a private gmemd that belongs
-    to this process tree (embedded=True: always that one; False: never). devices ("simgpu0:capacity=48M"), settings
-    ("daemon.event_fork=false") and config (a TOML file) are for the private one.
+    path: gmemd.sock of a running daemon. Without it: $GMEM_SOCKET, the system service, else a private gmemd that
+    belongs to this process tree (embedded=True: always that one; False: never). devices ("simgpu0:capacity=48M"),
+    settings ("daemon.event_fork=false") and config (a TOML file) are for the private one.
     """
     global _default
     socket = os.fspath(path) if path is not None else os.environ.get("GMEM_SOCKET")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 import gmem
 import pytest
 
+
 @pytest.fixture
 def connect() -> Iterator[Callable[..., gmem.Session]]:
     """gmem.connect() to a fresh daemon; closed afterwards."""

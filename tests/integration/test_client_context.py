@@ -191,7 +191,7 @@ def test_dict_of_arrays(context):
 
 
 @pytest.mark.parametrize("page_size", ["4K", "64K", "2M"])
-def test_two_devices_and_two_threads_on_the_same_pages(connect, page_size):
+def test_coherence_of_two_devices_and_two_threads(connect, page_size):
     """Everybody increments words of his own in every page, devices far too small: no increment is lost."""
     page = {"4K": 4096, "64K": 65536, "2M": 2 << 20}[page_size]
     connect(f"simgpu0:capacity={4 * page}", f"simgpu1:capacity={4 * page}")

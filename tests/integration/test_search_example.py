@@ -20,7 +20,7 @@ import gmem
 real = gmem.from_file
 def corrupted(path, **options):
     data = real(path, **options)
-    data[int(sys.argv.pop(1))] ^= 0x40
+    data[OFFSET] ^= 0x40
     return data
 gmem.from_file = corrupted
 runpy.run_path(sys.argv.pop(1), run_name="__main__")
@@ -30,7 +30,7 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
 def search(out: Path, *arguments: str, corrupt: int | None = None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(SEARCH)]
     if corrupt is not None:
-        command = [sys.executable, "-c", CORRUPTED, str(SEARCH), str(corrupt)]
+        command = [sys.executable, "-c", CORRUPTED.replace("OFFSET", str(corrupt)), str(SEARCH)]
     command += [*arguments, "--out", str(out)]
     return subprocess.run(command, capture_output=True, text=True, timeout=110, stdin=subprocess.DEVNULL)
 

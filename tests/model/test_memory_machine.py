@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A state machine over the client API, with plain NumPy as the oracle: whatever is written where, moved, advised, copied or
-discarded in whatever order, every byte is what it should be, wherever it is read."""
+"""A state machine over the client API, with plain NumPy as the oracle: whatever is written where, moved, advised,
+copied or discarded in whatever order, every byte is what it should be, wherever it is read."""
 
 import os
 
@@ -33,7 +33,8 @@ def checksum(array):
     return int(np.add.reduce(array, dtype=np.uint64)), int(np.bitwise_xor.reduce(array))
 
 
-parts = st.tuples(st.integers(0, PAGES * 16 - 1), st.integers(1, PAGES * 16)).map(lambda p: (p[0], min(sum(p), PAGES * 16)))
+PARTS = PAGES * 16
+parts = st.tuples(st.integers(0, PARTS - 1), st.integers(1, PARTS)).map(lambda p: (p[0], min(sum(p), PARTS)))
 
 
 class Machine(RuleBasedStateMachine):

@@ -19,15 +19,16 @@ def positive(value: str) -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="search", description=__doc__.splitlines()[0])
-    parser.add_argument("--hbm", default="48M", metavar="SIZE", help="memory of the simulated device (default: 48M)")
-    parser.add_argument("--query", action="append", default=[], metavar="TEXT", help="ask this as well; may be repeated")
-    parser.add_argument("--hits", type=positive, default=5, metavar="N", help="answers to each query (default: 5)")
-    parser.add_argument("--texts", type=positive, default=4000, metavar="N", help="docstrings to take (default: 4000)")
-    parser.add_argument("--batch", type=positive, default=128, metavar="N", help="texts in a batch (default: 128)")
-    parser.add_argument("--batch-tokens", type=positive, default=2048, metavar="N", help="tokens in a batch (default: 2048)")
-    parser.add_argument("--sample", type=positive, default=256, metavar="N", help="texts to verify, at least (default: 256)")
-    parser.add_argument("--threads", type=positive, default=2, metavar="N", help="BLAS threads, host and device (default: 2)")
-    parser.add_argument("--out", type=Path, default=Path("build/run"), metavar="DIR", help="for report.json and pagemap.png")
+    add = parser.add_argument
+    add("--hbm", default="48M", metavar="SIZE", help="memory of the simulated device (default: 48M)")
+    add("--query", action="append", default=[], metavar="TEXT", help="ask this as well; may be repeated")
+    add("--hits", type=positive, default=5, metavar="N", help="answers to each query (default: 5)")
+    add("--texts", type=positive, default=4000, metavar="N", help="docstrings to take (default: 4000)")
+    add("--batch", type=positive, default=512, metavar="N", help="most texts in a batch (default: 512)")
+    add("--batch-tokens", type=positive, default=8192, metavar="N", help="most tokens in a batch (default: 8192)")
+    add("--sample", type=positive, default=600, metavar="N", help="texts to verify, at least (default: 600)")
+    add("--threads", type=positive, default=2, metavar="N", help="BLAS threads, host and device (default: 2)")
+    add("--out", type=Path, default=Path("build/run"), metavar="DIR", help="for report.json and pagemap.png")
     return parser.parse_args()
 
 

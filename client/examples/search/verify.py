@@ -3,19 +3,47 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
+import model
 import numpy as np
 import weights
+from encoder import Batch, PlainEncoder
 
 DIFFERENCE_MAX = 1e-5
 
 
-def embeddings(difference: float, texts: int) -> str | None:
-    # Written so that a NaN fails.
-    if difference <= DIFFERENCE_MAX:
+class Reference:
+    """The same model by plain NumPy on ordinary memory, for a sample of the batches. Each is computed right after the
+    device has done it, so that both are timed on a machine that is busy with the same other things."""
+
+    def __init__(self, net: model.Model, sample: list[Batch]) -> None:
+        self.sample = sample
+        self.seconds = 0.0
+        self.expected: list[tuple[Batch, np.ndarray]] = []
+        self.encoder = PlainEncoder(net, max(net.config.positions, *(batch.padded for batch in sample)))
+        self.encoder.encode(Batch(0, sample[0].tokens[:8]))  # starts the BLAS threads
+
+    @property
+    def texts(self) -> int:
+        return sum(len(batch.tokens) for batch in self.sample)
+
+    def encode(self, batch: Batch) -> None:
+        began = time.perf_counter()
+        expected = self.encoder.encode(batch)
+        self.seconds += time.perf_counter() - began
+        self.expected.append((batch, expected))
+
+    def difference(self, embeddings: np.ndarray) -> float:
+        """The largest one of all elements; NaN if there is one."""
+        return float(np.max([np.abs(expected - embeddings[b.first : b.last]).max() for b, expected in self.expected]))
+
+
+def difference(value: float, texts: int) -> str | None:
+    if value <= DIFFERENCE_MAX:  # so that a NaN fails
         return None
-    return f"embeddings of {texts} texts differ from plain NumPy's by {difference:.3g}, more than {DIFFERENCE_MAX:g}"
+    return f"embeddings of {texts} texts differ from plain NumPy's by {value:.3g}, more than {DIFFERENCE_MAX:g}"
 
 
 def weight_pages(data: np.ndarray, path: Path, page_bytes: int) -> tuple[int, str | None]:

@@ -1,0 +1,201 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Bare primitives that gmem is built of, for rows that have nothing of gmem beside them yet: the memory bus with one and
+ * two threads, UFFDIO_COPY from a mapped source, and a word passed to and fro between two processes.
+ */
+#define _GNU_SOURCE
+#include "bench.h"
+
+#include <linux/futex.h>
+#include <sched.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <gmem/uffd.h>
+
+#define REPETITIONS 7
+#define COPY_BYTES (64 * MIB)
+#define NO_HUGE "no huge pages"
+
+/* ---- memcpy of 2 MiB pages ---- */
+
+struct half {
+	uint8_t *dst, *src;
+	uint64_t bytes;
+};
+
+static void *copy_half(void *arg)
+{
+	struct half *half = arg;
+
+	for (uint64_t at = 0; at < half->bytes; at += HUGE_BYTES)
+		memcpy(half->dst + at, half->src + at, HUGE_BYTES);
+	return NULL;
+}
+
+static double copy_gb_per_s(uint8_t *dst, uint8_t *src, unsigned threads)
+{
+	struct half first = { dst, src, COPY_BYTES / threads };
+	struct half second = { dst + first.bytes, src + first.bytes, COPY_BYTES - first.bytes };
+	uint64_t start = now_ns();
+	pthread_t thread;
+
+	if (threads > 1)
+		CHECK(!pthread_create(&thread, NULL, copy_half, &second));
+	copy_half(&first);
+	if (threads > 1)
+		CHECK(!pthread_join(thread, NULL));
+	return (double)COPY_BYTES / (double)(now_ns() - start);
+}
+
+static void memcpy_rows(void)
+{
+	static const struct row rows[] = {
+		{ "bare_memcpy_2m_1_thread", "GB/s", NULL, NULL }, { "bare_memcpy_2m_2_threads", "GB/s", NULL, NULL },
+	};
+	struct pairs pairs[2] = { 0 };
+	int fds[2];
+	uint8_t *src = huge_pages ? warm_map(COPY_BYTES, true, &fds[0]) : NULL;
+	uint8_t *dst = src ? warm_map(COPY_BYTES, true, &fds[1]) : NULL;
+
+	for (int r = 0; dst && r < REPETITIONS; r++)
+		for (unsigned threads = 1; threads <= 2; threads++)
+			pairs_add(&pairs[threads - 1], copy_gb_per_s(dst, src, threads), 0);
+	for (int i = 0; i < 2; i++)
+		row_print(&rows[i], dst ? &pairs[i] : NULL, dst ? NULL : NO_HUGE);
+	if (dst)
+		warm_unmap(dst, COPY_BYTES, fds[1]);
+	if (src)
+		warm_unmap(src, COPY_BYTES, fds[0]);
+}
+
+/* ---- UFFDIO_COPY ---- */
+
+static double copy_us(int uffd, uint8_t *dst, const uint8_t *src, uint64_t page_bytes, uint64_t pages)
+{
+	struct times times = { 0 };
+	double median;
+
+	for (uint64_t i = 0; i < pages; i++) {
+		uint64_t start = now_ns(), done;
+
+		CHECK_EQ(gmem_uffd_copy_wp(uffd, (uint64_t)dst + i * page_bytes, src + i * page_bytes, page_bytes, true,
+					   &done), 0);
+		times_add(&times, now_ns() - start);
+	}
+	median = times_percentile(&times, 50) / 1e3;
+	times_free(&times);
+	return median;
+}
+
+static void uffd_copy_row(struct size size)
+{
+	bool huge = size.page_bytes == HUGE_BYTES;
+	uint64_t pages = huge ? 16 : 128, bytes = pages * size.page_bytes;
+	struct pairs pairs = { 0 };
+	char id[64];
+	struct row row = { id, "us", NULL, NULL };
+	int src_fd, fd, uffd;
+	uint8_t *src, *dst;
+
+	snprintf(id, sizeof(id), "bare_uffd_copy_%s", size.name);
+	src = huge && !huge_pages ? NULL : warm_map(bytes, huge, &src_fd);
+	if (!src) {
+		row_print(&row, NULL, NO_HUGE);
+		return;
+	}
+	uffd = gmem_uffd_new(gmem_uffd_open_device());
+	CHECK(uffd >= 0);
+	CHECK_EQ(gmem_uffd_api(uffd, GMEM_UFFD_FEAT_MISSING_SHMEM | GMEM_UFFD_FEAT_MINOR_SHMEM |
+					     GMEM_UFFD_FEAT_WP_HUGETLBFS_SHMEM | GMEM_UFFD_FEAT_MISSING_HUGETLBFS |
+					     GMEM_UFFD_FEAT_MINOR_HUGETLBFS), 0);
+	dst = warm_map(bytes, huge, &fd);
+	CHECK(dst);
+	CHECK_EQ(gmem_uffd_register(uffd, (uint64_t)dst, bytes), 0);
+	for (int r = -1; r < REPETITIONS; r++) {
+		double us;
+
+		CHECK(!madvise(dst, bytes, MADV_REMOVE)); /* a hole again; what was freed is what is taken next */
+		us = copy_us(uffd, dst, src, size.page_bytes, pages);
+		if (r >= 0)
+			pairs_add(&pairs, us, 0);
+	}
+	row_print(&row, &pairs, NULL);
+	close(uffd);
+	warm_unmap(dst, bytes, fd);
+	warm_unmap(src, bytes, src_fd);
+}
+
+/* ---- a word to and fro ---- */
+
+#define TURNS 4000u
+
+/* Turns count up; even ones are the parent's, odd ones the child's. */
+static void pass(atomic_uint *turn, unsigned mine, bool sleeps)
+{
+	unsigned now;
+
+	while ((now = atomic_load_explicit(turn, memory_order_acquire)) != mine)
+		if (sleeps)
+			syscall(SYS_futex, turn, FUTEX_WAIT, now, NULL, NULL, 0);
+	atomic_store_explicit(turn, mine + 1, memory_order_release);
+	if (sleeps)
+		syscall(SYS_futex, turn, FUTEX_WAKE, 1, NULL, NULL, 0);
+}
+
+static double round_trip_us(bool sleeps)
+{
+	atomic_uint *turn = shared_bytes(4096);
+	uint64_t start;
+	pid_t pid = fork();
+
+	CHECK(pid >= 0);
+	if (!pid) {
+		for (unsigned i = 1; i < 2 * TURNS; i += 2)
+			pass(turn, i, sleeps);
+		_exit(0);
+	}
+	start = now_ns();
+	for (unsigned i = 0; i < 2 * TURNS; i += 2)
+		pass(turn, i, sleeps);
+	CHECK(waitpid(pid, NULL, 0) == pid);
+	start = now_ns() - start;
+	munmap(turn, 4096);
+	return (double)start / TURNS / 1e3;
+}
+
+static void ping_pong_row(const char *id, bool sleeps)
+{
+	struct row row = { id, "us", NULL, NULL };
+	struct pairs pairs = { 0 };
+	cpu_set_t allowed;
+
+	CHECK(!sched_getaffinity(0, sizeof(allowed), &allowed));
+	if (!row_wanted(id))
+		return;
+	if (!sleeps && CPU_COUNT(&allowed) < 2) {
+		row_print(&row, NULL, "spinning needs two CPUs");
+		return;
+	}
+	for (int r = 0; r < REPETITIONS; r++)
+		pairs_add(&pairs, round_trip_us(sleeps), 0);
+	row_print(&row, &pairs, NULL);
+}
+
+void primitives(void)
+{
+	const struct size sizes[] = SIZES;
+
+	if (row_wanted("bare_memcpy_2m"))
+		memcpy_rows();
+	for (int s = 0; s < 3; s++) {
+		const char *const stems[] = { "bare_uffd_copy", NULL };
+
+		if (rows_wanted(stems, sizes[s].name))
+			uffd_copy_row(sizes[s]);
+	}
+	ping_pong_row("bare_ping_pong_spinning", false);
+	ping_pong_row("bare_ping_pong_futex", true);
+}
