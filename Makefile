@@ -82,7 +82,7 @@ C_HELPERS := $(filter-out tests/unit_c/test_%,$(wildcard tests/unit_c/*.c))
 C_FLAGS := -std=gnu11 -g -Wall -Wextra -Werror -pthread -fno-omit-frame-pointer \
 	-Icsrc/include -Iclient/include -Itests/unit_c
 plain_FLAGS := -O2
-asan_FLAGS := -O1 -fsanitize=address,undefined -fno-sanitize-recover=all
+asan_FLAGS := -O1 -DGMEM_DEBUG -fsanitize=address,undefined -fno-sanitize-recover=all
 tsan_FLAGS := -O1 -fsanitize=thread
 
 define flavour # name, directory
@@ -108,8 +108,8 @@ tsan: $(VENV)/.test c-tsan ## the C tests under ThreadSanitizer
 
 # ---- longer runs ----
 
-bench: $(VENV)/.test build ## measure, beside the floors; build/bench/results.json; BENCH_FLAGS="--only ID"
-	$(BIN)/python tests/bench $(BENCH_FLAGS)
+bench: $(VENV)/.test build ## measure beside the floors; build/bench/results.json; ONLY=id takes some rows (a prefix)
+	$(BIN)/python tests/bench $(addprefix --only ,$(ONLY)) $(BENCH_FLAGS)
 
 soak: $(VENV)/.test build c-plain ## the coherence tests for SOAK_SECONDS=60 each
 	build/c/test_coherence $(SOAK_SECONDS)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from gmem._mapping import Mapping
-from gmem._memory import allocate, mapping_finalizers
+from gmem._memory import allocate, extent_of, mapping_finalizers
 from gmem._session import Session, default
 
 
@@ -31,11 +31,13 @@ class Buffer(Mapping):
     def prefetch(self, device: Any) -> None:
         """Moves it to a device (name, hnid or Device), or to "host"."""
         hnid = self.session.hnid(device)
-        self.session.request("prefetch", hnid=hnid, va=self.address, bytes=self.nbytes)
+        va, nbytes = extent_of(self, "buffer")
+        self.session.request("prefetch", hnid=hnid, va=va, bytes=nbytes)
 
     def discard(self) -> None:
         """Drops the content of every page that lies in it whole; they read zero then."""
-        self.session.request("discard", va=self.address, bytes=self.nbytes)
+        va, nbytes = extent_of(self, "buffer")
+        self.session.request("discard", va=va, bytes=nbytes)
 
     def close(self) -> None:
         """Frees it now. BufferError while arrays or memoryviews of it exist; nothing happens the second time."""

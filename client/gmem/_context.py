@@ -87,11 +87,14 @@ def serve(channel: Connection) -> None:
     requests = _requests(link)
     while True:
         try:
-            number, body, held = channel.recv()
+            number, body, held, timeout = channel.recv()
         except (EOFError, OSError):
             return
         channel.send((number, "started"))
+        # Ours besides the client's own: its threads may all be waiting for memory that this kernel holds.
+        signal.setitimer(signal.ITIMER_REAL, timeout or 0)
         answer = _run(body, window)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         # Here and not in the client: its threads may be waiting for this memory, one of them with the interpreter lock.
         if held:
             requests.call("release", **held)
@@ -101,6 +104,8 @@ def serve(channel: Connection) -> None:
 
 def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's Ctrl-C is the client's to handle
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends a kernel whose time is over
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
     serve(Connection(int(sys.argv[1])))
     os._exit(0)  # no finalisers: arrays of ours own nothing
 

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
+import math
 import os
 import signal
 import socket
@@ -13,7 +15,7 @@ import threading
 import time
 from collections import OrderedDict
 from contextlib import suppress
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import numpy as np
@@ -33,10 +35,13 @@ from gmem._errors import (
 from gmem._fence import Fence
 from gmem._launch import as_kernel, dumps, loads, set_owner_lookup
 from gmem._memory import managed_extent
-from gmem._session import Session, default
+from gmem._session import Session, default, owner_of
 
 _START_S = 60.0
 _HELD_TRIES = 200
+_TIMEOUT_MAX_S = 1e6  # longer than anybody waits, and still a number for setitimer(2) and poll(2)
+
+set_owner_lookup(owner_of)
 
 
 class Device:
@@ -75,6 +80,9 @@ class Context:
         self._session = session
         self.device = device
         self.pid = os.getpid()
+        # Held over the send of a launch, which may wait until the process reads. The reader thread must not need it:
+        # the process may be waiting for the reader.
+        self._sending = threading.Lock()
         self._lock = threading.Lock()
         self._pending: OrderedDict[int, _Launch] = OrderedDict()
         self._numbers = itertools.count(1)
@@ -83,7 +91,6 @@ class Context:
         self._start()
         self.context_id = self._find_id()
         self._brackets = "REPLAYABLE" not in {cap.upper() for cap in device.caps}
-        set_owner_lookup(session.owner_of)
         self._reader = threading.Thread(target=self._read, name=f"gmem-{device.name}", daemon=True)
         self._reader.start()
         session.contexts.add(self)
@@ -98,6 +105,7 @@ class Context:
                 pass_fds=(theirs.fileno(),), start_new_session=True, stdin=subprocess.DEVNULL,
             )  # fmt: skip
         self._channel = Connection(ours.detach())
+        self._pidfd = os.pidfd_open(self._process.pid)
         # The token goes over the pipe: a command line can be read by everyone.
         self._channel.send({
             "path": self._session.path, "token": self._session.token, "device": self.device.name,
@@ -129,6 +137,7 @@ class Context:
         self._process.kill()
         self._process.wait()
         self._channel.close()
+        os.close(self._pidfd)
 
     @property
     def process_id(self) -> int:
@@ -143,8 +152,8 @@ class Context:
         (path, symbol). Arrays in unified memory are passed by address; everything else is copied. timeout: seconds the
         kernel may run; then the context is ended and the fence raises KernelTimeout.
         """
-        if timeout is not None and not timeout > 0:
-            raise InvalidArgument(f"timeout: {timeout!r} is not a time", argument="timeout")
+        self._check_owner()
+        timeout = _checked_timeout(timeout)
         try:
             kernel = as_kernel(fn)
         except TypeError as error:
@@ -152,24 +161,29 @@ class Context:
         body, arrays = dumps((kernel, args, keywords), self._session.window)
         held = self._hold(arrays) if self._brackets else None
         fence = Fence((args, keywords))
-        with self._lock:
-            self._check_usable()
-            number = next(self._numbers)
-            self._pending[number] = _Launch(fence, timeout)
+        with self._sending:
+            with self._lock:
+                self._check_usable()
+                number = next(self._numbers)
+                self._pending[number] = _Launch(fence, timeout)
             try:
-                self._channel.send((number, body, held))
+                self._channel.send((number, body, held, timeout))
             except OSError:
                 pass  # the reader sees the end, and fails the fence
         return fence
 
-    def _check_usable(self) -> None:
+    def _check_owner(self) -> None:
+        """Not under a lock: in a forked child it may be held for ever."""
         if self.pid != os.getpid():
-            raise ContextLost("the context belongs to the parent process; open one of your own")
+            raise ContextLost("the context belongs to the parent process; open one of your own", errno=errno.ECANCELED)
+
+    def _check_usable(self) -> None:
         if self._ended is not None:
             raise type(self._ended)(*self._ended.args, errno=self._ended.errno)
 
     def synchronize(self) -> None:
         """Waits until everything launched so far is complete. Errors stay with their fences."""
+        self._check_owner()
         with self._lock:
             last = list(self._pending)
             self._idle.wait_for(lambda: not any(number in self._pending for number in last))
@@ -216,13 +230,14 @@ class Context:
     def _read(self) -> None:
         while True:
             try:
-                wait = self._wait_s()
-                if not self._channel.poll(wait):
-                    self._end(KernelTimeout(f"a kernel on {self.device.name} ran longer than its timeout"))
+                # The process's end as well: what a kernel has forked may hold the channel open.
+                ready = wait([self._channel, self._pidfd], self._wait_s())
+                if self._channel not in ready:
+                    self._end(timed_out=not ready)
                     return
                 number, what, *rest = self._channel.recv()
             except (EOFError, OSError):
-                self._end(None)
+                self._end(timed_out=False)
                 return
             if what == "started":
                 with self._lock:
@@ -246,24 +261,34 @@ class Context:
             del self._pending[number]
             self._idle.notify_all()
 
-    def _end(self, reason: GmemError | None) -> None:
+    def _end(self, timed_out: bool) -> None:
         """The process is gone, or has to go: every fence hears why."""
-        if reason is not None:
-            with suppress(OSError):
-                self._process.kill()
+        with suppress(OSError):
+            self._process.kill()
         status = self._process.wait()
-        first, others = reason, ContextLost(_obituary(self.device.name, status))
+        timed_out = timed_out or status == -signal.SIGALRM
+        lost = ContextLost(_obituary(self.device.name, status))
         with self._lock:
             pending, self._pending = self._pending, OrderedDict()
-            self._ended = self._ended or others
-            self._channel.close()
+            self._ended = self._ended or lost
+        self._hang_up()
         for launch in pending.values():
-            timed_out = launch.deadline is not None and first is not None
-            launch.fence._fail(first if timed_out and first is not None else others)
+            if timed_out and launch.deadline is not None:  # of all that wait, only the one that ran has a deadline
+                launch.fence._fail(KernelTimeout(f"a kernel on {self.device.name} ran longer than its timeout"))
+            else:
+                launch.fence._fail(lost)
         with self._lock:
             self._idle.notify_all()
         with suppress(GmemError):
             self._session.request("context_close", context=self.context_id)
+
+    def _hang_up(self) -> None:
+        """A thread that sends just now gets an error first."""
+        with socket.socket(fileno=os.dup(self._channel.fileno())) as ours, suppress(OSError):
+            ours.shutdown(socket.SHUT_RDWR)
+        with self._sending:
+            self._channel.close()
+        os.close(self._pidfd)
 
     def close(self) -> None:
         """Ends the process; kernels that have not finished raise ContextLost."""
@@ -281,6 +306,14 @@ class Context:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _checked_timeout(timeout: float | None) -> float | None:
+    if timeout is None:
+        return None
+    if not isinstance(timeout, (int, float)) or isinstance(timeout, bool) or math.isnan(timeout) or timeout <= 0:
+        raise InvalidArgument(f"timeout: {timeout!r} is not a time", argument="timeout")
+    return float(timeout) if timeout < _TIMEOUT_MAX_S else None
 
 
 def _exception(body: bytes | None, name: str, text: str, trace: str) -> BaseException:
@@ -311,7 +344,7 @@ def device(name: str | int, session: Session | None = None) -> Device:
     session = session if session is not None else default()
     info = session.device_info(name)
     if info["hnid"] == 0:
-        raise NotSupported("device: the host is no device to open a context on")
+        raise NotSupported("device: the host is no device to open a context on", argument="device")
     return Device(session, info)
 
 

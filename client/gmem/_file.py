@@ -25,8 +25,9 @@ def from_file(
     It goes through a bounce buffer: read(2) straight into unified memory fails with EFAULT where userfaultfd serves
     user mode only.
     """
-    if not isinstance(offset, int) or offset < 0:
+    if not isinstance(offset, (int, np.integer)) or isinstance(offset, bool) or not 0 <= offset < 1 << 63:
         raise InvalidArgument(f"offset: {offset!r} is not a position in a file", argument="offset")
+    offset = int(offset)
     checked = _checked_dtype(dtype)
     with open(path, "rb", buffering=0) as file:
         left = os.fstat(file.fileno()).st_size - offset

@@ -164,8 +164,9 @@ def allocate(
     name: str = "nbytes",
 ) -> Mapping:
     """nbytes of zeroed unified memory, freed when the mapping object (and every array over it) is gone."""
-    if not isinstance(nbytes, int) or isinstance(nbytes, bool) or not 0 < nbytes < _BYTES_LIMIT:
+    if not isinstance(nbytes, (int, np.integer)) or isinstance(nbytes, bool) or not 0 < nbytes < _BYTES_LIMIT:
         raise InvalidArgument(f"{name}: {nbytes!r} bytes; at least 1 and less than 2^63", argument=name)
+    nbytes = int(nbytes)
     page_bytes = page_bytes_of(page_size)
     _check_fork(fork)
     session = session if session is not None else default()
@@ -195,7 +196,10 @@ def _checked_dtype(dtype: npt.DTypeLike) -> np.dtype[Any]:
 
 
 def _checked_shape(shape: Shape) -> tuple[int, ...]:
-    raw = (shape,) if isinstance(shape, (int, np.integer)) else tuple(shape)
+    try:
+        raw = (shape,) if isinstance(shape, (int, np.integer)) else tuple(shape)
+    except TypeError:
+        raise InvalidArgument(f"shape: {shape!r} is no extent or sequence of extents", argument="shape") from None
     for extent in raw:
         if not isinstance(extent, (int, np.integer)) or isinstance(extent, bool) or not 0 <= extent < _BYTES_LIMIT:
             raise InvalidArgument(f"shape: {extent!r} is not an extent of 0 to 2^63 - 1", argument="shape")
@@ -245,8 +249,8 @@ def extent_of(what: Any, name: str = "array") -> tuple[int, int]:
     if isinstance(what, np.ndarray):
         low, high = np.lib.array_utils.byte_bounds(what)
         return low, high - low
-    if isinstance(what, tuple) and len(what) == 2 and all(isinstance(part, int) for part in what):
-        address, nbytes = what
+    if isinstance(what, tuple) and len(what) == 2 and all(isinstance(part, (int, np.integer)) for part in what):
+        address, nbytes = int(what[0]), int(what[1])
         if not 0 <= address < 1 << 64 or not 0 < nbytes < _BYTES_LIMIT:
             raise InvalidArgument(f"{name}: {what!r} is not an address and a length", argument=name)
         return address, nbytes

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
+
 from gmem._client import ffi, lib
 from gmem._embedded import Embedded
 from gmem._errors import ConnectionLost, GmemError, InvalidArgument, NotFound, from_errno
@@ -97,17 +99,20 @@ class Session:
             return self._map(nbytes, page_bytes, fork, small)
 
     def _map(self, nbytes: int, page_bytes: int, fork: str, small: bool) -> tuple[int, int]:
-        for _ in range(_BUSY_RANGES):
-            region = self.request("mmap", bytes=nbytes, page_bytes=page_bytes, fork=fork, small=small)
-            va, size = region["va"], region["bytes"]
-            err = lib.gmem_link_map(self._link, va, size, region["offset"], region["huge"], fork == "share")
-            if not err:
-                break
-            if err != -errno.EEXIST:
-                self.request("munmap", va=va, bytes=size)
-                raise from_errno(-err, f"mmap of {size} bytes at 0x{va:x}: {os.strerror(-err)}")
-        else:
-            raise GmemError("every range that gmemd offered is in use in this process", errno=errno.EEXIST)
+        refused: list[tuple[int, int]] = []
+        try:
+            while True:
+                region = self.request("mmap", bytes=nbytes, page_bytes=page_bytes, fork=fork, small=small)
+                va, size = region["va"], region["bytes"]
+                err = lib.gmem_link_map(self._link, va, size, region["offset"], region["huge"], fork == "share")
+                if not err:
+                    break
+                refused.append((va, size))
+                if err != -errno.EEXIST or len(refused) == _BUSY_RANGES:
+                    raise from_errno(-err, f"mmap of {size} bytes at 0x{va:x}: {os.strerror(-err)}")
+        finally:
+            for start, length in refused:  # only now, so that they were not offered again
+                self.request("munmap", va=start, bytes=length)
         try:
             self.request("mmap_commit", va=va)
         except GmemError:
@@ -151,8 +156,8 @@ class Session:
     def hnid(self, device: Any) -> int:
         """hnid of a device given by name, hnid or Device; "host" is 0."""
         device = getattr(device, "hnid", device)
-        if isinstance(device, int) and not isinstance(device, bool):
-            return device
+        if isinstance(device, (int, np.integer)) and not isinstance(device, bool):
+            return int(device)
         if device == "host":
             return 0
         if not isinstance(device, str):
@@ -197,6 +202,15 @@ _default: Session | None = None
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
 
+def owner_of(address: int) -> Mapping | None:
+    """The mapping object that keeps this address alive, in whichever session: no two map the same address."""
+    for session in list(_sessions):
+        mapping = session.owner_of(address) if session.owns(address) else None
+        if mapping is not None:
+            return mapping
+    return None
+
+
 def _in_child() -> None:
     """Locks may have been held by threads that a forked child does not have."""
     global _lock
@@ -209,6 +223,8 @@ os.register_at_fork(after_in_child=_in_child)
 
 
 def _device_specs(devices: Sequence[str | MappingABC[str, Any]]) -> list[str]:
+    if isinstance(devices, str):
+        raise InvalidArgument(f"devices: a list of them, such as [{devices!r}]", argument="devices")
     specs = []
     for device in devices:
         if isinstance(device, str):

@@ -135,8 +135,11 @@ static int get_regions(struct gmem_link *link, bool inherit)
 		size_t count;
 
 		err = get(link, GMEM_WIRE_REGION, &region, sizeof(region), fds, &count);
-		if (!err && count != 1)
+		if (!err && count != 1) {
+			while (count)
+				close(fds[--count]);
 			err = failed(link, -EPROTO, "region without its file");
+		}
 		if (!err)
 			err = gmem_link_map_region(link, &region, fds[0], inherit);
 		if (err)
@@ -162,6 +165,9 @@ static int get_ready(struct gmem_link *link)
 	size_t count;
 
 	err = get(link, GMEM_WIRE_READY, &ready, sizeof(ready), fds, &count);
+	/* To a forked child whose uffd came by event: everybody has a descriptor of his own (see struct gmem_link). */
+	if (!err && !ready.status && count && link->uffd < 0)
+		link->uffd = fds[--count];
 	while (count)
 		close(fds[--count]);
 	if (!err && ready.status) {

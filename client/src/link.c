@@ -24,8 +24,12 @@ static int joined[2] = { -1, -1 };
 static void before_fork(void)
 {
 	pthread_mutex_lock(&links_lock);
-	for (struct gmem_link *link = links; link; link = link->next)
+	for (struct gmem_link *link = links; link; link = link->next) {
 		pthread_mutex_lock(&link->lock);
+		/* fork() waits until gmemd has read its event for each mapping that the child gets. */
+		if (gmem_link_is_lost(link))
+			gmem_link_withhold_locked(link);
+	}
 	if (links && pipe2(joined, O_CLOEXEC))
 		joined[0] = joined[1] = -1;
 }
@@ -208,6 +212,13 @@ int gmem_link_hnid(const struct gmem_link *link)
 int gmem_link_socket(const struct gmem_link *link)
 {
 	return link->sock;
+}
+
+bool gmem_link_is_lost(const struct gmem_link *link)
+{
+	struct pollfd end = { .fd = link->sock, .events = POLLIN }; /* gmemd says nothing after READY */
+
+	return link->sock < 0 || poll(&end, 1, 0) > 0;
 }
 
 int gmem_link_status(const struct gmem_link *link)

@@ -62,6 +62,8 @@ uint64_t gmem_link_window_bytes(const struct gmem_link *link);
 int gmem_link_hnid(const struct gmem_link *link);
 /* Readable at its end when the daemon is gone. */
 int gmem_link_socket(const struct gmem_link *link);
+/* gmemd is gone, or has ended this session: nobody reads the events that munmap(2) and fork() wait for. */
+bool gmem_link_is_lost(const struct gmem_link *link);
 int gmem_link_status(const struct gmem_link *link);
 const char *gmem_link_message(const struct gmem_link *link);
 
@@ -70,6 +72,8 @@ const char *gmem_link_message(const struct gmem_link *link);
 /* Maps a region that the daemon has reserved; the caller then commits it. -EEXIST: that range is in use here. */
 int gmem_link_map(struct gmem_link *link, uint64_t va, uint64_t bytes, uint64_t offset, bool huge, bool inherit);
 int gmem_link_unmap(struct gmem_link *link, uint64_t va, uint64_t bytes);
+/* Keeps the regions from children that are forked later. */
+void gmem_link_withhold_locked(struct gmem_link *link);
 /* Forgets or unmaps everything in the table. */
 void gmem_link_unmap_all(struct gmem_link *link);
 /* Maps a REGION message's file over its range (context overlays, regions of a forked child). Closes fd. */

@@ -106,6 +106,12 @@ int gmem_link_unmap(struct gmem_link *link, uint64_t va, uint64_t bytes)
 	return err;
 }
 
+void gmem_link_withhold_locked(struct gmem_link *link)
+{
+	for (size_t i = 0; i < link->region_count; i++)
+		madvise((void *)(uintptr_t)link->regions[i].va, link->regions[i].bytes, MADV_DONTFORK);
+}
+
 void gmem_link_unmap_all(struct gmem_link *link)
 {
 	for (;;) {

@@ -65,7 +65,9 @@ def started_python(code: str, session: gmem.Session) -> Iterator[subprocess.Pope
     """The same, running beside the test; killed at the end of the block at the latest."""
     environment = {**os.environ, "GMEM_SOCKET": session.path}
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)], env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True
+        # setpriv: not left behind if the tests are killed
+        ["setpriv", "--pdeathsig", "KILL", sys.executable, "-c", textwrap.dedent(code)],
+        env=environment, cwd=ROOT, stdout=subprocess.PIPE, text=True,
     )
     try:
         yield process

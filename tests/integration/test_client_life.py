@@ -168,3 +168,21 @@ def test_examples():
     for example in sorted((ROOT / "client" / "examples").glob("*.py")):
         done = run_python(f"import runpy; runpy.run_path({str(example)!r}, run_name='__main__')")
         assert done.returncode == 0 and done.stdout, f"{example.name}: {done.stderr}"
+
+
+def test_memory_beyond_a_grown_mapping_is_sigbus(session):
+    code = """
+        import ctypes, gmem
+        libc = ctypes.CDLL(None)
+        libc.mremap.restype = ctypes.c_void_p
+        libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int]
+        va, size = gmem.default().map(1 << 20, 4096, "share")
+        ctypes.memset(va, 7, size)
+        va = libc.mremap(va, size, 2 * size, 1)
+        assert ctypes.string_at(va + size - 1, 1) == b"\\x07"
+        print("inside", flush=True)
+        ctypes.string_at(va + size, 1)
+        print("outside", flush=True)
+    """
+    done = run_python(code, session=session)
+    assert done.stdout == "inside\n" and done.returncode == -signal.SIGBUS, done.stderr

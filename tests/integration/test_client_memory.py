@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Allocation, movement and questions, and what bad arguments get."""
 
+import ctypes
 import gc
 import os
 import signal
@@ -12,6 +13,12 @@ import numpy as np
 import pytest
 from helpers import eventually
 
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+MAP_PRIVATE, MAP_ANONYMOUS, MAP_FIXED_NOREPLACE = 0x2, 0x20, 0x100000
+
 PAGE_SIZES = ["4K", "64K", "2M", 65536]
 
 
@@ -22,7 +29,8 @@ def test_arrays_are_plain_and_zero(session, page_size):
     assert not a.any()
     a[1] = np.arange(1000)
     assert a.sum() == 999 * 500
-    assert (gmem.where(a)["state"] == gmem.STATES.index("RESIDENT")).any()
+    resident = gmem.STATES.index("RESIDENT")
+    eventually(lambda: (gmem.where(a)["state"] == resident).any(), "whoever brought the page has finished")
 
 
 def test_constructors(session):
@@ -175,12 +183,23 @@ def test_system_calls_on_untouched_memory(session):
         assert os.pread(file.fileno(), 1, 5) == b"x"
 
 
+def closed_buffer():
+    buffer = gmem.alloc(10)
+    buffer.close()
+    return buffer
+
+
 BAD = {
     "empty -1": (lambda: gmem.empty(-1), "shape"),
     "empty 2**63": (lambda: gmem.empty(1 << 63, np.uint8), "shape"),
     "empty 2**62 doubles": (lambda: gmem.empty(1 << 62), "shape"),
     "empty object": (lambda: gmem.empty(3, object), "dtype"),
     "empty nonsense": (lambda: gmem.empty(3, "nonsense"), "dtype"),
+    "empty None": (lambda: gmem.empty(None), "shape"),
+    "empty 3.5": (lambda: gmem.empty(3.5), "shape"),
+    "closed buffer": (lambda: closed_buffer().discard(), "buffer"),
+    "devices as one string": (lambda: gmem.connect(devices="simgpu0:capacity=8M"), "devices"),
+    "offset": (lambda: gmem.from_file("/etc/passwd", offset=1.5), "offset"),
     "page size": (lambda: gmem.empty(3, page_size="3K"), "page_size"),
     "fork": (lambda: gmem.empty(3, fork="copy"), "fork"),
     "alloc 0": (lambda: gmem.alloc(0), "nbytes"),
@@ -209,6 +228,31 @@ def test_bad_arguments_are_named(session, name):
     assert caught.value.argument == argument and caught.value.errno > 0 and argument in str(caught.value)
     gc.collect()
     assert gmem.stats()["regions"] == before
+
+
+def test_numpy_integers_are_integers(session, tmp_path):
+    (tmp_path / "data").write_bytes(bytes(range(100)))
+    with gmem.alloc(np.int64(100)) as buffer:
+        assert len(memoryview(buffer)) == 100
+    part = gmem.from_file(tmp_path / "data", shape=np.int32(4), offset=np.uint8(7))
+    assert part.tolist() == [7, 8, 9, 10]
+    gmem.prefetch(part, np.int64(session.hnid("simgpu0")))
+    gmem.prefetch((np.uint64(part.ctypes.data), np.int64(4)), "host")
+
+
+def test_ranges_in_use_are_skipped_and_given_back(session):
+    va, size = session.map(4 << 20, 65536, "share")
+    session.unmap(va, size)
+    before = gmem.stats()["regions"]
+    taken = libc.mmap(va, 16 << 20, 0, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0)
+    assert taken == va
+    try:
+        a = gmem.zeros(4 << 20, np.uint8, page_size="64K")
+        assert not va <= a.ctypes.data < va + (16 << 20)
+        a[:] = 1
+        assert gmem.stats()["regions"] == before + 1
+    finally:
+        libc.munmap(va, 16 << 20)
 
 
 def test_more_than_could_be_held_is_out_of_memory(session):
