@@ -8,6 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How fast a shared machine draws its inputs says nothing about what is tested.
+settings.register_profile("gmem", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("gmem")
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAVOURS = {"plain": "c", "asan": "asan", "tsan": "tsan"}  # flavour: folder below build/
