@@ -6,6 +6,7 @@
 #include <fcntl.h>
 #include <pthread.h>
 #include <signal.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
@@ -15,6 +16,8 @@
 #include <unistd.h>
 
 #include <gmem/uffd.h>
+
+#define TIME_LIMIT_S 100 /* a test that hangs is a test that fails; below that of tests/conftest.py */
 
 enum op { OP_UFFD, OP_MMAP, OP_COMMIT, OP_MUNMAP, OP_PREFETCH, OP_DISCARD, OP_ADVISE, OP_HMEMCPY, OP_QUERY };
 
@@ -136,22 +139,6 @@ static void *serve(void *arg)
 	return NULL;
 }
 
-struct gmem_core *core_start(struct gmem_core_config config)
-{
-	struct gmem_core *core;
-	int err;
-
-	alarm(120); /* a test that hangs is a test that fails */
-	if (!config.feature_mask)
-		config.feature_mask = ~0ull;
-	err = gmem_core_create(&config, &core);
-	if (err) {
-		fprintf(stderr, "core: %s\n", strerror(-err));
-		exit(1);
-	}
-	return core;
-}
-
 int attach_simgpu(struct gmem_core *core, const char *name, const char *options)
 {
 	const char *keys[8], *values[8];
@@ -180,7 +167,7 @@ static int run_process(struct client *client, client_fn fn, void *arg)
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	signal(SIGBUS, SIG_DFL); /* sanitizers catch these, and tests look for the signal */
 	signal(SIGSEGV, SIG_DFL);
-	alarm(120);
+	alarm(TIME_LIMIT_S);
 	for (int c = 0; client->hnid && c < GMEM_CLASS_COUNT; c++)
 		if (client->fds[c] >= 0)
 			CHECK(mmap((void *)client->window.part_base[c], client->window.part_bytes[c],
@@ -195,24 +182,136 @@ static int run_process(struct client *client, client_fn fn, void *arg)
 	return fn(client, arg);
 }
 
+#ifdef __SANITIZE_ADDRESS__
+/* The allocator of gcc 12's ASan does not survive the fork of a process with threads: a lock that one of them holds stays
+ * locked in the child. A nursery, forked while there is one thread, forks the clients instead, twice each, so that they
+ * become children of the test, which is their subreaper. What arg points to must be as old as the core, and shared. */
+struct birth {
+	struct client client;
+	client_fn fn;
+	void *arg;
+};
+
+static int nursery = -1;
+
+static _Noreturn void bear(struct birth *birth, int sock, pid_t reaper)
+{
+	while (getppid() != reaper)
+		sleep_ms(1);
+	birth->client.pid = getpid();
+	CHECK(write(sock, &birth->client.pid, sizeof(pid_t)) == sizeof(pid_t));
+	_exit(run_process(&birth->client, birth->fn, birth->arg));
+}
+
+static _Noreturn void nursery_run(int sock, pid_t reaper)
+{
+	struct birth birth;
+	struct message m;
+
+	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	while (read(sock, &birth, sizeof(birth)) == sizeof(birth)) {
+		pid_t between;
+
+		CHECK(receive_message(sock, &m, &birth.client.sock));
+		for (int c = 0; c < GMEM_CLASS_COUNT; c++)
+			CHECK(receive_message(sock, &m, &birth.client.fds[c]));
+		between = fork();
+		if (!between) {
+			if (!fork())
+				bear(&birth, sock, reaper);
+			_exit(0);
+		}
+		CHECK(waitpid(between, NULL, 0) == between);
+		close(birth.client.sock);
+		for (int c = 0; c < GMEM_CLASS_COUNT; c++)
+			if (birth.client.fds[c] >= 0)
+				close(birth.client.fds[c]);
+	}
+	_exit(0);
+}
+
+static void nursery_open(void)
+{
+	pid_t reaper = getpid();
+	int pair[2];
+
+	CHECK(!prctl(PR_SET_CHILD_SUBREAPER, 1));
+	CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair));
+	if (nursery >= 0)
+		close(nursery); /* that of the core before ends */
+	fflush(NULL);
+	if (!fork()) {
+		close(pair[0]);
+		nursery_run(pair[1], reaper);
+	}
+	close(pair[1]);
+	nursery = pair[0];
+}
+
+static pid_t start_process(struct client *client, int sock, client_fn fn, void *arg)
+{
+	struct birth birth = { *client, fn, arg };
+	struct message m = { 0 };
+	pid_t pid;
+
+	CHECK(write(nursery, &birth, sizeof(birth)) == sizeof(birth));
+	send_message(nursery, &m, sock);
+	for (int c = 0; c < GMEM_CLASS_COUNT; c++)
+		send_message(nursery, &m, client->fds[c]);
+	CHECK(read(nursery, &pid, sizeof(pid)) == sizeof(pid) && pid > 0);
+	return pid;
+}
+#else
+static void nursery_open(void)
+{
+}
+
+static pid_t start_process(struct client *client, int sock, client_fn fn, void *arg)
+{
+	pid_t pid;
+
+	fflush(NULL);
+	pid = fork();
+	CHECK(pid >= 0);
+	if (!pid) {
+		close(client->sock);
+		client->sock = sock;
+		_exit(run_process(client, fn, arg));
+	}
+	return pid;
+}
+#endif
+
 /* The child inherits the daemon's aliases by accident of fork only: they are MADV_DONTFORK. */
 static struct client *spawn(struct client *client, client_fn fn, void *arg)
 {
 	int pair[2];
 
 	CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair));
-	fflush(NULL);
-	client->pid = fork();
-	CHECK(client->pid >= 0);
-	if (!client->pid) {
-		close(pair[0]);
-		client->sock = pair[1];
-		_exit(run_process(client, fn, arg));
-	}
-	close(pair[1]);
 	client->sock = pair[0];
+	client->pid = start_process(client, pair[1], fn, arg);
+	close(pair[1]);
 	CHECK(!pthread_create(&client->thread, NULL, serve, client));
 	return client;
+}
+
+static void limit_time(void);
+
+struct gmem_core *core_start(struct gmem_core_config config)
+{
+	struct gmem_core *core;
+	int err;
+
+	limit_time();
+	nursery_open();
+	if (!config.feature_mask)
+		config.feature_mask = ~0ull;
+	err = gmem_core_create(&config, &core);
+	if (err) {
+		fprintf(stderr, "core: %s\n", strerror(-err));
+		exit(1);
+	}
+	return core;
 }
 
 struct client *client_start(struct gmem_core *core, client_fn fn, void *arg)
@@ -358,10 +457,12 @@ static pid_t overcommit_owner;
 
 static bool set_overcommit(long pages)
 {
-	FILE *f = fopen(OVERCOMMIT, "we");
-	bool done = f && fprintf(f, "%ld", pages) > 0;
+	int fd = open(OVERCOMMIT, O_WRONLY | O_CLOEXEC);
+	bool done = fd >= 0 && dprintf(fd, "%ld", pages) > 0;
 
-	return f && !fclose(f) && done;
+	if (fd >= 0)
+		close(fd);
+	return done;
 }
 
 static void restore_overcommit(void)
@@ -370,18 +471,32 @@ static void restore_overcommit(void)
 		set_overcommit(overcommit_before);
 }
 
+static void out_of_time(int number)
+{
+	static const char text[] = "hangs: out of time\n";
+
+	(void)number;
+	restore_overcommit();
+	_exit(write(STDERR_FILENO, text, sizeof(text) - 1) ? 1 : 2);
+}
+
+static void limit_time(void)
+{
+	signal(SIGALRM, out_of_time);
+	alarm(TIME_LIMIT_S);
+}
+
 bool hugepages_reserve(unsigned pages)
 {
 	FILE *f = fopen(OVERCOMMIT, "re");
-	long now = -1;
+	long now;
 
-	if (!f || fscanf(f, "%ld", &now) != 1)
-		now = -1;
-	if (f)
-		fclose(f);
+	/* One user at a time, to the end of the process: two would share the pages of the one that asked for more. */
+	if (!f || flock(fileno(f), LOCK_EX) || fscanf(f, "%ld", &now) != 1 || now < 0)
+		return false;
 	if (now >= (long)pages)
 		return true;
-	if (now < 0 || !set_overcommit(pages))
+	if (!set_overcommit(pages))
 		return false;
 	overcommit_before = now;
 	overcommit_owner = getpid();

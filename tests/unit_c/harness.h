@@ -51,7 +51,7 @@ struct gmem_core *core_start(struct gmem_core_config config);
 void core_settle(struct gmem_core *core);
 int attach_simgpu(struct gmem_core *core, const char *name, const char *options); /* "capacity=8M bandwidth=..." */
 
-/* Forks a client that runs fn; serves its requests from a thread. */
+/* Forks a client that runs fn; serves its requests from a thread. arg: a number, or memory older than the core. */
 struct client *client_start(struct gmem_core *core, client_fn fn, void *arg);
 /* Forks a context of the client's session on hnid that runs fn. */
 struct client *context_start(struct client *client, int hnid, client_fn fn, void *arg);

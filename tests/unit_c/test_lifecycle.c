@@ -360,12 +360,13 @@ static int remaps(struct client *client, void *arg)
 
 int main(void)
 {
-	struct gmem_core *core = core_start((struct gmem_core_config){ .event_fork = true });
 	struct gmem_core_features features;
+	struct gmem_core *core;
 	struct gmem_hnode_stats hnodes[GMEM_HNODE_MAX];
 	size_t count;
 
 	shared = shared_bytes(sizeof(*shared));
+	core = core_start((struct gmem_core_config){ .event_fork = true });
 	gmem_core_features(core, &features);
 	CHECK_EQ(attach_simgpu(core, "simgpu0", "capacity=512K"), 1);
 	test_kill(core, 40);
