@@ -66,18 +66,19 @@ static void warm_memory(void)
 	}
 }
 
-/* Rows go to a file first: those of a group that failed are kept only if it fails again. */
-static int run_group(void (*run)(void), FILE *out)
+/* In a process of its own: what one group leaves behind is nothing to the next. */
+static int run_group(void (*run)(void))
 {
-	pid_t pid = fork();
+	pid_t pid;
 	int status;
 
+	fflush(NULL);
+	pid = fork();
 	CHECK(pid >= 0);
 	if (!pid) {
 		prctl(PR_SET_PDEATHSIG, SIGKILL);
 		signal(SIGTERM, SIG_DFL);
 		signal(SIGINT, SIG_DFL);
-		CHECK(dup2(fileno(out), STDOUT_FILENO) >= 0);
 		run();
 		fflush(NULL);
 		_exit(0);
@@ -89,36 +90,6 @@ static int run_group(void (*run)(void), FILE *out)
 	return status;
 }
 
-static void print_file(FILE *file)
-{
-	char line[8192];
-
-	rewind(file);
-	while (fgets(line, sizeof(line), file))
-		fputs(line, stdout);
-	fflush(stdout);
-}
-
-/* Another program's end may take the huge pages away (it restores the machine's setting): then once more. */
-static int try_group(void (*run)(void), bool any_memory)
-{
-	int status = 1;
-
-	for (int tries = 0; status && tries < 2; tries++) {
-		FILE *out = tmpfile();
-
-		CHECK(out);
-		huge_pages = hugepages_reserve(HUGE_PAGES);
-		if (!any_memory)
-			warm_memory();
-		status = run_group(run, out);
-		if (!status || tries)
-			print_file(out);
-		fclose(out);
-	}
-	return status;
-}
-
 int main(int argc, char **argv)
 {
 	int failed = 0;
@@ -127,14 +98,18 @@ int main(int argc, char **argv)
 	signal(SIGINT, on_signal);
 	signal(SIGPIPE, on_signal);
 	row_select(argv + 1, argc - 1);
+	huge_pages = hugepages_reserve(HUGE_PAGES);
 	prctl(PR_SET_TIMERSLACK, 1000); /* naps as short as asked for */
 	for (size_t g = 0; g < sizeof(groups) / sizeof(groups[0]); g++) {
 		bool wanted = false;
 
 		for (int p = 0; p < 3 && groups[g].prefixes[p]; p++)
 			wanted = wanted || row_wanted(groups[g].prefixes[p]);
-		if (wanted)
-			failed |= try_group(groups[g].run, groups[g].any_memory);
+		if (!wanted)
+			continue;
+		if (!groups[g].any_memory)
+			warm_memory();
+		failed |= run_group(groups[g].run);
 	}
 	return failed ? 1 : 0;
 }
