@@ -233,6 +233,7 @@ void gmem_core_stats(struct gmem_core *core, struct gmem_core_stats *ret)
 		.duplicates = gmem_counter(&s->duplicates), .invalidations = gmem_counter(&s->invalidations),
 		.evictions = gmem_counter(&s->evictions), .evicted_clean = gmem_counter(&s->evicted_clean),
 		.prefetched_pages = gmem_counter(&s->prefetched_pages),
+		.ahead_pages = gmem_counter(&s->ahead_pages),
 		.discarded_pages = gmem_counter(&s->discarded_pages),
 		.poisoned_pages = gmem_counter(&s->poisoned_pages), .retries = gmem_counter(&s->retries),
 		.parked_faults = gmem_counter(&s->parked_faults), .migration_ns = gmem_counter(&s->migration_ns),

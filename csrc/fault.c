@@ -10,9 +10,14 @@
 #include <gmem/internal.h>
 #include <gmem/migrate.h>
 #include <gmem/pmap.h>
+#include <gmem/prefetch.h>
 #include <gmem/uffd.h>
 
 #define MESSAGES 16
+#define CLOSE_NS 100000     /* faults so close together are worth a spin */
+#define CLOSE_FAULTS 3      /* that many, before the first one */
+#define LINGER_NS 40000
+#define TURN_NS 2000000     /* then other views get their turn */
 #define FILLERS 4 /* they sleep most of the time */
 #define STOP_TOKEN UINT64_MAX
 
@@ -135,7 +140,7 @@ static bool defer(struct gmem_core *core, const struct gmem_fault *fault)
 }
 
 static void settle(struct gmem_core *core, struct gmem_page *page, const struct gmem_fault *fault,
-		   struct gmem_range range, int err)
+		   const struct gmem_place *place, int err)
 {
 	struct gmem_hnode *hnode = gmem_core_hnode(core, fault->view->hnid);
 
@@ -144,6 +149,8 @@ static void settle(struct gmem_core *core, struct gmem_page *page, const struct 
 	gmem_page_unlock(page);
 	switch (err) {
 	case 0:
+		gmem_stream_fault(core, fault->view, place, fault->flags & (GMEM_UFFD_FAULT_WRITE | GMEM_UFFD_FAULT_WP));
+		return;
 	case -ESRCH: /* the process is gone */
 		return;
 	case -EBUSY: /* held by an acquire: the release wakes it */
@@ -151,12 +158,12 @@ static void settle(struct gmem_core *core, struct gmem_page *page, const struct 
 		return;
 	case -EAGAIN: /* the thread faults again, behind whatever is pending */
 		gmem_count(&core->stats.retries, 1);
-		gmem_uffd_pmap_wake(gmem_view_pmap(fault->view), range);
+		gmem_uffd_pmap_wake(gmem_view_pmap(fault->view), place->range);
 		return;
 	default:
 		if (hnode)
 			gmem_count(&hnode->errors, 1);
-		gmem_fault_poison(core, fault->view, range, err);
+		gmem_fault_poison(core, fault->view, place->range, err);
 	}
 }
 
@@ -184,7 +191,7 @@ void gmem_fault_resolve(struct gmem_core *core, const struct gmem_fault *fault, 
 		gmem_page_unlock(&page);
 		gmem_fault_poison(core, view, place.range, -EIO);
 	} else {
-		settle(core, &page, fault, place.range,
+		settle(core, &page, fault, &place,
 		       resolve_locked(&page, view, place.range, fault->flags));
 	}
 	gmem_count(&core->stats.fault_ns, gmem_now_ns() - start);
@@ -224,21 +231,85 @@ static void view_failed(struct gmem_core *core, struct gmem_view *view)
 	gmem_core_post(core, GMEM_EVENT_VIEW_GONE, view->session_id, 0, view->id, view->hnid, 0);
 }
 
-/* The uffd is watched edge-triggered, so that a fault wakes one thread: it reads until there is no more, and what comes
- * meanwhile wakes another. */
-static void serve(struct gmem_core *core, struct gmem_view *view, struct gmem_service *service)
+static void arm(struct gmem_core *core, struct gmem_view *view)
 {
-	struct gmem_uffd_msg messages[MESSAGES];
+	struct epoll_event event = { .events = EPOLLIN | EPOLLONESHOT, .data.u64 = view->token };
+
+	epoll_ctl(core->faults.epoll_fd, EPOLL_CTL_MOD, view->uffd, &event);
+}
+
+/* Whether to spin for the next fault instead of sleeping: a wake-up costs as much as the rest of a fault. */
+static bool expects_more(struct gmem_core *core, struct gmem_view *view)
+{
+	return core->faults.linger &&
+	       atomic_load_explicit(&view->close_faults, memory_order_relaxed) >= CLOSE_FAULTS;
+}
+
+static void note_faults(struct gmem_view *view)
+{
+	uint64_t now = gmem_now_ns(), before = atomic_load_explicit(&view->served_ns, memory_order_relaxed);
+	uint32_t close_faults = atomic_load_explicit(&view->close_faults, memory_order_relaxed);
+
+	if (now - before > CLOSE_NS)
+		atomic_store_explicit(&view->close_faults, 0, memory_order_relaxed);
+	else if (close_faults < CLOSE_FAULTS)
+		atomic_store_explicit(&view->close_faults, close_faults + 1, memory_order_relaxed);
+}
+
+static ssize_t read_messages(struct gmem_core *core, struct gmem_view *view, struct gmem_uffd_msg *messages)
+{
 	ssize_t n;
 
+	do
+		n = read(view->uffd, messages, MESSAGES * sizeof(*messages));
+	while (n < 0 && errno == EINTR);
+	if (n < 0 && errno != EAGAIN)
+		view_failed(core, view);
+	return n < 0 ? 0 : n / (ssize_t)sizeof(*messages);
+}
+
+/* The uffd is watched one-shot: who serves it alone looks for its next faults, spinning if they come fast, fetching
+ * ahead meanwhile if they come in sequence. Once several come at a time, others may serve it too. */
+static void serve(struct gmem_core *core, struct gmem_view *view, struct gmem_service *service)
+{
+	uint64_t start = gmem_now_ns(), idle_since = 0;
+	struct gmem_uffd_msg messages[MESSAGES];
+	bool armed = false;
+
 	atomic_store(&service->view, (uintptr_t)view);
-	do {
-		n = read(view->uffd, messages, sizeof(messages));
-		if (n < 0 && errno != EAGAIN && errno != EINTR)
-			view_failed(core, view);
-		for (ssize_t i = 0; i < n / (ssize_t)sizeof(messages[0]); i++)
-			handle(core, view, &messages[i]);
-	} while (n == sizeof(messages) || (n < 0 && errno == EINTR));
+	while (!atomic_load_explicit(&view->dead, memory_order_relaxed)) {
+		ssize_t n = read_messages(core, view, messages);
+
+		if (n) {
+			if (n > 1 && !armed) {
+				arm(core, view);
+				armed = true;
+			}
+			note_faults(view);
+			for (ssize_t i = 0; i < n; i++)
+				handle(core, view, &messages[i]);
+			atomic_store_explicit(&view->served_ns, gmem_now_ns(), memory_order_relaxed);
+			idle_since = 0;
+		}
+		/* In turns: a thread that faults again at once would otherwise always be ahead of us. */
+		if (!gmem_stream_step(core, view) && !n) {
+			uint64_t now = gmem_now_ns();
+
+			idle_since = idle_since ? idle_since : now;
+			if (!expects_more(core, view) || now - start > TURN_NS)
+				break;
+			if (now - idle_since > LINGER_NS) {
+				atomic_store_explicit(&view->close_faults, 0, memory_order_relaxed);
+				break;
+			}
+			sched_yield();
+		}
+		atomic_fetch_add(&service->turns, 1);
+		if (n && gmem_now_ns() - start > TURN_NS)
+			break;
+	}
+	if (!armed)
+		arm(core, view);
 	atomic_store(&service->view, 0);
 	atomic_fetch_add(&service->turns, 1);
 }
@@ -316,7 +387,10 @@ static void do_work(struct gmem_core *core, struct gmem_work *work)
 		gmem_object_unref(work->object);
 		return;
 	}
-	gmem_fault_resolve(core, &work->fault, false);
+	if (work->ahead)
+		gmem_stream_help(core, work->fault.view);
+	else
+		gmem_fault_resolve(core, &work->fault, false);
 	gmem_view_unref(work->fault.view);
 }
 
@@ -348,7 +422,7 @@ static void *filler_thread(void *arg)
 int gmem_faults_watch(struct gmem_core *core, struct gmem_view *view)
 {
 	struct gmem_faults *faults = &core->faults;
-	struct epoll_event event = { .events = EPOLLIN | EPOLLET };
+	struct epoll_event event = { .events = EPOLLIN | EPOLLONESHOT };
 	uint32_t index;
 	int err = 0;
 
@@ -364,7 +438,8 @@ int gmem_faults_watch(struct gmem_core *core, struct gmem_view *view)
 	if (!err) {
 		view->slot = index;
 		faults->slots[index].view = gmem_view_ref(view);
-		event.data.u64 = (uint64_t)faults->slots[index].generation << 32 | index;
+		view->token = (uint64_t)faults->slots[index].generation << 32 | index;
+		event.data.u64 = view->token;
 	}
 	gmem_mutex_unlock(&faults->slots_lock);
 	if (!err && epoll_ctl(faults->epoll_fd, EPOLL_CTL_ADD, view->uffd, &event)) {
@@ -420,6 +495,7 @@ int gmem_faults_start(struct gmem_core *core, uint32_t threads)
 	gmem_mutex_init(&faults->slots_lock, GMEM_RANK_SLOTS);
 	gmem_mutex_init(&faults->work_lock, GMEM_RANK_WORK);
 	pthread_cond_init(&faults->work_ready, NULL);
+	faults->linger = sysconf(_SC_NPROCESSORS_ONLN) > 1;
 	faults->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
 	faults->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (faults->epoll_fd < 0 || faults->stop_fd < 0 ||

@@ -106,8 +106,7 @@ void gmem_page_unlock(struct gmem_page *page)
 		gmem_page_wake(page);
 }
 
-/* Publishes what is being done, for recovery; others may have set WAITERS meanwhile. */
-static void mark(struct gmem_page *page, enum gmem_dir dir, int target)
+void gmem_page_mark(struct gmem_page *page, enum gmem_dir dir, int target)
 {
 	gmem_word_t busy = gmem_word_set_busy(page->word, dir, target);
 	gmem_word_t old = atomic_load_explicit(word_of(page), memory_order_relaxed);
@@ -131,7 +130,7 @@ static int notify_view(struct gmem_view *view, struct gmem_range range, void *ar
 	return 0;
 }
 
-static void notify(struct gmem_page *page, struct gmem_hnode *hnode, enum gmem_cause cause)
+void gmem_page_notify(struct gmem_page *page, struct gmem_hnode *hnode, enum gmem_cause cause)
 {
 	struct notice notice = { hnode, cause };
 
@@ -166,7 +165,7 @@ int gmem_page_downgrade(struct gmem_page *page)
 		return 0;
 	if (held(page, hnode))
 		return -EBUSY;
-	notify(page, hnode, GMEM_CAUSE_PROTECT);
+	gmem_page_notify(page, hnode, GMEM_CAUSE_PROTECT);
 	err = gmem_object_for_views(page->object, writer, page->offset, page->bytes, protect_view, NULL);
 	if (!err)
 		page->word = gmem_word_set_writer(page->word, -1);
@@ -179,7 +178,7 @@ static void release_copy(struct gmem_page *page, struct gmem_hnode *hnode, enum 
 	struct gmem_file *file;
 	int err = 0;
 
-	notify(page, hnode, cause);
+	gmem_page_notify(page, hnode, cause);
 	if (gmem_hnode_is_peer(hnode)) {
 		if (hnode->ops->peer_free)
 			err = hnode->ops->peer_free(hnode->device, page->pn, page->bytes);
@@ -210,7 +209,7 @@ static int drop_all_but(struct gmem_page *page, uint32_t keep, enum gmem_dir dir
 	page->word = gmem_word_set_valid(page->word, gmem_word_valid(page->word) & keep);
 	if (gmem_word_writer(page->word) >= 0 && !(keep >> gmem_word_writer(page->word) & 1))
 		page->word = gmem_word_set_writer(page->word, -1);
-	mark(page, dir, target);
+	gmem_page_mark(page, dir, target);
 	for (int h = 0; h < GMEM_HNODE_MAX; h++) {
 		struct gmem_hnode *hnode = gone >> h & 1 ? gmem_core_hnode(page->core, h) : NULL;
 
@@ -283,8 +282,7 @@ static int copy_throttled(struct gmem_hnode *engine, void *dst, const void *src,
 	return err;
 }
 
-/* The copy engine that stands between two hnodes, NULL if the CPU copies as fast as anything. */
-static struct gmem_hnode *engine_of(struct gmem_hnode *from, struct gmem_hnode *to)
+struct gmem_hnode *gmem_copy_engine(struct gmem_hnode *from, struct gmem_hnode *to)
 {
 	struct gmem_hnode *ends[] = { to, from };
 
@@ -299,13 +297,13 @@ static struct gmem_hnode *engine_of(struct gmem_hnode *from, struct gmem_hnode *
 /* FILL: nobody maps the target before the commit. */
 static int fill_from(struct gmem_page *page, struct gmem_hnode *from, struct gmem_hnode *to)
 {
-	struct gmem_hnode *engine = engine_of(from, to);
+	struct gmem_hnode *engine = gmem_copy_engine(from, to);
 	uint64_t offset = page->object->offset + page->offset;
 	struct gmem_file *file;
 	uint8_t *src = NULL, *dst = NULL;
 	int err = 0;
 
-	mark(page, GMEM_DIR_FILL, to->hnid);
+	gmem_page_mark(page, GMEM_DIR_FILL, to->hnid);
 	if (!gmem_hnode_is_peer(from))
 		err = gmem_object_alias(page->object, from->hnid, &src);
 	if (!err && !gmem_hnode_is_peer(to)) {
@@ -343,7 +341,7 @@ static int copy_into_view(struct gmem_page *page, struct gmem_hnode *from, struc
 		err = gmem_alias_touch(src + page->offset, page->bytes);
 	if (err)
 		return err;
-	mark(page, GMEM_DIR_COPY, to->hnid);
+	gmem_page_mark(page, GMEM_DIR_COPY, to->hnid);
 	/* The faulting thread is woken by the last step, not here: it may still need write access. */
 	return gmem_uffd_copy_wp(view->uffd, range.va, src + page->offset, range.bytes, false, &done);
 }
@@ -355,10 +353,10 @@ static void undo_target(struct gmem_page *page, struct gmem_hnode *to)
 	if (!gmem_hnode_is_peer(to) && !gmem_object_file(page->object, to->hnid, &file))
 		gmem_file_punch(file, page->object->offset + page->offset, page->bytes);
 	gmem_hnode_frame_free(to, page->object, page->index);
-	mark(page, GMEM_DIR_MAP, 0);
+	gmem_page_mark(page, GMEM_DIR_MAP, 0);
 }
 
-static struct gmem_hnode *source_of(struct gmem_page *page)
+struct gmem_hnode *gmem_page_source(struct gmem_page *page)
 {
 	uint32_t valid = gmem_word_valid(page->word);
 	struct gmem_hnode *best = NULL;
@@ -372,7 +370,7 @@ static struct gmem_hnode *source_of(struct gmem_page *page)
 	return best;
 }
 
-static void count_copy(struct gmem_page *page, struct gmem_hnode *from, struct gmem_hnode *to)
+void gmem_page_count_copy(struct gmem_page *page, struct gmem_hnode *from, struct gmem_hnode *to)
 {
 	struct gmem_stats *stats = &page->core->stats;
 
@@ -391,7 +389,7 @@ static int transfer(struct gmem_page *page, struct gmem_hnode *from, struct gmem
 		    struct gmem_range range, bool *ret_mapped)
 {
 	bool direct = view && page->core->features.continue_wp && range.bytes == page->bytes &&
-		      !gmem_hnode_is_peer(from) && !engine_of(from, to);
+		      !gmem_hnode_is_peer(from) && !gmem_copy_engine(from, to);
 	int err = -ESRCH;
 
 	*ret_mapped = false;
@@ -418,7 +416,7 @@ static int first_touch(struct gmem_page *page, struct gmem_hnode *to)
 
 	if (gmem_hnode_is_peer(to))
 		return -EOPNOTSUPP; /* there is nothing to store yet */
-	mark(page, GMEM_DIR_FILL, to->hnid);
+	gmem_page_mark(page, GMEM_DIR_FILL, to->hnid);
 	err = gmem_object_file(page->object, to->hnid, &file);
 	if (!err)
 		err = gmem_file_populate(file, page->object->offset + page->offset, page->bytes);
@@ -440,7 +438,7 @@ int gmem_page_fetch(struct gmem_page *page, int hnid, struct gmem_view *view, st
 		return 0;
 	if (!to)
 		return -ENODEV;
-	from = source_of(page);
+	from = gmem_page_source(page);
 	/* Two peers can't reach each other: by way of the host. */
 	if (from && gmem_hnode_is_peer(from) && gmem_hnode_is_peer(to)) {
 		err = gmem_page_fetch(page, GMEM_HOST, NULL, range, why, ret_mapped);
@@ -459,7 +457,7 @@ int gmem_page_fetch(struct gmem_page *page, int hnid, struct gmem_view *view, st
 		return err == -ENOSPC ? -ENOMEM : err;
 	}
 	if (from)
-		count_copy(page, from, to);
+		gmem_page_count_copy(page, from, to);
 	page->word = gmem_word_set_valid(page->word, gmem_word_valid(page->word) | 1u << hnid);
 	page->word = gmem_word_set_why(page->word, from ? why : GMEM_WHY_FIRST_TOUCH);
 	if (from)

@@ -24,7 +24,7 @@ static const struct {
 	void (*run)(void);
 	bool any_memory; /* it does not matter to these whether memory is warm */
 } groups[] = {
-	{ { "fault_isolated", "fault_stream" }, faults_host, false },
+	{ { "fault_isolated", "fault_stream", "fault_storm" }, faults_host, false },
 	{ { "device_fault" }, faults_device, false },
 	{ { "concurrent" }, faults_concurrent, false },
 	{ { "first_touch" }, first_touch, false },

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import platform
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 USERFAULTFD_IOC_NEW = 0xAA00
+SYS_USERFAULTFD = 282 if platform.machine() == "aarch64" else 323
+USER_MODE_ONLY = 1
 UFFDIO_API = 0xC018AA3F
 UFFD_API = 0xAA
 UFFD_FEATURES = (
@@ -34,22 +37,32 @@ UFFD_FEATURES = (
 )
 
 
-def uffd_features() -> list[str]:
-    """Names of the userfaultfd features the kernel has; empty if /dev/userfaultfd can't be used."""
+def _new_uffd() -> int:
+    """From /dev/userfaultfd; where that can't be opened, one for faults of user code only, as any process may have."""
+    flags = os.O_CLOEXEC | os.O_NONBLOCK
     try:
         device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
     except OSError:
-        return []
+        fd = ctypes.CDLL(None, use_errno=True).syscall(SYS_USERFAULTFD, flags | USER_MODE_ONLY)
+        if fd < 0:
+            raise OSError(ctypes.get_errno(), "userfaultfd") from None
+        return fd
     try:
-        fd = fcntl.ioctl(device, USERFAULTFD_IOC_NEW, os.O_CLOEXEC | os.O_NONBLOCK)
+        return fcntl.ioctl(device, USERFAULTFD_IOC_NEW, flags)
+    finally:
+        os.close(device)
+
+
+def uffd_features() -> list[str]:
+    """Names of the userfaultfd features the kernel has; empty if it has no userfaultfd."""
+    try:
+        fd = _new_uffd()
         try:
             answer = fcntl.ioctl(fd, UFFDIO_API, struct.pack("QQQ", UFFD_API, 0, 0))
         finally:
             os.close(fd)
     except OSError:
         return []
-    finally:
-        os.close(device)
     features = struct.unpack("QQQ", answer)[1]
     return [name for bit, name in enumerate(UFFD_FEATURES) if features >> bit & 1]
 

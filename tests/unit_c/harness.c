@@ -174,6 +174,7 @@ static int run_process(struct client *client, client_fn fn, void *arg)
 				   PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED_NOREPLACE | MAP_NORESERVE,
 				   client->fds[c], (off_t)(client->window.part_base[c] - client->window.base)) !=
 			      MAP_FAILED);
+	client->user_mode_only = dev < 0;
 	uffd = gmem_uffd_new(dev);
 	CHECK(uffd >= 0);
 	send_message(client->sock, &m, uffd);

@@ -43,6 +43,7 @@ struct client {
 	struct gmem_window window;
 	int fds[GMEM_CLASS_COUNT];
 	int hnid;
+	bool user_mode_only;    /* client side: faults of system calls are not served */
 	pthread_t thread;
 };
 

@@ -144,7 +144,7 @@ struct gmem_core_stats {
 	uint64_t duplicates;      /* read copies made beside a valid one */
 	uint64_t invalidations;   /* copies dropped because of a write */
 	uint64_t evictions, evicted_clean;
-	uint64_t prefetched_pages, discarded_pages;
+	uint64_t prefetched_pages, ahead_pages, discarded_pages;
 	uint64_t poisoned_pages, retries, parked_faults;
 	uint64_t migration_ns;    /* summed over threads */
 	uint64_t fault_ns;

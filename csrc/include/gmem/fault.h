@@ -22,9 +22,10 @@ struct gmem_fault {
 	uint32_t flags; /* GMEM_UFFD_FAULT_* */
 };
 
-/* A fault for a filler (view set), or pages to discard (object set). References are held. */
+/* For a filler: a fault (view set), a view's streams (ahead too), or pages to discard (object set). References are held. */
 struct gmem_work {
 	struct gmem_fault fault;
+	bool ahead;
 	struct gmem_object *object;
 	uint64_t offset, bytes;
 };
@@ -50,6 +51,7 @@ struct gmem_faults {
 	struct gmem_slot slots[GMEM_VIEWS_MAX]; /* slots_lock */
 	uint32_t slots_used, slots_free;        /* slots_lock; index + 1 of the first free one, 0: none */
 	uint32_t thread_count, filler_count;
+	bool linger; /* (C) there is a CPU to spin on while a client runs on another */
 	pthread_t threads[GMEM_THREADS_MAX];
 	struct gmem_service services[GMEM_THREADS_MAX];
 	pthread_t fillers[GMEM_THREADS_MAX];

@@ -42,4 +42,16 @@ int gmem_page_discard(struct gmem_page *page);
 int gmem_page_map(struct gmem_page *page, struct gmem_view *view, struct gmem_range range, bool was_protected);
 void gmem_page_wake(struct gmem_page *page);
 
+/* ---- steps, for run.h ---- */
+
+/* Publishes what is being done, for recovery; others may have set WAITERS meanwhile. */
+void gmem_page_mark(struct gmem_page *page, enum gmem_dir dir, int target);
+/* Tells the driver of every context that its mapping goes. */
+void gmem_page_notify(struct gmem_page *page, struct gmem_hnode *hnode, enum gmem_cause cause);
+/* The hnode to copy from, NULL if there is no content yet. */
+struct gmem_hnode *gmem_page_source(struct gmem_page *page);
+/* The copy engine that stands between two hnodes, NULL if the CPU copies as fast as anything. */
+struct gmem_hnode *gmem_copy_engine(struct gmem_hnode *from, struct gmem_hnode *to);
+void gmem_page_count_copy(struct gmem_page *page, struct gmem_hnode *from, struct gmem_hnode *to);
+
 #endif

@@ -19,6 +19,16 @@ struct gmem_hold {
 	struct gmem_hold *next;
 };
 
+#define GMEM_STREAMS 4
+
+/* A sequence of faults, each behind the one before. What begins at begin continues up to end; [next, end) is still to be
+ * fetched ahead. Relaxed: a race costs a guess. */
+struct gmem_stream {
+	_Atomic uint64_t begin, next, end;
+	_Atomic uint64_t window; /* bytes; 0: seen once */
+	atomic_bool write;
+};
+
 struct gmem_view {
 	atomic_uint refs;             /* (A) */
 	atomic_bool dead;             /* (A) */
@@ -34,6 +44,12 @@ struct gmem_view {
 	struct gmem_session *session; /* (C) */
 	_Atomic uint64_t faults;      /* (A) */
 	uint32_t slot;                /* (C) once watched */
+	uint64_t token;               /* (C) once watched; what epoll hands out */
+	_Atomic uint64_t served_ns;   /* (A) when a fault was last answered */
+	_Atomic uint32_t close_faults; /* (A) how many in a row followed closely */
+	struct gmem_stream streams[GMEM_STREAMS]; /* (A) */
+	_Atomic uint32_t stream_hand; /* (A) which to forget next */
+	atomic_bool helped;           /* (A) a filler fetches ahead too */
 	_Atomic uint32_t strikes;     /* (A) signals sent for touching what it may not */
 	struct gmem_hold *holds;      /* as->views_lock; what the context has acquired */
 	struct gmem_view *next;       /* as->views_lock */

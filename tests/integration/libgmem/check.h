@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include <gmem.h>
 
@@ -44,6 +45,12 @@
 		if (!strstr(gmem_last_error(), what))                                       \
 			FAILED("%s: no word of \"%s\"", #call, what);                       \
 	} while (0)
+
+/* Whether system calls may be given memory that is not there yet; else they fail with EFAULT, as docs/user.md says. */
+static inline bool kernel_faults(void)
+{
+	return !access("/dev/userfaultfd", R_OK | W_OK);
+}
 
 static inline struct gmem_device_info device_of(struct gmem *session, const char *name)
 {

@@ -1,0 +1,20 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Fault-ahead: a view that faults on one page after the other gets the next ones before it asks, in a window that
+ * doubles while the guess holds (as Linux's read-ahead does). Never evicts: a guess gives way to what is used.
+ */
+#ifndef GMEM_PREFETCH_H
+#define GMEM_PREFETCH_H
+
+#include <gmem/as.h>
+
+struct gmem_core;
+
+/* A fault at this place was answered. */
+void gmem_stream_fault(struct gmem_core *core, struct gmem_view *view, const struct gmem_place *place, bool write);
+/* Fetches the next piece of what the view's streams want. False if there is nothing to do. */
+bool gmem_stream_step(struct gmem_core *core, struct gmem_view *view);
+/* The same, to the end: for a filler thread, at most one for each view. */
+void gmem_stream_help(struct gmem_core *core, struct gmem_view *view);
+
+#endif

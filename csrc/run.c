@@ -1,0 +1,274 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include <errno.h>
+
+#include <gmem/internal.h>
+#include <gmem/pmap.h>
+#include <gmem/run.h>
+#include <gmem/uffd.h>
+
+struct run {
+	const struct gmem_run_args *args;
+	struct gmem_core *core;
+	uint64_t page_bytes;
+	size_t count;
+	bool mapped; /* the copy mapped the pages on its way, read-only */
+	struct gmem_page pages[GMEM_RUN_PAGES];
+};
+
+#define SAME_FLAGS GMEM_WORD_FLAG(GMEM_PAGE_PINNED | GMEM_PAGE_READ_MOSTLY)
+
+static bool alike(const struct gmem_page *a, const struct gmem_page *b)
+{
+	return gmem_word_valid(a->word) == gmem_word_valid(b->word) &&
+	       gmem_word_writer(a->word) == gmem_word_writer(b->word) && !((a->word ^ b->word) & SAME_FLAGS);
+}
+
+/* No acquire holds any copy of it. */
+static bool is_free(struct gmem_page *page)
+{
+	uint32_t valid = gmem_word_valid(page->word);
+
+	for (int h = 0; valid >> h; h++) {
+		struct gmem_hnode *hnode = valid >> h & 1 ? gmem_core_hnode(page->core, h) : NULL;
+		struct gmem_frame *frame = hnode ? gmem_hnode_frame(hnode, page->object, page->index) : NULL;
+
+		if (frame && frame->holds)
+			return false;
+	}
+	return true;
+}
+
+/* Lets go of the pages from number count on. */
+static void shorten(struct run *run, size_t count)
+{
+	while (run->count > count)
+		gmem_page_unlock(&run->pages[--run->count]);
+}
+
+static void lock_pages(struct run *run)
+{
+	const struct gmem_run_args *args = run->args;
+	size_t most = args->count < GMEM_RUN_PAGES ? args->count : GMEM_RUN_PAGES;
+
+	while (run->count < most) {
+		struct gmem_page *page = &run->pages[run->count];
+
+		if (gmem_page_trylock(args->object, args->index + run->count, false, page))
+			return;
+		run->count++;
+		if (gmem_page_poisoned(page) || !is_free(page) || (run->count > 1 && !alike(page, &run->pages[0]))) {
+			shorten(run, run->count - 1);
+			return;
+		}
+	}
+}
+
+/* Looked at once they are locked: what was unmapped before is left alone, what is unmapped later is discarded behind us. */
+static void keep_mapped(struct run *run)
+{
+	for (size_t i = 0; i < run->count; i++)
+		if (!gmem_object_mapped(run->args->object, run->pages[i].offset, run->page_bytes))
+			shorten(run, i);
+}
+
+static uint64_t run_bytes(const struct run *run)
+{
+	return run->count * run->page_bytes;
+}
+
+static uint64_t file_offset(const struct run *run)
+{
+	return run->args->object->offset + run->pages[0].offset;
+}
+
+static void mark_all(struct run *run, enum gmem_dir dir, int target)
+{
+	for (size_t i = 0; i < run->count; i++)
+		gmem_page_mark(&run->pages[i], dir, target);
+}
+
+/* Readers only from here on, and a frame for each page. What does not work out shortens the run. */
+static void prepare(struct run *run, struct gmem_hnode *to)
+{
+	for (size_t i = 0; i < run->count; i++) {
+		struct gmem_page *page = &run->pages[i];
+
+		if (gmem_page_downgrade(page) || gmem_hnode_frame_alloc(to, page->object, page->index)) {
+			shorten(run, i);
+			return;
+		}
+	}
+}
+
+static void undo(struct run *run, struct gmem_hnode *to)
+{
+	struct gmem_file *file;
+
+	if (!gmem_object_file(run->args->object, to->hnid, &file))
+		gmem_file_punch(file, file_offset(run), run_bytes(run));
+	for (size_t i = 0; i < run->count; i++)
+		gmem_hnode_frame_free(to, run->args->object, run->pages[i].index);
+	mark_all(run, GMEM_DIR_MAP, 0);
+}
+
+static int fill(struct run *run, struct gmem_hnode *from, struct gmem_hnode *to)
+{
+	struct gmem_object *object = run->args->object;
+	uint8_t *src, *dst;
+	struct gmem_file *file;
+	int err = gmem_object_file(object, to->hnid, &file);
+
+	mark_all(run, GMEM_DIR_FILL, to->hnid);
+	if (err || !from)
+		return err ? err : gmem_file_populate(file, file_offset(run), run_bytes(run));
+	err = gmem_object_alias(object, from->hnid, &src);
+	if (!err)
+		err = gmem_object_alias(object, to->hnid, &dst);
+	if (err)
+		return err;
+	return gmem_file_fill(file, file_offset(run), dst + run->pages[0].offset, src + run->pages[0].offset,
+			      run_bytes(run));
+}
+
+/* Through the view: allocates, fills and maps in one go. */
+static int copy(struct run *run, struct gmem_hnode *from, struct gmem_hnode *to)
+{
+	uint64_t done;
+	uint8_t *src;
+	int err = gmem_object_alias(run->args->object, from->hnid, &src);
+
+	if (!err)
+		err = gmem_alias_touch(src + run->pages[0].offset, run_bytes(run));
+	if (err)
+		return err;
+	mark_all(run, GMEM_DIR_COPY, to->hnid);
+	/* A thread that has caught up goes on at once, unless it still needs write access: map() wakes it then. */
+	err = gmem_uffd_copy_wp(run->args->view->uffd, run->args->va, src + run->pages[0].offset, run_bytes(run),
+				!run->args->own, &done);
+	run->mapped = !err;
+	return err;
+}
+
+static void committed(struct run *run, struct gmem_hnode *from, struct gmem_hnode *to)
+{
+	for (size_t i = 0; i < run->count; i++) {
+		struct gmem_page *page = &run->pages[i];
+
+		page->word = gmem_word_set_valid(page->word, gmem_word_valid(page->word) | 1u << to->hnid);
+		page->word = gmem_word_set_why(page->word, from ? run->args->why : GMEM_WHY_FIRST_TOUCH);
+		if (from)
+			page->word &= ~GMEM_WORD_FLAG(GMEM_PAGE_DIRTY);
+		if (gmem_word_flags(page->word) & GMEM_PAGE_PINNED)
+			gmem_hnode_pinned(to, (int64_t)page->bytes);
+		if (from)
+			gmem_page_count_copy(page, from, to);
+	}
+	if (!from)
+		gmem_count(&run->core->stats.first_touches, run->count);
+}
+
+static int fetch(struct run *run)
+{
+	struct gmem_hnode *to = gmem_core_hnode(run->core, run->args->hnid), *from;
+	bool through_view = run->args->view && run->core->features.continue_wp;
+	uint64_t start = gmem_now_ns();
+	int err;
+
+	if (gmem_word_valid(run->pages[0].word) >> run->args->hnid & 1)
+		return 0;
+	from = gmem_page_source(&run->pages[0]);
+	if (!to || gmem_hnode_is_peer(to) || (from && (gmem_hnode_is_peer(from) || gmem_copy_engine(from, to))))
+		return -EOPNOTSUPP;
+	prepare(run, to);
+	if (!run->count)
+		return 0;
+	err = from && through_view ? copy(run, from, to) : fill(run, from, to);
+	if (err)
+		undo(run, to);
+	else
+		committed(run, from, to);
+	gmem_count(&run->core->stats.migration_ns, gmem_now_ns() - start);
+	return err;
+}
+
+static void release_copies(struct run *run, struct gmem_hnode *hnode)
+{
+	struct gmem_file *file;
+
+	for (size_t i = 0; i < run->count; i++)
+		gmem_page_notify(&run->pages[i], hnode, GMEM_CAUSE_MIGRATE);
+	if (!gmem_object_file(run->args->object, hnode->hnid, &file))
+		gmem_file_punch(file, file_offset(run), run_bytes(run));
+	for (size_t i = 0; i < run->count; i++) {
+		struct gmem_page *page = &run->pages[i];
+
+		if (gmem_word_flags(page->word) & GMEM_PAGE_PINNED)
+			gmem_hnode_pinned(hnode, -(int64_t)page->bytes);
+		gmem_hnode_frame_free(hnode, page->object, page->index);
+	}
+}
+
+/* UPGRADE, for all of them: first the words say that the other copies are gone, then they go. */
+static int own(struct run *run)
+{
+	int hnid = run->args->hnid;
+	uint32_t gone = gmem_word_valid(run->pages[0].word) & ~(1u << hnid);
+
+	if (gmem_word_writer(run->pages[0].word) == hnid)
+		return 0;
+	for (int h = 0; gone >> h; h++)
+		if ((gone >> h & 1) && gmem_hnode_is_peer(gmem_core_hnode(run->core, h)))
+			return -EOPNOTSUPP;
+	for (size_t i = 0; i < run->count; i++) {
+		struct gmem_page *page = &run->pages[i];
+
+		page->word = gmem_word_set_valid(page->word, 1u << hnid);
+		page->word = gmem_word_set_writer(page->word, hnid) | GMEM_WORD_FLAG(GMEM_PAGE_DIRTY);
+	}
+	if (!gone)
+		return 0;
+	mark_all(run, GMEM_DIR_UPGRADE, hnid);
+	for (int h = 0; gone >> h; h++)
+		if (gone >> h & 1)
+			release_copies(run, gmem_core_hnode(run->core, h));
+	gmem_count(&run->core->stats.invalidations, run->count);
+	return 0;
+}
+
+static int map(struct run *run)
+{
+	struct gmem_pmap *pmap = gmem_view_pmap(run->args->view);
+	struct gmem_range range = { run->args->va, run_bytes(run) };
+	bool writable = gmem_word_writer(run->pages[0].word) == run->args->hnid;
+
+	if (run->mapped)
+		return writable ? gmem_uffd_pmap_protect(pmap, range, GMEM_PROT_WRITE) : 0;
+	return gmem_uffd_pmap_enter(pmap, range, 0, writable ? GMEM_PROT_WRITE : GMEM_PROT_READ);
+}
+
+int gmem_run_move(const struct gmem_run_args *args)
+{
+	struct run run = { .args = args, .core = args->object->core, .page_bytes = 1ull << args->object->shift };
+	bool sole;
+	int err, count;
+
+	lock_pages(&run);
+	keep_mapped(&run);
+	if (!run.count)
+		return 0;
+	err = fetch(&run);
+	if (!err && run.count) {
+		gmem_word_t word = run.pages[0].word;
+
+		sole = gmem_word_valid(word) == 1u << args->hnid && !(gmem_word_flags(word) & GMEM_PAGE_READ_MOSTLY);
+		if (args->own || sole || !run.core->features.continue_wp)
+			err = own(&run);
+	}
+	if (!err && run.count && args->view)
+		err = map(&run);
+	count = (int)run.count;
+	shorten(&run, 0);
+	if (err)
+		return err == -ESRCH ? err : 0;
+	return count;
+}
