@@ -53,6 +53,11 @@ static void touch_outside(struct gmem_core *core, struct gmem_view *view, uint64
 		gmem_uffd_pmap_wake(gmem_view_pmap(view), huge);
 }
 
+static bool is_write(const struct gmem_fault *fault)
+{
+	return fault->flags & (GMEM_UFFD_FAULT_WRITE | GMEM_UFFD_FAULT_WP);
+}
+
 static bool is_slow(struct gmem_core *core, int hnid)
 {
 	struct gmem_hnode *hnode = gmem_core_hnode(core, hnid);
@@ -149,7 +154,7 @@ static void settle(struct gmem_core *core, struct gmem_page *page, const struct 
 	gmem_page_unlock(page);
 	switch (err) {
 	case 0:
-		gmem_stream_fault(core, fault->view, place, fault->flags & (GMEM_UFFD_FAULT_WRITE | GMEM_UFFD_FAULT_WP));
+		gmem_stream_fault(core, fault->view, place, is_write(fault));
 		return;
 	case -ESRCH: /* the process is gone */
 		return;
@@ -191,6 +196,7 @@ void gmem_fault_resolve(struct gmem_core *core, const struct gmem_fault *fault, 
 		gmem_page_unlock(&page);
 		gmem_fault_poison(core, view, place.range, -EIO);
 	} else {
+		page.awaited = is_write(fault) ? 0 : fault->va;
 		settle(core, &page, fault, &place,
 		       resolve_locked(&page, view, place.range, fault->flags));
 	}

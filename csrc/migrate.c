@@ -329,6 +329,19 @@ static int fill_from(struct gmem_page *page, struct gmem_hnode *from, struct gme
 	return err;
 }
 
+/* The 4 KiB that a thread waits to read come first, and it goes on while the rest is copied. */
+static int copy_awaited(struct gmem_page *page, const uint8_t *src, struct gmem_view *view, struct gmem_range range)
+{
+	uint64_t at = (page->awaited & ~4095ull) - range.va, behind = at + 4096, done;
+	int err = gmem_uffd_copy_wp(view->uffd, range.va + at, src + at, 4096, true, &done);
+
+	if (!err && at)
+		err = gmem_uffd_copy_wp(view->uffd, range.va, src, at, false, &done);
+	if (!err && behind < range.bytes)
+		err = gmem_uffd_copy_wp(view->uffd, range.va + behind, src + behind, range.bytes - behind, false, &done);
+	return err;
+}
+
 /* COPY: allocates, fills and maps read-only in one go. -ESRCH: not possible in this view. */
 static int copy_into_view(struct gmem_page *page, struct gmem_hnode *from, struct gmem_hnode *to, struct gmem_view *view,
 			  struct gmem_range range)
@@ -342,6 +355,8 @@ static int copy_into_view(struct gmem_page *page, struct gmem_hnode *from, struc
 	if (err)
 		return err;
 	gmem_page_mark(page, GMEM_DIR_COPY, to->hnid);
+	if (page->awaited && page->object->class_ == GMEM_CLASS_SMALL)
+		return copy_awaited(page, src + page->offset, view, range);
 	/* The faulting thread is woken by the last step, not here: it may still need write access. */
 	return gmem_uffd_copy_wp(view->uffd, range.va, src + page->offset, range.bytes, false, &done);
 }

@@ -203,9 +203,9 @@ _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
 
 def owner_of(address: int) -> Mapping | None:
-    """The mapping object that keeps this address alive, in whichever session: no two map the same address."""
+    """The mapping object that keeps this address alive, in whichever session: no two open ones map the same address."""
     for session in list(_sessions):
-        mapping = session.owner_of(address) if session.owns(address) else None
+        mapping = session.owner_of(address) if not session.closed and session.owns(address) else None
         if mapping is not None:
             return mapping
     return None

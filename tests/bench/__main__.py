@@ -22,6 +22,7 @@ import client_rows
 import control
 import machine
 import rows
+import umap
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -130,6 +131,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--only", action="append", default=[], metavar="ID", help="rows whose id begins so (repeatable)"
     )
+    parser.add_argument(
+        "--umap", type=Path, metavar="DIR", help="where LLNL UMap is installed: floor of the elsewhere rows (umap.py)"
+    )
     parser.add_argument("--out", type=Path, default=BUILD / "results.json", metavar="FILE")
     args = parser.parse_args(argv)
     console = Console() if sys.stdout.isatty() else Console(width=110)
@@ -142,6 +146,10 @@ def main(argv: list[str] | None = None) -> int:
         program = build()
         progress.remove_task(task)
         measured, ended_well = measure_core(program, args.only, progress)
+        if args.umap:
+            task = progress.add_task("UMap", total=None)
+            umap.complete(measured, args.umap, BUILD)
+            progress.remove_task(task)
         if client_rows.wanted(args.only):
             task = progress.add_task("rows of a real client", total=None)
             through_client, client_ended_well = client_rows.measure(BUILD, args.only)

@@ -77,6 +77,22 @@ def test_a_returned_view_keeps_the_memory_of_any_session(connect):
         assert [view.tolist() for view in views] == [[3] * 5, [4] * 5]
 
 
+def test_a_returned_view_is_not_mistaken_for_memory_of_a_closed_session(connect):
+    closed = []
+    for _ in range(4):  # in which order sessions are looked through is anybody's guess
+        session = connect("simgpu0:capacity=4M")
+        closed.append(gmem.full(1 << 20, 3, np.uint8, page_size="64K"))
+        session.close()
+    connect("simgpu0:capacity=4M")
+    b = gmem.full(1 << 20, 4, np.uint8, page_size="64K")
+    assert {b.ctypes.data} == {a.ctypes.data for a in closed}, "the same address, or this test shows nothing"
+    with gmem.device("simgpu0").context() as context:
+        view = context.launch(lambda x: x[5:10], b).wait(30)
+        del b
+        gc.collect()
+        assert view.tolist() == [4] * 5
+
+
 def test_a_forked_child_is_told_and_does_not_wait(context):
     fence, complete = context.launch(time.sleep, 1.0), context.launch(lambda: 7)
     pid = os.fork()

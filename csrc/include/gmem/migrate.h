@@ -15,6 +15,7 @@ struct gmem_page {
 	uint64_t index, pn;
 	uint64_t offset, bytes; /* in the object */
 	gmem_word_t word;       /* as it will be stored on unlock, WAITERS aside; state is derived from valid */
+	uint64_t awaited;       /* where a thread waits to read, in the view of gmem_page_fetch(); 0: nowhere */
 	bool park;              /* keep WAITERS on unlock: who faulted waits for a release */
 };
 
