@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Bare primitives that gmem is built of, for rows that have nothing of gmem beside them yet: the memory bus with one and
- * two threads, UFFDIO_COPY from a mapped source, and a word passed to and fro between two processes.
+ * two threads, each system call of a fault and a migration, and a word passed to and fro between two processes.
  */
 #define _GNU_SOURCE
 #include "bench.h"
@@ -13,6 +13,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <gmem/memfd.h>
 #include <gmem/uffd.h>
 
 #define REPETITIONS 7
@@ -71,18 +72,54 @@ static void memcpy_rows(void)
 		warm_unmap(src, COPY_BYTES, fds[0]);
 }
 
-/* ---- UFFDIO_COPY ---- */
+/* ---- the steps of a fault and of a migration, each alone, with nobody waiting ---- */
 
-static double copy_us(int uffd, uint8_t *dst, const uint8_t *src, uint64_t page_bytes, uint64_t pages)
+enum step { COPY, UNPROTECT, PROTECT, CONTINUE, PUNCH, FILL, STEPS };
+
+struct stage {
+	int uffd, fd;
+	uint8_t *dst; /* watched; a mapping of fd from its start */
+	uint8_t *alias, *src;
+	uint64_t page_bytes;
+	struct gmem_file file;
+};
+
+static void step_once(struct stage *stage, enum step step, uint64_t at)
+{
+	uint64_t va = (uint64_t)stage->dst + at, bytes = stage->page_bytes, done;
+
+	switch (step) {
+	case COPY:
+		CHECK_EQ(gmem_uffd_copy_wp(stage->uffd, va, stage->src + at, bytes, true, &done), 0);
+		return;
+	case UNPROTECT:
+		CHECK_EQ(gmem_uffd_protect(stage->uffd, va, bytes, false, true), 0);
+		return;
+	case PROTECT:
+		CHECK_EQ(gmem_uffd_protect(stage->uffd, va, bytes, true, true), 0);
+		return;
+	case CONTINUE:
+		CHECK_EQ(gmem_uffd_continue(stage->uffd, va, bytes, false, true), 0);
+		return;
+	case PUNCH:
+		CHECK_EQ(gmem_file_punch(&stage->file, at, bytes), 0);
+		return;
+	default:
+		CHECK_EQ(gmem_file_fill(&stage->file, at, stage->alias + at, stage->src + at, bytes), 0);
+	}
+}
+
+static double step_us(struct stage *stage, enum step step, uint64_t pages)
 {
 	struct times times = { 0 };
 	double median;
 
+	if (step == CONTINUE) /* the page stays, the translation goes */
+		CHECK(!madvise(stage->dst, pages * stage->page_bytes, MADV_DONTNEED));
 	for (uint64_t i = 0; i < pages; i++) {
-		uint64_t start = now_ns(), done;
+		uint64_t start = now_ns();
 
-		CHECK_EQ(gmem_uffd_copy_wp(uffd, (uint64_t)dst + i * page_bytes, src + i * page_bytes, page_bytes, true,
-					   &done), 0);
+		step_once(stage, step, i * stage->page_bytes);
 		times_add(&times, now_ns() - start);
 	}
 	median = times_percentile(&times, 50) / 1e3;
@@ -90,42 +127,58 @@ static double copy_us(int uffd, uint8_t *dst, const uint8_t *src, uint64_t page_
 	return median;
 }
 
-static void uffd_copy_row(struct size size)
+static void stage_open(struct stage *stage, struct size size, uint64_t bytes)
 {
 	bool huge = size.page_bytes == HUGE_BYTES;
+
+	stage->page_bytes = size.page_bytes;
+	stage->uffd = gmem_uffd_new(gmem_uffd_open_device());
+	CHECK(stage->uffd >= 0);
+	CHECK_EQ(gmem_uffd_api(stage->uffd, GMEM_UFFD_FEAT_MISSING_SHMEM | GMEM_UFFD_FEAT_MINOR_SHMEM |
+						    GMEM_UFFD_FEAT_WP_HUGETLBFS_SHMEM | GMEM_UFFD_FEAT_MISSING_HUGETLBFS |
+						    GMEM_UFFD_FEAT_MINOR_HUGETLBFS), 0);
+	stage->dst = warm_map(bytes, huge, &stage->fd);
+	CHECK(stage->dst);
+	stage->alias = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, stage->fd, 0);
+	CHECK(stage->alias != MAP_FAILED);
+	stage->file = (struct gmem_file){ .refs = 1, .fd = stage->fd, .bytes = bytes,
+					  .class_ = huge ? GMEM_CLASS_HUGE : GMEM_CLASS_SMALL };
+	CHECK_EQ(gmem_uffd_register(stage->uffd, (uint64_t)stage->dst, bytes), 0);
+}
+
+static void step_rows(struct size size)
+{
+	static const char *const names[STEPS] = { "copy", "unprotect", "protect", "continue", "punch", "fill" };
+	bool huge = size.page_bytes == HUGE_BYTES;
 	uint64_t pages = huge ? 16 : 128, bytes = pages * size.page_bytes;
-	struct pairs pairs = { 0 };
-	char id[64];
-	struct row row = { id, "us", NULL, NULL };
-	int src_fd, fd, uffd;
-	uint8_t *src, *dst;
+	struct pairs pairs[STEPS] = { 0 };
+	struct stage stage = { 0 };
+	int src_fd;
 
-	snprintf(id, sizeof(id), "bare_uffd_copy_%s", size.name);
-	src = huge && !huge_pages ? NULL : warm_map(bytes, huge, &src_fd);
-	if (!src) {
-		row_print(&row, NULL, NO_HUGE);
+	stage.src = huge && !huge_pages ? NULL : warm_map(bytes, huge, &src_fd);
+	if (stage.src)
+		stage_open(&stage, size, bytes);
+	for (int r = -1; stage.src && r < REPETITIONS; r++) {
+		CHECK(!madvise(stage.dst, bytes, MADV_REMOVE)); /* a hole again; what was freed is what is taken next */
+		for (int s = 0; s < STEPS; s++) {
+			double us = step_us(&stage, (enum step)s, pages);
+
+			if (r >= 0)
+				pairs_add(&pairs[s], us, 0);
+		}
+	}
+	for (int s = 0; s < STEPS; s++) {
+		char id[64];
+
+		snprintf(id, sizeof(id), "bare_%s_%s", names[s], size.name);
+		row_print(&(struct row){ id, "us", NULL, NULL }, stage.src ? &pairs[s] : NULL, stage.src ? NULL : NO_HUGE);
+	}
+	if (!stage.src)
 		return;
-	}
-	uffd = gmem_uffd_new(gmem_uffd_open_device());
-	CHECK(uffd >= 0);
-	CHECK_EQ(gmem_uffd_api(uffd, GMEM_UFFD_FEAT_MISSING_SHMEM | GMEM_UFFD_FEAT_MINOR_SHMEM |
-					     GMEM_UFFD_FEAT_WP_HUGETLBFS_SHMEM | GMEM_UFFD_FEAT_MISSING_HUGETLBFS |
-					     GMEM_UFFD_FEAT_MINOR_HUGETLBFS), 0);
-	dst = warm_map(bytes, huge, &fd);
-	CHECK(dst);
-	CHECK_EQ(gmem_uffd_register(uffd, (uint64_t)dst, bytes), 0);
-	for (int r = -1; r < REPETITIONS; r++) {
-		double us;
-
-		CHECK(!madvise(dst, bytes, MADV_REMOVE)); /* a hole again; what was freed is what is taken next */
-		us = copy_us(uffd, dst, src, size.page_bytes, pages);
-		if (r >= 0)
-			pairs_add(&pairs, us, 0);
-	}
-	row_print(&row, &pairs, NULL);
-	close(uffd);
-	warm_unmap(dst, bytes, fd);
-	warm_unmap(src, bytes, src_fd);
+	close(stage.uffd);
+	munmap(stage.alias, bytes);
+	warm_unmap(stage.dst, bytes, stage.fd);
+	warm_unmap(stage.src, bytes, src_fd);
 }
 
 /* ---- a word to and fro ---- */
@@ -194,7 +247,7 @@ void primitives(void)
 		const char *const stems[] = { "bare_uffd_copy", NULL };
 
 		if (rows_wanted(stems, sizes[s].name))
-			uffd_copy_row(sizes[s]);
+			step_rows(sizes[s]);
 	}
 	ping_pong_row("bare_ping_pong_spinning", false);
 	ping_pong_row("bare_ping_pong_futex", true);
