@@ -83,7 +83,7 @@ C_FLAGS := -std=gnu11 -g -Wall -Wextra -Werror -pthread -fno-omit-frame-pointer 
 	-Icsrc/include -Iclient/include -Itests/unit_c
 plain_FLAGS := -O2
 asan_FLAGS := -O1 -DGMEM_DEBUG -fsanitize=address,undefined -fno-sanitize-recover=all
-tsan_FLAGS := -O1 -fsanitize=thread
+tsan_FLAGS := -O1 -fsanitize=thread -Wno-tsan
 
 define flavour # name, directory
 $(1)_OBJECTS := $$(patsubst %.c,build/$(2)/%.o,$$(CORE_SOURCES) $$(C_HELPERS))

@@ -41,10 +41,11 @@ static volatile uint64_t *word(uint64_t page, int writer, int k)
 
 static void write_words(int writer)
 {
-	uint64_t seed = 88172645463325252ull + (uint64_t)writer * 7919;
+	uint64_t seed = 88172645463325252ull + (uint64_t)writer * 7919, page = 0;
 
 	while (!shared->stop) {
-		uint64_t page = random_next(&seed) % PAGES_MAX;
+		/* one writer of each kind walks, and gets pages ahead; the other one jumps */
+		page = (writer % 2 ? random_next(&seed) : page + 1) % PAGES_MAX;
 		int k = (int)(random_next(&seed) % 4);
 		volatile uint64_t *at = word(page, writer, k);
 		uint64_t seen = *at;
@@ -136,9 +137,11 @@ static void run(uint64_t page_bytes, bool hugepages, double seconds)
 		CHECK(hnodes[i].peak_bytes <= hnodes[i].info.capacity_bytes);
 		CHECK_EQ(hnodes[i].used_bytes, 0);
 	}
-	printf("%lu KiB, %s: %lu operations, %lu evictions (%lu clean), %lu faults, %lu parked, %lu retries: nothing lost\n",
+	printf("%lu KiB, %s: %lu operations, %lu evictions (%lu clean), %lu faults, %lu ahead, %lu parked, %lu retries: "
+	       "nothing lost\n",
 	       page_bytes >> 10, hugepages ? "hugetlb" : "shmem", shared->operations, stats.evictions,
-	       stats.evicted_clean, stats.host_faults + stats.device_faults, stats.parked_faults, stats.retries);
+	       stats.evicted_clean, stats.host_faults + stats.device_faults, stats.ahead_pages, stats.parked_faults,
+	       stats.retries);
 	gmem_core_destroy(core);
 }
 
