@@ -87,13 +87,16 @@ static void serve_one(struct client *client, struct message *m, int fd)
 	struct gmem_core *core = client->core;
 	struct gmem_region_info region = { 0 };
 	struct gmem_mmap_args args = { .bytes = m->bytes, .page_bytes = m->page_bytes, .fork = m->fork };
+	uint64_t context = 0;
 	size_t count;
 
 	switch (m->op) {
 	case OP_UFFD:
 		m->err = client->hnid ? gmem_context_attach(core, client->session, client->hnid, fd,
-							    pidfd_of(client->pid), client->pid, &client->context) :
+							    pidfd_of(client->pid), client->pid, &context) :
 					gmem_session_attach(core, client->session, fd, pidfd_of(client->pid));
+		if (client->hnid)
+			client->context = context;
 		break;
 	case OP_MMAP:
 		m->err = gmem_mmap(core, client->session, &args, &region);
@@ -183,8 +186,8 @@ static int run_process(struct client *client, client_fn fn, void *arg)
 	return fn(client, arg);
 }
 
-#ifdef __SANITIZE_ADDRESS__
-/* The allocator of gcc 12's ASan does not survive the fork of a process with threads: a lock that one of them holds stays
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+/* Sanitizers want no fork of a process with threads: a lock of ASan's allocator (gcc 12) that one of them holds stays
  * locked in the child. A nursery, forked while there is one thread, forks the clients instead, twice each, so that they
  * become children of the test, which is their subreaper. What arg points to must be as old as the core, and shared. */
 struct birth {

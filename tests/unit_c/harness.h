@@ -37,7 +37,7 @@ typedef int (*client_fn)(struct client *client, void *arg);
 struct client {
 	struct gmem_core *core; /* daemon side only */
 	uint64_t session;
-	uint64_t context;       /* contexts: id */
+	_Atomic uint64_t context; /* contexts: id */
 	pid_t pid;
 	int sock;               /* client side: requests to the daemon thread */
 	struct gmem_window window;

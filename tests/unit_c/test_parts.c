@@ -156,7 +156,7 @@ static void test_sieve(struct gmem_core *core)
 }
 
 /* A client can punch its memfd, or there may be no page to be had: an error, not a dead daemon. */
-static void test_guarded_copy(void)
+__attribute__((unused)) static void test_guarded_copy(void)
 {
 	char page[4096];
 	int fd = memfd_create("t", 0);
@@ -267,7 +267,9 @@ int main(void)
 	test_words();
 	test_lpt();
 	test_events();
+#ifndef __SANITIZE_THREAD__ /* its own handler blocks the signal while ours runs, and ours does not return */
 	test_guarded_copy();
+#endif
 	test_uffd_check();
 	test_options();
 	core = core_start((struct gmem_core_config){ .hugepages = false });
