@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <poll.h>
 #include <pthread.h>
 #include <sched.h>
 #include <sys/epoll.h>
@@ -17,6 +18,7 @@
 #define CLOSE_NS 100000     /* faults so close together are worth a spin */
 #define CLOSE_FAULTS 3      /* that many, before the first one */
 #define LINGER_NS 40000
+#define LOOK_FAULTS 64      /* how often to look where the client runs */
 #define TURN_NS 2000000     /* then other views get their turn */
 #define FILLERS 4 /* they sleep most of the time */
 #define STOP_TOKEN UINT64_MAX
@@ -274,6 +276,47 @@ static ssize_t read_messages(struct gmem_core *core, struct gmem_view *view, str
 	return n < 0 ? 0 : n / (ssize_t)sizeof(*messages);
 }
 
+static void roam(struct gmem_service *service)
+{
+	if (service->cpu >= 0)
+		gmem_cpus_set(&service->cpus);
+	service->cpu = -1;
+	service->followed = 0;
+}
+
+/* Close faults of one thread are answered on its own CPU, which is free while it waits; but what is fetched ahead is so
+ * while it runs, on another one. */
+static void follow(struct gmem_core *core, struct gmem_view *view, struct gmem_service *service)
+{
+	int cpu;
+
+	if (!service->can_stay || !service->client || !expects_more(core, view) || gmem_stream_pending(view)) {
+		roam(service);
+		return;
+	}
+	if (service->followed++ % LOOK_FAULTS)
+		return;
+	cpu = gmem_thread_cpu(service->client);
+	if (cpu >= 0 && cpu != service->cpu && !gmem_cpu_stay(cpu))
+		service->cpu = cpu;
+}
+
+/* Waits for the next fault of a view whose faults are close; false if there is none. */
+static bool linger(struct gmem_view *view, struct gmem_service *service, uint64_t *idle_since)
+{
+	uint64_t now = gmem_now_ns();
+
+	if (service->cpu >= 0) {
+		struct pollfd next = { .fd = view->uffd, .events = POLLIN };
+		const struct timespec patience = { 0, LINGER_NS };
+
+		return ppoll(&next, 1, &patience, NULL) > 0;
+	}
+	*idle_since = *idle_since ? *idle_since : now;
+	sched_yield();
+	return now - *idle_since <= LINGER_NS;
+}
+
 /* The uffd is watched one-shot: who serves it alone looks for its next faults, spinning if they come fast, fetching
  * ahead meanwhile if they come in sequence. Once several come at a time, others may serve it too. */
 static void serve(struct gmem_core *core, struct gmem_view *view, struct gmem_service *service)
@@ -282,6 +325,7 @@ static void serve(struct gmem_core *core, struct gmem_view *view, struct gmem_se
 	struct gmem_uffd_msg messages[MESSAGES];
 	bool armed = false;
 
+	service->client = 0;
 	atomic_store(&service->view, (uintptr_t)view);
 	while (!atomic_load_explicit(&view->dead, memory_order_relaxed)) {
 		ssize_t n = read_messages(core, view, messages);
@@ -294,26 +338,27 @@ static void serve(struct gmem_core *core, struct gmem_view *view, struct gmem_se
 			note_faults(view);
 			for (ssize_t i = 0; i < n; i++)
 				handle(core, view, &messages[i]);
+			if (messages[n - 1].event == GMEM_UFFD_EVENT_PAGEFAULT)
+				service->client = (pid_t)messages[n - 1].arg.pagefault.ptid;
 			atomic_store_explicit(&view->served_ns, gmem_now_ns(), memory_order_relaxed);
 			idle_since = 0;
+			follow(core, view, service);
 		}
 		/* In turns: a thread that faults again at once would otherwise always be ahead of us. */
 		if (!gmem_stream_step(core, view) && !n) {
-			uint64_t now = gmem_now_ns();
-
-			idle_since = idle_since ? idle_since : now;
-			if (!expects_more(core, view) || now - start > TURN_NS)
+			if (!expects_more(core, view) || gmem_now_ns() - start > TURN_NS)
 				break;
-			if (now - idle_since > LINGER_NS) {
+			if (!linger(view, service, &idle_since)) {
 				atomic_store_explicit(&view->close_faults, 0, memory_order_relaxed);
 				break;
 			}
-			sched_yield();
 		}
 		atomic_fetch_add(&service->turns, 1);
 		if (n && gmem_now_ns() - start > TURN_NS)
 			break;
 	}
+	if (!expects_more(core, view))
+		roam(service);
 	if (!armed)
 		arm(core, view);
 	atomic_store(&service->view, 0);
@@ -350,6 +395,8 @@ static void *fault_thread(void *arg)
 	struct gmem_faults *faults = &core->faults;
 
 	pthread_setname_np(pthread_self(), "gmem-fault");
+	service->cpu = -1;
+	service->can_stay = !gmem_cpus_get(&service->cpus);
 	for (;;) {
 		struct epoll_event event;
 		struct gmem_view *view;

@@ -137,7 +137,7 @@ static bool fetch_ahead(struct gmem_core *core, struct gmem_view *view, struct g
 	return true;
 }
 
-static bool pending(struct gmem_view *view)
+bool gmem_stream_pending(const struct gmem_view *view)
 {
 	for (int i = 0; i < GMEM_STREAMS; i++)
 		if (load(&view->streams[i].next) < load(&view->streams[i].end))
@@ -179,5 +179,5 @@ void gmem_stream_help(struct gmem_core *core, struct gmem_view *view)
 			;
 		atomic_store(&view->helped, false);
 		/* what was asked for after the last look, and before others could ask again */
-	} while (pending(view) && !atomic_exchange(&view->helped, true));
+	} while (gmem_stream_pending(view) && !atomic_exchange(&view->helped, true));
 }

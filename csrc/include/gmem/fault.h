@@ -6,6 +6,7 @@
 #ifndef GMEM_FAULT_H
 #define GMEM_FAULT_H
 
+#include <gmem/affinity.h>
 #include <gmem/lockrank.h>
 #include <gmem/view.h>
 
@@ -37,11 +38,16 @@ struct gmem_slot {
 	uint32_t next_free;
 };
 
-/* What one fault thread is doing: which view it serves, and how many times it has finished. */
+/* What one fault thread is doing: which view it serves, and how many times it has finished. What is (T) is its own. */
 struct gmem_service {
 	struct gmem_core *core;  /* (C) */
 	_Atomic uintptr_t view;  /* (A) */
 	_Atomic uint64_t turns;  /* (A) */
+	cpu_set_t cpus;          /* (T) where it may run */
+	bool can_stay;           /* (T) cpus is known */
+	int cpu;                 /* (T) where it stays, beside the thread it serves; -1: anywhere */
+	pid_t client;            /* (T) the thread that faulted last; 0: the kernel does not tell */
+	uint32_t followed;       /* (T) close faults since it looked where the client runs */
 };
 
 struct gmem_faults {
