@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include <gmem/memfd.h>
+#include <gmem/uffd.h>
 
 #define HUGEPAGES "/sys/kernel/mm/hugepages/hugepages-2048kB/"
 #define TOUCH_BYTES 65536 /* a read fault maps its neighbours too, in windows of this size */
@@ -75,15 +76,52 @@ int gmem_file_punch(struct gmem_file *file, uint64_t offset, uint64_t bytes)
 	return file_fallocate(file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, bytes);
 }
 
+/* An uffd of our own, for aliases of huge pages: UFFDIO_COPY is the only way to fill one that does not zero it first.
+ * -1: there is none. */
+static int own_uffd = -1;
+
+static void open_own_uffd(void)
+{
+	int device = gmem_uffd_open_device();
+
+	own_uffd = gmem_uffd_new(device);
+	if (own_uffd >= 0 && gmem_uffd_api(own_uffd, GMEM_UFFD_FEAT_SIGBUS | GMEM_UFFD_FEAT_MISSING_HUGETLBFS)) {
+		close(own_uffd);
+		own_uffd = -1;
+	}
+	if (device >= 0)
+		close(device);
+}
+
+static void watch_alias(uint8_t *alias, uint64_t bytes)
+{
+	static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+	pthread_once(&once, open_own_uffd);
+	if (own_uffd >= 0)
+		gmem_uffd_register_missing(own_uffd, (uint64_t)(uintptr_t)alias, bytes); /* without: fill_huge() zeroes */
+}
+
+static int fill_huge(struct gmem_file *file, uint64_t offset, uint8_t *alias, const void *src, uint64_t bytes)
+{
+	int err = -ENOENT;
+
+	if (own_uffd >= 0)
+		err = gmem_alias_touch(src, bytes);
+	if (!err)
+		err = gmem_uffd_copy(own_uffd, (uint64_t)(uintptr_t)alias, src, bytes);
+	if (!err || err == -EFAULT || err == -ENOMEM)
+		return err;
+	err = gmem_file_populate(file, offset, bytes);
+	return err ? err : gmem_copy(alias, src, bytes);
+}
+
 int gmem_file_fill(struct gmem_file *file, uint64_t offset, uint8_t *alias, const void *src, uint64_t bytes)
 {
 	uint64_t done = 0;
-	int err;
 
-	if (file->class_ == GMEM_CLASS_HUGE) { /* hugetlbfs has no write(2) */
-		err = gmem_file_populate(file, offset, bytes);
-		return err ? err : gmem_copy(alias, src, bytes);
-	}
+	if (file->class_ == GMEM_CLASS_HUGE) /* hugetlbfs has no write(2) */
+		return fill_huge(file, offset, alias, src, bytes);
 	/* write(2) into a hole allocates without zeroing and without a fault in a cold mapping */
 	while (done < bytes) {
 		ssize_t n = pwrite(file->fd, (const uint8_t *)src + done, bytes - done, (off_t)(offset + done));
@@ -122,6 +160,8 @@ int gmem_alias_map(struct gmem_file *file, uint64_t offset, uint64_t bytes, uint
 		munmap(at + bytes, tail);
 	madvise(at, bytes, MADV_DONTDUMP);
 	madvise(at, bytes, MADV_DONTFORK);
+	if (file->class_ == GMEM_CLASS_HUGE)
+		watch_alias(at, bytes);
 	*ret = at;
 	return 0;
 }

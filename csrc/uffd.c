@@ -75,14 +75,22 @@ int gmem_uffd_api(int fd, uint64_t features)
 	return ioctl(fd, GMEM_UFFDIO_API, &api) ? -errno : 0;
 }
 
-int gmem_uffd_register(int fd, uint64_t va, uint64_t bytes)
+static int register_for(int fd, uint64_t va, uint64_t bytes, uint64_t mode)
 {
-	struct gmem_uffd_register args = {
-		.range = { va, bytes },
-		.mode = GMEM_UFFD_REGISTER_MISSING | GMEM_UFFD_REGISTER_MINOR | GMEM_UFFD_REGISTER_WP,
-	};
+	struct gmem_uffd_register args = { .range = { va, bytes }, .mode = mode };
 
 	return ioctl(fd, GMEM_UFFDIO_REGISTER, &args) ? -errno : 0;
+}
+
+int gmem_uffd_register(int fd, uint64_t va, uint64_t bytes)
+{
+	return register_for(fd, va, bytes,
+			    GMEM_UFFD_REGISTER_MISSING | GMEM_UFFD_REGISTER_MINOR | GMEM_UFFD_REGISTER_WP);
+}
+
+int gmem_uffd_register_missing(int fd, uint64_t va, uint64_t bytes)
+{
+	return register_for(fd, va, bytes, GMEM_UFFD_REGISTER_MISSING);
 }
 
 int gmem_uffd_unregister(int fd, uint64_t va, uint64_t bytes)
@@ -99,7 +107,7 @@ int gmem_uffd_wake(int fd, uint64_t va, uint64_t bytes)
 	return ioctl(fd, GMEM_UFFDIO_WAKE, &args) ? sorted(-errno) : 0;
 }
 
-int gmem_uffd_copy_wp(int fd, uint64_t va, const void *src, uint64_t bytes, bool wake, uint64_t *ret_done)
+static int copy(int fd, uint64_t va, const void *src, uint64_t bytes, uint64_t mode, uint64_t *ret_done)
 {
 	*ret_done = 0;
 	while (*ret_done < bytes) {
@@ -107,7 +115,7 @@ int gmem_uffd_copy_wp(int fd, uint64_t va, const void *src, uint64_t bytes, bool
 			.dst = va + *ret_done,
 			.src = (uint64_t)(uintptr_t)src + *ret_done,
 			.len = bytes - *ret_done,
-			.mode = GMEM_UFFD_COPY_WP | (wake ? 0 : GMEM_UFFD_COPY_DONTWAKE),
+			.mode = mode,
 		};
 
 		if (!ioctl(fd, GMEM_UFFDIO_COPY, &args)) {
@@ -120,6 +128,18 @@ int gmem_uffd_copy_wp(int fd, uint64_t va, const void *src, uint64_t bytes, bool
 		*ret_done += (uint64_t)args.copy;
 	}
 	return 0;
+}
+
+int gmem_uffd_copy_wp(int fd, uint64_t va, const void *src, uint64_t bytes, bool wake, uint64_t *ret_done)
+{
+	return copy(fd, va, src, bytes, GMEM_UFFD_COPY_WP | (wake ? 0 : GMEM_UFFD_COPY_DONTWAKE), ret_done);
+}
+
+int gmem_uffd_copy(int fd, uint64_t va, const void *src, uint64_t bytes)
+{
+	uint64_t done;
+
+	return copy(fd, va, src, bytes, GMEM_UFFD_COPY_DONTWAKE, &done);
 }
 
 int gmem_uffd_continue(int fd, uint64_t va, uint64_t bytes, bool write_protect, bool wake)

@@ -24,10 +24,14 @@ int gmem_uffd_check(int fd);
 int gmem_uffd_api(int fd, uint64_t features);
 
 int gmem_uffd_register(int fd, uint64_t va, uint64_t bytes);
+/* For a mapping of this process itself: only absent pages, and touching one is SIGBUS. */
+int gmem_uffd_register_missing(int fd, uint64_t va, uint64_t bytes);
 int gmem_uffd_unregister(int fd, uint64_t va, uint64_t bytes);
 int gmem_uffd_wake(int fd, uint64_t va, uint64_t bytes);
 /* Copies into absent pages and maps them read-only (write-protected). *ret_done: bytes mapped, also on failure. */
 int gmem_uffd_copy_wp(int fd, uint64_t va, const void *src, uint64_t bytes, bool wake, uint64_t *ret_done);
+/* The same, mapped writable and with nobody to wake; all or nothing for a single page. */
+int gmem_uffd_copy(int fd, uint64_t va, const void *src, uint64_t bytes);
 /* Maps pages that are present in the file; parts mapped already are left as they are (and -EEXIST returned). */
 int gmem_uffd_continue(int fd, uint64_t va, uint64_t bytes, bool write_protect, bool wake);
 int gmem_uffd_protect(int fd, uint64_t va, uint64_t bytes, bool write_protect, bool wake);
