@@ -10,6 +10,8 @@
 #include <gmem/internal.h>
 #include <gmem/pages.h>
 
+#define SHORT_TRIES 8 /* that yield, and do not sleep */
+
 static int acquire_page(struct gmem_request *request, struct gmem_page *page, struct gmem_range range)
 {
 	struct gmem_hnode *hnode = gmem_core_hnode(request->core, request->hnid);
@@ -160,7 +162,8 @@ static bool take_hold(struct gmem_view *view, const struct gmem_range *range, st
 	return hold != NULL;
 }
 
-int gmem_acquire(struct gmem_core *core, uint64_t context, const struct gmem_range *ranges, size_t count, bool write)
+static int acquire(struct gmem_core *core, uint64_t context, const struct gmem_range *ranges, size_t count, bool write,
+		   int tries)
 {
 	struct gmem_request request;
 	struct gmem_range dropped;
@@ -170,6 +173,7 @@ int gmem_acquire(struct gmem_core *core, uint64_t context, const struct gmem_ran
 	if (err)
 		return err;
 	request.write = write;
+	request.tries = tries;
 	for (size_t i = 0; !err && i < count; i++) {
 		err = acquire_range(&request, ranges[i], &upto);
 		if (!err && (err = add_hold(request.view, ranges[i])))
@@ -183,6 +187,11 @@ int gmem_acquire(struct gmem_core *core, uint64_t context, const struct gmem_ran
 	}
 	gmem_request_deinit(&request);
 	return err;
+}
+
+int gmem_acquire(struct gmem_core *core, uint64_t context, const struct gmem_range *ranges, size_t count, bool write)
+{
+	return acquire(core, context, ranges, count, write, 0);
 }
 
 /* What was unmapped meanwhile has taken its holds along. */
@@ -219,6 +228,27 @@ int gmem_release(struct gmem_core *core, uint64_t context, const struct gmem_ran
 	}
 	gmem_view_unref(view);
 	return err;
+}
+
+static bool has_context(struct gmem_session *session, uint64_t context)
+{
+	struct gmem_view *view = find_context(session, context);
+	bool found = view != NULL;
+
+	gmem_view_unref(view);
+	return found;
+}
+
+int gmem_session_acquire(struct gmem_session *session, uint64_t context, struct gmem_range range, bool write)
+{
+	if (!has_context(session, context))
+		return -ENOENT;
+	return acquire(session->core, context, &range, 1, write, SHORT_TRIES);
+}
+
+int gmem_session_release(struct gmem_session *session, uint64_t context, struct gmem_range range)
+{
+	return has_context(session, context) ? gmem_release(session->core, context, &range, 1) : -ENOENT;
 }
 
 void gmem_release_all(struct gmem_view *view)

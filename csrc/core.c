@@ -6,6 +6,7 @@
 
 #include <gmem/internal.h>
 #include <gmem/reclaim.h>
+#include <gmem/ring.h>
 #include <gmem/uffd.h>
 
 /* DESIGN: one window for all sessions, above where programs map by themselves. ASan (gcc 12) has its shadow below
@@ -149,8 +150,13 @@ int gmem_core_create(const struct gmem_core_config *config, struct gmem_core **r
 	err = gmem_faults_start(core, threads);
 	if (err)
 		goto no_faults;
+	err = gmem_rings_start(core);
+	if (err)
+		goto no_rings;
 	*ret = core;
 	return 0;
+no_rings:
+	gmem_faults_stop(core);
 no_faults:
 	gmem_events_deinit(&core->events);
 no_events:
@@ -189,6 +195,7 @@ void gmem_core_destroy(struct gmem_core *core)
 	atomic_store(&core->stopping, true);
 	while ((id = any_session(core)))
 		gmem_session_destroy(core, id);
+	gmem_rings_stop(core);
 	gmem_faults_stop(core);
 	for (struct gmem_hnode *hnode = core->retired, *next; hnode; hnode = next) {
 		next = hnode->next_retired;
@@ -240,6 +247,7 @@ void gmem_core_stats(struct gmem_core *core, struct gmem_core_stats *ret)
 		.fault_ns = gmem_counter(&s->fault_ns), .sessions = gmem_counter(&core->session_count),
 		.contexts = gmem_counter(&core->context_count), .regions = gmem_counter(&core->region_count),
 		.objects = gmem_counter(&core->object_count), .lpt_bytes = gmem_lpt_bytes(&core->lpt),
+		.ring_requests = gmem_counter(&s->ring_requests), .ring_errors = gmem_counter(&s->ring_errors),
 	};
 	gmem_mutex_lock(&core->events.lock);
 	ret->events_lost = core->events.lost;

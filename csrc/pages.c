@@ -38,9 +38,9 @@ static void pause_for(int tries)
 int gmem_one_page(struct gmem_request *request, struct gmem_object *object, uint64_t index, struct gmem_range range,
 		    gmem_page_fn fn)
 {
-	int err = -EAGAIN;
+	int most = request->tries ? request->tries : AGAIN_TRIES, err = -EAGAIN;
 
-	for (int tries = 0; err == -EAGAIN && tries < AGAIN_TRIES; tries++) {
+	for (int tries = 0; err == -EAGAIN && tries < most; tries++) {
 		struct gmem_page page;
 
 		if (tries)

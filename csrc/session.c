@@ -7,6 +7,7 @@
 
 #include <gmem/internal.h>
 #include <gmem/pages.h>
+#include <gmem/ring.h>
 #include <gmem/uffd.h>
 
 #define FORK_WAIT_STEPS 500 /* of 1 ms: the event has been read when the child runs, but perhaps not been handled */
@@ -500,6 +501,7 @@ int gmem_session_destroy(struct gmem_core *core, uint64_t id)
 	if (!session)
 		return -ENOENT;
 	atomic_store(&session->closed, true);
+	gmem_ring_close(session);
 	tear_down(session);
 	atomic_fetch_sub(&core->session_count, 1);
 	gmem_session_unref(session);

@@ -226,6 +226,18 @@ cdef class Core:
             _raise(err)
         return _by_class(fds)
 
+    def session_ring(self, uint64_t session):
+        """(file, doorbell) descriptors of the session's ring."""
+        cdef gmem_core *core = self._enter()
+        cdef int fds[2]
+        cdef int err
+        with nogil:
+            err = gmem_session_ring(core, session, fds)
+        self._leave()
+        if err:
+            _raise(err)
+        return fds[0], fds[1]
+
     def session_attach(self, uint64_t session, int uffd, int pidfd):
         """Takes both descriptors in every case."""
         cdef gmem_core *core = self._enter_with(uffd, pidfd)

@@ -14,10 +14,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import structlog
+
 from gmemd import wire
 from gmemd.devices import DeviceTable
 from gmemd.errors import RequestError, as_request_error
 from gmemd.sessions import Context, Session, SessionTable
+
+log = structlog.get_logger("gmemd.admission")
 
 Close = Callable[[str], None]
 
@@ -93,13 +97,14 @@ class Admissions:
 
     def _client(self, who: Claimant, hello: wire.Hello) -> Admission:
         self._sessions.check_session_count(who.uid)
-        return self._session(who, self._core.session_create(who.uid, who.pid), stored=False)
+        core_id = self._core.session_create(who.uid, who.pid)
+        return self._session(who, core_id, stored=False, ring=hello.wants_ring)
 
     def _fork_child(self, who: Claimant, hello: wire.Hello) -> Admission:
         parent = self._owned(who, hello)
         self._sessions.check_session_count(who.uid)
         core_id, stored = self._core.session_fork(parent.core_id, who.uid, who.pid)
-        return self._session(who, core_id, stored)
+        return self._session(who, core_id, stored, hello.wants_ring)
 
     def _owned(self, who: Claimant, hello: wire.Hello) -> Session:
         """The session of the token, if it is of the same user: a token alone does not carry memory across users."""
@@ -108,7 +113,7 @@ class Admissions:
             raise RequestError(errno.EPERM, "token: not that of a session of this user", "token")
         return session
 
-    def _session(self, who: Claimant, core_id: int, stored: bool) -> Admission:
+    def _session(self, who: Claimant, core_id: int, stored: bool, ring: bool) -> Admission:
         session = self._sessions.open(core_id, who.uid, who.pid, self._may_administer(who), who.on_end)
 
         def close(reason: str) -> None:
@@ -124,6 +129,8 @@ class Admissions:
         try:
             with self._sessions.hold(session):
                 flags = self._lend(admission, *self._core.session_files(core_id))
+                if ring:
+                    flags |= self._lend_ring(admission, core_id)
                 if not stored:
                     self._lend_regions(admission, self._core.regions(core_id))
         except BaseException:
@@ -183,6 +190,16 @@ class Admissions:
                 admission.welcome_fds.append(_duplicate(admission, fd))
                 flags |= flag
         return flags
+
+    def _lend_ring(self, admission: Admission, core_id: int) -> int:
+        """A session without one can ask for everything over the control plane."""
+        try:
+            ring = self._core.session_ring(core_id)
+        except OSError as error:
+            log.warning("no ring for a session", session=core_id, error=str(error))
+            return 0
+        admission.welcome_fds += [_duplicate(admission, fd) for fd in ring]
+        return wire.HAS_RING
 
     @staticmethod
     def _lend_regions(admission: Admission, regions: list[dict[str, Any]]) -> None:

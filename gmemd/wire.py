@@ -21,11 +21,14 @@ HELLO, WELCOME, REGION, UFFD, READY = 1, 2, 3, 4, 5
 CLIENT, FORK_CHILD, CONTEXT, ADMIN = 1, 2, 3, 4
 KIND_NAMES = {CLIENT: "client", FORK_CHILD: "fork child", CONTEXT: "context", ADMIN: "admin"}
 
+WANT_RING = 1 << 0
+
 HAS_UFFD_DEV = 1 << 0
 HAS_HUGE = 1 << 1
 HAS_SMALL = 1 << 2
 EVENT_FORK = 1 << 3
 FORK_STORED = 1 << 4
+HAS_RING = 1 << 5
 
 REGION_HUGE = 1 << 0
 
@@ -53,6 +56,7 @@ class Hello:
     kind: int
     token: bytes
     device: str
+    wants_ring: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,24 +104,24 @@ def _check_header(data: bytes, want: int, layout: struct.Struct, name: str) -> N
         raise _malformed(f"{name}: {len(data)} bytes instead of {layout.size}")
 
 
-def pack_hello(kind: int, token: bytes = bytes(TOKEN_BYTES), device: str = "") -> bytes:
-    return _HELLO.pack(MAGIC, VERSION, HELLO, kind, 0, token, _text(device, NAME_BYTES))
+def pack_hello(kind: int, token: bytes = bytes(TOKEN_BYTES), device: str = "", flags: int = 0) -> bytes:
+    return _HELLO.pack(MAGIC, VERSION, HELLO, kind, flags, token, _text(device, NAME_BYTES))
 
 
 def unpack_hello(data: bytes) -> Hello:
     _check_header(data, HELLO, _HELLO, "HELLO")
-    _, _, _, kind, reserved, token, device = _HELLO.unpack(data)
+    _, _, _, kind, flags, token, device = _HELLO.unpack(data)
     if kind not in KIND_NAMES:
         raise RequestError(errno.EINVAL, f"HELLO: unknown kind {kind}", "kind")
-    if reserved:
-        raise _malformed("HELLO: reserved field is not zero")
+    if flags & ~WANT_RING:
+        raise _malformed(f"HELLO: unknown flags 0x{flags & ~WANT_RING:x}")
     if b"\0" not in device:
         raise RequestError(errno.EINVAL, "HELLO: device is not NUL-terminated", "device")
     try:
         name = device.split(b"\0", 1)[0].decode("ascii")
     except UnicodeDecodeError:
         raise RequestError(errno.EINVAL, "HELLO: device is not ASCII", "device") from None
-    return Hello(kind, token, name)
+    return Hello(kind, token, name, bool(flags & WANT_RING))
 
 
 def pack_welcome(welcome: Welcome) -> bytes:

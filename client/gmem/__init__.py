@@ -10,9 +10,12 @@ from gmem._advice import (
     STATES,
     acquire,
     advise,
+    advise_async,
     discard,
     memcpy,
+    memcpy_async,
     prefetch,
+    prefetch_async,
     stats,
     where,
 )  # fmt: skip
@@ -39,9 +42,10 @@ from gmem._memory import array, empty, full, zeros
 from gmem._session import Session, connect, default
 
 __all__ = [
-    "ADVICE", "DIRTY", "PAGE_DTYPE", "PINNED", "READ_MOSTLY", "STATES", "Buffer", "Busy", "ConnectionLost", "Context",
-    "ContextLost", "Device", "Fence", "GmemError", "InvalidArgument", "KernelError", "KernelTimeout", "MemoryResource",
-    "NotFound", "NotSupported", "OutOfMemory", "PermissionDenied", "Poisoned", "Session", "acquire", "advise", "alloc",
-    "array", "cfunc", "connect", "default", "device", "devices", "discard", "empty", "from_file", "full", "memcpy",
-    "prefetch", "stats", "where", "zeros",
+    "ADVICE", "DIRTY", "PAGE_DTYPE", "PINNED", "READ_MOSTLY", "STATES", "Buffer", "Busy", "ConnectionLost",
+    "Context", "ContextLost", "Device", "Fence", "GmemError", "InvalidArgument", "KernelError", "KernelTimeout",
+    "MemoryResource", "NotFound", "NotSupported", "OutOfMemory", "PermissionDenied", "Poisoned", "Session",
+    "acquire", "advise", "advise_async", "alloc", "array", "cfunc", "connect", "default", "device", "devices",
+    "discard", "empty", "from_file", "full", "memcpy", "memcpy_async", "prefetch", "prefetch_async", "stats",
+    "where", "zeros",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ import numpy as np
 
 from gmem._device import Context
 from gmem._errors import InvalidArgument
+from gmem._fence import Fence
 from gmem._memory import managed_extent
 from gmem._session import Session, default
 
@@ -23,24 +24,50 @@ PAGE_DTYPE = np.dtype(
 _SPAN = 65536 * 4096  # bytes a request asks about: a whole number of pages of any size
 
 
+Args = dict[str, Any]
+
+
+def _prefetch_args(session: Session, array: Any, device: Any) -> Args:
+    va, nbytes = managed_extent(array, session)
+    return {"hnid": session.hnid(device), "va": va, "bytes": nbytes}
+
+
 def prefetch(array: Any, device: Any, session: Session | None = None) -> None:
     """Moves an array, Buffer or (address, nbytes) to a device (name, hnid or Device) or to "host", by whole pages.
     Afterwards the device does not fault on it."""
     session = session if session is not None else default()
-    va, nbytes = managed_extent(array, session)
-    session.request("prefetch", hnid=session.hnid(device), va=va, bytes=nbytes)
+    session.request("prefetch", **_prefetch_args(session, array, device))
 
 
-def advise(array: Any, advice: str, device: Any = None, session: Session | None = None) -> None:
-    """One of ADVICE. "pinned" needs the device to pin to; "cold" the one it is cold on."""
+def prefetch_async(array: Any, device: Any, *, stream: int = 0, session: Session | None = None) -> Fence:
+    """prefetch() without waiting. Requests of one stream (0 to 32767) are done in order, other streams go on meanwhile;
+    the fence raises what went wrong."""
     session = session if session is not None else default()
+    return session.start("prefetch", stream, array, **_prefetch_args(session, array, device))
+
+
+def _advise_args(session: Session, array: Any, advice: str, device: Any) -> Args:
     if advice not in ADVICE:
         raise InvalidArgument(f"advice: {advice!r} is none of {', '.join(ADVICE)}", argument="advice")
     va, nbytes = managed_extent(array, session)
     hnid = -1 if device is None else session.hnid(device)
     if hnid < 0 and advice in ("prefetch", "pinned", "cold"):
         raise InvalidArgument(f"device: {advice} needs one", argument="device")
-    session.request("advise", hnid=hnid, va=va, bytes=nbytes, advice=advice)
+    return {"hnid": hnid, "va": va, "bytes": nbytes, "advice": advice}
+
+
+def advise(array: Any, advice: str, device: Any = None, session: Session | None = None) -> None:
+    """One of ADVICE. "pinned" needs the device to pin to; "cold" the one it is cold on."""
+    session = session if session is not None else default()
+    session.request("advise", **_advise_args(session, array, advice, device))
+
+
+def advise_async(
+    array: Any, advice: str, device: Any = None, *, stream: int = 0, session: Session | None = None
+) -> Fence:
+    """advise() without waiting, as prefetch_async()."""
+    session = session if session is not None else default()
+    return session.start("advise", stream, array, **_advise_args(session, array, advice, device))
 
 
 def discard(array: Any, session: Session | None = None) -> None:
@@ -50,16 +77,27 @@ def discard(array: Any, session: Session | None = None) -> None:
     session.request("discard", va=va, bytes=nbytes)
 
 
-def memcpy(dst: Any, src: Any, device: Any = None, session: Session | None = None) -> None:
-    """Copies src to dst, wherever their pages are; dst is on `device` afterwards (default: the host). Same size, not
-    overlapping."""
-    session = session if session is not None else default()
+def _memcpy_args(session: Session, dst: Any, src: Any, device: Any) -> Args:
     to, size = managed_extent(dst, session, "dst")
     source, source_size = managed_extent(src, session, "src")
     if size != source_size:
         raise InvalidArgument(f"src: {source_size} bytes, dst has {size}", argument="src")
-    hnid = -1 if device is None else session.hnid(device)
-    session.request("hmemcpy", hnid=hnid, dst=to, src=source, bytes=size)
+    return {"hnid": -1 if device is None else session.hnid(device), "dst": to, "src": source, "bytes": size}
+
+
+def memcpy(dst: Any, src: Any, device: Any = None, session: Session | None = None) -> None:
+    """Copies src to dst, wherever their pages are; dst is on `device` afterwards (default: the host). Same size, not
+    overlapping."""
+    session = session if session is not None else default()
+    session.request("hmemcpy", **_memcpy_args(session, dst, src, device))
+
+
+def memcpy_async(
+    dst: Any, src: Any, device: Any = None, *, stream: int = 0, session: Session | None = None
+) -> Fence:
+    """memcpy() without waiting, as prefetch_async()."""
+    session = session if session is not None else default()
+    return session.start("hmemcpy", stream, (dst, src), **_memcpy_args(session, dst, src, device))
 
 
 def where(array: Any, session: Session | None = None) -> np.ndarray[Any, Any]:

@@ -19,8 +19,10 @@ import numpy as np
 from gmem._client import ffi, lib
 from gmem._embedded import Embedded
 from gmem._errors import ConnectionLost, GmemError, InvalidArgument, NotFound, from_errno
+from gmem._fence import Fence
 from gmem._mapping import Mapping
 from gmem._requests import Requests
+from gmem._ring import NotHere, Ring
 
 SYSTEM_SOCKET = "/run/gmem/gmemd.sock"
 _BUSY_RANGES = 64
@@ -40,6 +42,7 @@ class Session:
             raise from_errno(-err, f"{path}: {ffi.string(message).decode(errors='replace') or os.strerror(-err)}")
         self._link = link[0]
         self._requests = Requests(self._control, self._token, self._daemon_gone)
+        self._ring = Ring(self._link)
         # An address that munmap(2) has freed can be given out again before gmemd hears of the munmap: until then no
         # other thread may map. Reentrant, because a finaliser may unmap while its thread maps.
         self._layout = threading.RLock()
@@ -82,14 +85,38 @@ class Session:
         return bool(lib.gmem_link_flags(self._link) & lib.GMEM_WIRE_EVENT_FORK)
 
     def request(self, op: str, **args: Any) -> dict[str, Any]:
-        """One request to gmemd, as docs/protocol.md has them."""
+        """One request to gmemd, as docs/protocol.md has them; through the ring what can go there."""
+        self._check()
+        try:
+            return self._ring.call(op, args)
+        except NotHere:
+            return self._requests.call(op, **args)
+
+    def start(self, op: str, stream: int, keep: Any, **args: Any) -> Fence:
+        """A request that is not waited for. Those of one stream are done in order."""
+        if not isinstance(stream, int) or isinstance(stream, bool) or not 0 <= stream <= lib.GMEM_STREAM_MAX:
+            text = f"stream: {stream!r} is not a number of 0 to {lib.GMEM_STREAM_MAX}"
+            raise InvalidArgument(text, argument="stream")
+        self._check()
+        try:
+            return self._ring.start(op, args, stream, keep)
+        except NotHere:
+            pass
+        fence = Fence(keep)  # without a ring the work is done before this returns: in order as well
+        try:
+            self._requests.call(op, **args)
+            fence._complete(None)
+        except GmemError as error:
+            fence._fail(error)
+        return fence
+
+    def _check(self) -> None:
         if self.closed:
             raise ConnectionLost("the session is closed")
         status = lib.gmem_link_status(self._link)
         if status:
             why = ffi.string(lib.gmem_link_message(self._link)).decode(errors="replace")
             raise ConnectionLost(f"this forked process could not join gmemd: {why}", errno=-status)
-        return self._requests.call(op, **args)
 
     # ---- regions ----
 
@@ -186,6 +213,7 @@ class Session:
             context.close()
         self.closed = True
         self._requests.close()
+        self._ring.close()
         lib.gmem_link_close(self._link)
         if self.embedded:
             self.embedded.close()

@@ -29,7 +29,7 @@ extern "C" {
 
 struct gmem;         /* a session with one gmemd */
 struct gmem_context; /* a device opened for a session */
-struct gmem_fence;   /* completion of a launch */
+struct gmem_fence;   /* completion of a launch, or of an asynchronous request */
 
 struct gmem_range {
 	void *va;
@@ -85,6 +85,15 @@ GMEM_API int gmem_hmemcpy(struct gmem *session, int hnid, void *dst, const void 
 /* Moves a range to hnid, by whole pages; returns when it is there. */
 GMEM_API int gmem_prefetch(struct gmem *session, int hnid, void *va, size_t bytes);
 GMEM_API int gmem_discard(struct gmem *session, void *va, size_t bytes);
+
+/* The same without waiting: gmem_fence_wait() gives the result, and the fence is to be freed. What has the same stream
+ * (0 to 32767) is done in order, other streams go on meanwhile. What is wrong with a request is the fence's to say. */
+GMEM_API int gmem_prefetch_async(struct gmem *session, int hnid, void *va, size_t bytes, uint16_t stream,
+				 struct gmem_fence **ret);
+GMEM_API int gmem_hmadvise_async(struct gmem *session, int hnid, void *va, size_t bytes, int advice, uint16_t stream,
+				 struct gmem_fence **ret);
+GMEM_API int gmem_hmemcpy_async(struct gmem *session, int hnid, void *dst, const void *src, size_t bytes,
+				uint16_t stream, struct gmem_fence **ret);
 
 enum gmem_page_state { GMEM_PAGE_NOMAP = 0, GMEM_PAGE_RESIDENT = 1, GMEM_PAGE_BUSY = 2, GMEM_PAGE_POISONED = 3 };
 
@@ -176,13 +185,14 @@ GMEM_API int gmem_release(struct gmem_context *context, const struct gmem_range 
 
 #define GMEM_FOREVER UINT64_MAX
 
-/* Waits for a kernel and gives its return value (ret may be NULL). -ETIMEDOUT: not complete yet, ask again. The kernel
- * itself failed: -ETIME it ran longer than its timeout_ns; -EOWNERDEAD its process crashed, the message has the signal;
- * -ECANCELED the context was closed; -ELIBACC the library, -ENOENT the symbol could not be had. */
+/* Waits for a kernel and gives its return value (ret may be NULL; 0 for requests, whose errors are their own).
+ * -ETIMEDOUT: not complete yet, ask again. The kernel itself failed: -ETIME it ran longer than its timeout_ns;
+ * -EOWNERDEAD its process crashed, the message has the signal; -ECANCELED the context was closed; -ELIBACC the library,
+ * -ENOENT the symbol could not be had. */
 GMEM_API int gmem_fence_wait(struct gmem_fence *fence, uint64_t timeout_ns, int *ret);
 /* Whether gmem_fence_wait() would return at once. */
 GMEM_API int gmem_fence_poll(struct gmem_fence *fence, bool *ret);
-/* The kernel goes on if it was not complete. NULL is allowed. */
+/* The kernel or request goes on if it was not complete. NULL is allowed. */
 GMEM_API void gmem_fence_free(struct gmem_fence *fence);
 
 /* ---- errors ---- */

@@ -7,6 +7,7 @@
  *   client                                   daemon
  *     HELLO ───────────────────────────────►   authenticates by SO_PEERCRED (and by token, see kinds)
  *                ◄─────────────────────────── WELCOME  + fds: [userfaultfd device] [huge file] [small file]
+ *                                                             [ring, its doorbell]
  *                ◄─────────────────────────── REGION × welcome.region_count, each + 1 fd
  *     (maps the regions)
  *     UFFD + fd ───────────────────────────►   checks the fd, UFFDIO_API, UFFDIO_REGISTER
@@ -42,12 +43,16 @@ enum gmem_wire_kind {
 	GMEM_WIRE_ADMIN = 4,      /* a token for requests only: no memory, no uffd, ends after WELCOME */
 };
 
+/* hello.flags */
+#define GMEM_WIRE_WANT_RING (1u << 0)      /* the client can take two more descriptors with WELCOME */
+
 /* welcome.flags */
 #define GMEM_WIRE_HAS_UFFD_DEV (1u << 0)   /* an open /dev/userfaultfd is passed: ioctl(fd, USERFAULTFD_IOC_NEW) */
 #define GMEM_WIRE_HAS_HUGE (1u << 1)       /* the hugetlb file is passed */
 #define GMEM_WIRE_HAS_SMALL (1u << 2)      /* the shmem file is passed */
 #define GMEM_WIRE_EVENT_FORK (1u << 3)     /* forks arrive as uffd events: leave regions inheritable */
 #define GMEM_WIRE_FORK_STORED (1u << 4)    /* FORK_CHILD: the child's uffd is stored already; only READY follows */
+#define GMEM_WIRE_HAS_RING (1u << 5)       /* two descriptors: struct gmem_ring_shared to map, and its eventfd */
 /* Without HAS_UFFD_DEV a client makes its uffd by userfaultfd(UFFD_USER_MODE_ONLY): system calls on memory that is
  * not mapped yet then fail with EFAULT, so it touches the range itself first. */
 
@@ -63,7 +68,7 @@ struct gmem_wire_header {
 struct gmem_wire_hello {
 	struct gmem_wire_header header;
 	uint32_t kind;
-	uint32_t reserved;
+	uint32_t flags;
 	uint8_t token[GMEM_WIRE_TOKEN_BYTES];
 	char device[GMEM_WIRE_NAME_BYTES]; /* CONTEXT: which device, NUL-terminated */
 };
@@ -102,6 +107,110 @@ struct gmem_wire_ready {
 	int32_t status;
 	uint32_t reserved;
 	char message[GMEM_WIRE_MESSAGE_BYTES];
+};
+
+/* ---- the ring: requests of one session through shared memory ----
+ *
+ * A file of GMEM_RING_BYTES: struct gmem_ring_shared, then sq_entries of struct gmem_ring_sqe at sq_offset, then
+ * cq_entries of struct gmem_ring_cqe at cq_offset. Heads and tails count up for ever; entry i is at i & (entries - 1).
+ *
+ * Submitting: write the entry, store sq_tail (release), full fence; if server_flags has GMEM_RING_SLEEPS, write to the
+ * eventfd. Never more than sq_entries ahead of sq_head. Waiting: store 1 to client_waits, full fence, look at cq_tail
+ * again, FUTEX_WAIT on it (shared), store 0. Having read entries: store cq_head (release), full fence; if server_flags
+ * has GMEM_RING_FULL, write to the eventfd. A sq_tail or cq_head out of bounds breaks the ring for good.
+ *
+ * Entries of one stream are done in order, those of several at the same time; completions come in any order.
+ */
+#define GMEM_RING_MAGIC 0x474e4952u /* "RING" */
+#define GMEM_RING_VERSION 1
+#define GMEM_RING_SQ_ENTRIES 256u
+#define GMEM_RING_CQ_ENTRIES 512u
+#define GMEM_RING_SQ_OFFSET 4096u
+#define GMEM_RING_CQ_OFFSET (GMEM_RING_SQ_OFFSET + GMEM_RING_SQ_ENTRIES * 64u)
+#define GMEM_RING_BYTES (GMEM_RING_CQ_OFFSET + GMEM_RING_CQ_ENTRIES * 64u)
+
+/* server_flags */
+#define GMEM_RING_SLEEPS (1u << 0) /* gmemd looks again when the eventfd is written */
+#define GMEM_RING_FULL (1u << 1)   /* it waits for room in the completion queue */
+#define GMEM_RING_BROKEN (1u << 2) /* the client has written nonsense: not served any more */
+#define GMEM_RING_CLOSED (1u << 3) /* the session has ended */
+
+enum gmem_ring_op {
+	GMEM_RING_NOP = 0,
+	GMEM_RING_ADVISE,      /* hnid, va, bytes; arg: enum gmem_advice */
+	GMEM_RING_PREFETCH,    /* hnid, va, bytes */
+	GMEM_RING_DISCARD,     /* va, bytes */
+	GMEM_RING_HMEMCPY,     /* hnid, va: destination, bytes; arg: source */
+	GMEM_RING_MMAP,        /* bytes; arg: page_bytes; flags. Completion: values[] by enum gmem_ring_value */
+	GMEM_RING_MMAP_COMMIT, /* va */
+	GMEM_RING_MUNMAP,      /* va, bytes */
+	GMEM_RING_ACQUIRE,     /* va, bytes; arg: context; flags */
+	GMEM_RING_RELEASE,     /* va, bytes; arg: context */
+	GMEM_RING_REGION,      /* va. Completion: values[] of the region that it lies in */
+	GMEM_RING_OP_COUNT,
+};
+
+/* sqe.flags */
+#define GMEM_RING_NO_INHERIT (1u << 0) /* MMAP */
+#define GMEM_RING_SMALL (1u << 1)      /* MMAP */
+#define GMEM_RING_WRITE (1u << 2)      /* ACQUIRE */
+
+/* Which argument a failure is about. */
+enum gmem_ring_blame {
+	GMEM_RING_BLAME_NONE = 0,
+	GMEM_RING_BLAME_OP,
+	GMEM_RING_BLAME_FLAGS,
+	GMEM_RING_BLAME_HNID,
+	GMEM_RING_BLAME_VA,
+	GMEM_RING_BLAME_BYTES,
+	GMEM_RING_BLAME_ADVICE,
+	GMEM_RING_BLAME_DST,
+	GMEM_RING_BLAME_SRC,
+	GMEM_RING_BLAME_PAGE_BYTES,
+	GMEM_RING_BLAME_CONTEXT,
+	GMEM_RING_BLAME_RANGES,
+	GMEM_RING_BLAME_COUNT,
+};
+
+enum gmem_ring_value {
+	GMEM_RING_VA = 0,
+	GMEM_RING_LENGTH,
+	GMEM_RING_OFFSET,
+	GMEM_RING_PAGE_BYTES,
+	GMEM_RING_HUGE,
+	GMEM_RING_VALUES,
+};
+
+struct gmem_ring_sqe {
+	uint64_t user_data; /* comes back with the completion */
+	uint16_t op;
+	uint16_t flags;
+	uint16_t stream;
+	int16_t hnid;
+	uint64_t va, bytes, arg;
+	uint64_t reserved[3];
+};
+
+struct gmem_ring_cqe {
+	uint64_t user_data;
+	int32_t result; /* 0 or -errno */
+	uint32_t blame; /* enum gmem_ring_blame */
+	uint64_t values[6];
+};
+
+/* Words that change have a cache line of their own; all are accessed atomically. */
+struct gmem_ring_shared {
+	uint32_t magic;
+	uint32_t version;
+	uint32_t sq_entries, cq_entries;
+	uint32_t sq_offset, cq_offset;
+	uint32_t reserved[10];
+	uint32_t sq_tail, pad0[15];      /* client */
+	uint32_t sq_head, pad1[15];      /* gmemd */
+	uint32_t cq_tail, pad2[15];      /* gmemd; the client's futex */
+	uint32_t cq_head, pad3[15];      /* client */
+	uint32_t server_flags, pad4[15]; /* gmemd */
+	uint32_t client_waits, pad5[15]; /* client: gmemd is to wake its futex */
 };
 
 #endif

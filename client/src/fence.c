@@ -8,11 +8,13 @@
 
 #include "error.h"
 #include "fence.h"
+#include "ring.h"
 
 #define SECOND_NS 1000000000ull
 
 struct gmem_fence {
 	pid_t pid; /* a forked child's copy is never completed */
+	struct gmem_call *call; /* of a request on a ring, which only goes on as somebody asks; else NULL */
 	pthread_mutex_t lock; /* guards what follows */
 	pthread_cond_t changed;
 	unsigned references;
@@ -60,9 +62,16 @@ static void put_locked(struct gmem_fence *fence)
 	pthread_mutex_unlock(&fence->lock);
 	if (!last)
 		return;
+	if (fence->call)
+		gmem_call_put(fence->call);
 	pthread_cond_destroy(&fence->changed);
 	pthread_mutex_destroy(&fence->lock);
 	free(fence);
+}
+
+void gmem_fence_set_call(struct gmem_fence *fence, struct gmem_call *call)
+{
+	fence->call = call;
 }
 
 void gmem_fence_complete(struct gmem_fence *fence, int err, int value, const char *message)
@@ -94,6 +103,8 @@ int gmem_fence_wait(struct gmem_fence *fence, uint64_t timeout_ns, int *ret)
 	if (err)
 		return err;
 	until = gmem_timespec(forever ? 0 : gmem_now_ns() + timeout_ns);
+	if (fence->call)
+		gmem_call_wait(fence->call, timeout_ns, NULL);
 	pthread_mutex_lock(&fence->lock);
 	while (!fence->complete && !late) {
 		if (forever)
@@ -102,7 +113,7 @@ int gmem_fence_wait(struct gmem_fence *fence, uint64_t timeout_ns, int *ret)
 			late = pthread_cond_timedwait(&fence->changed, &fence->lock, &until);
 	}
 	if (!fence->complete)
-		err = gmem_fail(-ETIMEDOUT, "the kernel is not complete yet");
+		err = gmem_fail(-ETIMEDOUT, "fence: not complete yet");
 	else if (fence->err)
 		err = gmem_fail(fence->err, "%s", fence->message);
 	else if (ret)
@@ -119,6 +130,8 @@ int gmem_fence_poll(struct gmem_fence *fence, bool *ret)
 		err = gmem_fail(-EINVAL, "ret: is NULL");
 	if (err)
 		return err;
+	if (fence->call)
+		gmem_call_poll(fence->call);
 	pthread_mutex_lock(&fence->lock);
 	*ret = fence->complete;
 	pthread_mutex_unlock(&fence->lock);

@@ -27,13 +27,23 @@ static int check_session(const struct gmem *session)
 	return session ? 0 : gmem_fail(-EINVAL, "session: is NULL");
 }
 
-static int call_range(struct gmem *session, const char *op, const int *hnid, const void *va, size_t bytes)
+static bool has_ring(const struct gmem *session)
 {
+	return gmem_link_has_ring(session->link);
+}
+
+static int call_range(struct gmem *session, const char *op, uint16_t ring_op, const int *hnid, const void *va,
+		      size_t bytes)
+{
+	struct gmem_ring_sqe sqe = { .op = ring_op, .hnid = gmem_ring_hnid(hnid ? *hnid : 0), .va = address(va),
+				     .bytes = bytes };
 	struct gmem_request request;
 	int err = check_session(session);
 
 	if (err)
 		return err;
+	if (has_ring(session))
+		return gmem_session_call(session, &sqe, NULL);
 	gmem_request_init(&request, op, hnid ? 3 : 2);
 	if (hnid)
 		gmem_request_int(&request, "hnid", *hnid);
@@ -49,6 +59,22 @@ struct grant {
 	bool huge;
 };
 
+static int reserve_by_ring(struct gmem *session, size_t bytes, const struct gmem_mmap_options *options,
+			   struct grant *ret)
+{
+	struct gmem_ring_sqe sqe = { .op = GMEM_RING_MMAP, .bytes = bytes, .arg = options->page_bytes };
+	struct gmem_ring_cqe cqe;
+	int err;
+
+	sqe.flags |= options->flags & GMEM_MMAP_NO_INHERIT ? GMEM_RING_NO_INHERIT : 0;
+	sqe.flags |= options->flags & GMEM_MMAP_SMALL ? GMEM_RING_SMALL : 0;
+	err = gmem_session_call(session, &sqe, &cqe);
+	if (!err)
+		*ret = (struct grant){ cqe.values[GMEM_RING_VA], cqe.values[GMEM_RING_LENGTH],
+				       cqe.values[GMEM_RING_OFFSET], cqe.values[GMEM_RING_HUGE] };
+	return err;
+}
+
 static int reserve(struct gmem *session, size_t bytes, const struct gmem_mmap_options *options, struct grant *ret)
 {
 	struct gmem_request request;
@@ -56,6 +82,8 @@ static int reserve(struct gmem *session, size_t bytes, const struct gmem_mmap_op
 	const msgpack_object *root;
 	int err;
 
+	if (has_ring(session))
+		return reserve_by_ring(session, bytes, options, ret);
 	gmem_request_init(&request, "mmap", 4);
 	gmem_request_uint(&request, "bytes", bytes);
 	gmem_request_uint(&request, "page_bytes", options->page_bytes);
@@ -91,7 +119,7 @@ static int reserve_and_map(struct gmem *session, size_t bytes, const struct gmem
 			busy[count++] = got;
 	} while (err == -EEXIST && count < BUSY_RANGES_MAX);
 	for (size_t i = 0; i < count; i++)
-		call_range(session, "munmap", NULL, (void *)(uintptr_t)busy[i].va, busy[i].bytes);
+		call_range(session, "munmap", GMEM_RING_MUNMAP, NULL, (void *)(uintptr_t)busy[i].va, busy[i].bytes);
 	if (err && count)
 		gmem_fail(err, "bytes: %zu bytes can't be mapped at 0x%llx: %s", bytes,
 			  (unsigned long long)busy[count - 1].va, strerror(-err));
@@ -102,8 +130,11 @@ static int reserve_and_map(struct gmem *session, size_t bytes, const struct gmem
 
 static int commit(struct gmem *session, uint64_t va)
 {
+	struct gmem_ring_sqe sqe = { .op = GMEM_RING_MMAP_COMMIT, .va = va };
 	struct gmem_request request;
 
+	if (has_ring(session))
+		return gmem_session_call(session, &sqe, NULL);
 	gmem_request_init(&request, "mmap_commit", 1);
 	gmem_request_uint(&request, "va", va);
 	return gmem_rpc_call(session->rpc, &request, NULL);
@@ -133,7 +164,7 @@ static int undo(struct gmem *session, const struct grant *region, int err)
 	snprintf(why, sizeof(why), "%s", gmem_last_error());
 	pthread_rwlock_wrlock(&session->mapping);
 	gmem_link_unmap(session->link, region->va, region->bytes);
-	call_range(session, "munmap", NULL, (void *)(uintptr_t)region->va, region->bytes);
+	call_range(session, "munmap", GMEM_RING_MUNMAP, NULL, (void *)(uintptr_t)region->va, region->bytes);
 	pthread_rwlock_unlock(&session->mapping);
 	return gmem_fail(err, "%s", why);
 }
@@ -193,15 +224,29 @@ static int query_once(struct gmem *session, uint64_t va, uint64_t bytes, struct 
 	return err;
 }
 
+static int page_bytes_at(struct gmem *session, uint64_t va, uint64_t *ret)
+{
+	struct gmem_ring_sqe sqe = { .op = GMEM_RING_REGION, .va = va };
+	struct gmem_ring_cqe cqe;
+	size_t count;
+	int err;
+
+	if (!has_ring(session))
+		return query_once(session, va, 1, NULL, 0, ret, &count);
+	err = gmem_session_call(session, &sqe, &cqe);
+	if (!err)
+		*ret = cqe.values[GMEM_RING_PAGE_BYTES];
+	return err;
+}
+
 /* Whole pages go: the end is rounded up to the page size of the region that it lies in. */
 static int round_end(struct gmem *session, uint64_t va, size_t bytes, uint64_t *ret_bytes)
 {
 	uint64_t end = va + bytes, page_bytes;
-	size_t count;
 	int err = 0;
 
 	if (end % HUGE_BYTES) { /* else it is right for every page size */
-		err = query_once(session, end - 1, 1, NULL, 0, &page_bytes, &count);
+		err = page_bytes_at(session, end - 1, &page_bytes);
 		if (!err)
 			end = (end + page_bytes - 1) & ~(page_bytes - 1);
 	}
@@ -244,7 +289,7 @@ int gmem_munmap(struct gmem *session, void *va, size_t bytes)
 		if (err)
 			gmem_fail(err, "va: munmap of %p: %s", va, strerror(-err));
 		else
-			err = call_range(session, "munmap", NULL, va, whole);
+			err = call_range(session, "munmap", GMEM_RING_MUNMAP, NULL, va, whole);
 	}
 	pthread_rwlock_unlock(&session->mapping);
 	return err;
@@ -278,6 +323,8 @@ static const char *advice_word(int advice)
 
 int gmem_hmadvise(struct gmem *session, int hnid, void *va, size_t bytes, int advice)
 {
+	struct gmem_ring_sqe sqe = { .op = GMEM_RING_ADVISE, .hnid = gmem_ring_hnid(hnid), .va = address(va),
+				     .bytes = bytes, .arg = (uint64_t)advice };
 	struct gmem_request request;
 	int err = check_session(session);
 
@@ -285,6 +332,8 @@ int gmem_hmadvise(struct gmem *session, int hnid, void *va, size_t bytes, int ad
 		return err;
 	if (!advice_word(advice))
 		return gmem_fail(-EINVAL, "advice: 0x%x is not known", (unsigned)advice);
+	if (has_ring(session))
+		return gmem_session_call(session, &sqe, NULL);
 	gmem_request_init(&request, "advise", 4);
 	gmem_request_int(&request, "hnid", hnid);
 	gmem_request_uint(&request, "va", address(va));
@@ -295,11 +344,15 @@ int gmem_hmadvise(struct gmem *session, int hnid, void *va, size_t bytes, int ad
 
 int gmem_hmemcpy(struct gmem *session, int hnid, void *dst, const void *src, size_t bytes)
 {
+	struct gmem_ring_sqe sqe = { .op = GMEM_RING_HMEMCPY, .hnid = gmem_ring_hnid(hnid), .va = address(dst),
+				     .bytes = bytes, .arg = address(src) };
 	struct gmem_request request;
 	int err = check_session(session);
 
 	if (err)
 		return err;
+	if (has_ring(session))
+		return gmem_session_call(session, &sqe, NULL);
 	gmem_request_init(&request, "hmemcpy", 4);
 	gmem_request_int(&request, "hnid", hnid);
 	gmem_request_uint(&request, "dst", address(dst));
@@ -310,12 +363,12 @@ int gmem_hmemcpy(struct gmem *session, int hnid, void *dst, const void *src, siz
 
 int gmem_prefetch(struct gmem *session, int hnid, void *va, size_t bytes)
 {
-	return call_range(session, "prefetch", &hnid, va, bytes);
+	return call_range(session, "prefetch", GMEM_RING_PREFETCH, &hnid, va, bytes);
 }
 
 int gmem_discard(struct gmem *session, void *va, size_t bytes)
 {
-	return call_range(session, "discard", NULL, va, bytes);
+	return call_range(session, "discard", GMEM_RING_DISCARD, NULL, va, bytes);
 }
 
 int gmem_query(struct gmem *session, const void *va, size_t bytes, struct gmem_page *pages, size_t capacity,

@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/time.h>
@@ -9,8 +10,9 @@
 #include <unistd.h>
 
 #include "link.h"
+#include "ring.h"
 
-#define FDS_MAX 4
+#define FDS_MAX 8
 #define ANSWER_S 30 /* a daemon that is silent for so long is not one */
 
 static struct gmem_wire_header header(enum gmem_wire_type type)
@@ -115,9 +117,15 @@ static int get_welcome(struct gmem_link *link)
 			link->files[1] = fds[used++];
 		if (used < count && (link->hello.flags & GMEM_WIRE_HAS_SMALL))
 			link->files[0] = fds[used++];
+		if (used + 1 < count && (link->hello.flags & GMEM_WIRE_HAS_RING)) {
+			err = gmem_ring_create(link, fds[used], fds[used + 1], &link->ring);
+			used += 2;
+		}
 	}
 	while (used < count)
 		close(fds[used++]);
+	if (err)
+		return failed(link, err, "ring");
 	if (link->hello.status) {
 		link->hello.message[sizeof(link->hello.message) - 1] = '\0';
 		snprintf(link->message, sizeof(link->message), "%s", link->hello.message);
@@ -178,6 +186,14 @@ static int get_ready(struct gmem_link *link)
 	return err;
 }
 
+/* GMEM_RING=0: every request goes over the control plane. */
+static bool wants_ring(uint32_t kind)
+{
+	const char *chosen = secure_getenv("GMEM_RING");
+
+	return kind != GMEM_WIRE_CONTEXT && (!chosen || strcmp(chosen, "0") != 0);
+}
+
 int gmem_link_handshake(struct gmem_link *link, uint32_t kind, const uint8_t *token, const char *device)
 {
 	struct gmem_wire_hello hello = { .header = header(GMEM_WIRE_HELLO), .kind = kind };
@@ -186,6 +202,9 @@ int gmem_link_handshake(struct gmem_link *link, uint32_t kind, const uint8_t *to
 
 	link->sock = link->uffd = link->uffd_dev = link->files[0] = link->files[1] = -1;
 	link->message[0] = '\0';
+	link->ring = NULL;
+	if (wants_ring(kind))
+		hello.flags |= GMEM_WIRE_WANT_RING;
 	if (token)
 		memcpy(hello.token, token, sizeof(hello.token));
 	if (device && strlen(device) >= sizeof(hello.device))
@@ -218,6 +237,9 @@ void gmem_link_hang_up(struct gmem_link *link)
 {
 	int *const fds[] = { &link->sock, &link->uffd, &link->uffd_dev, &link->files[0], &link->files[1] };
 
+	if (link->ring)
+		gmem_ring_destroy(link->ring);
+	link->ring = NULL;
 	for (size_t i = 0; i < sizeof(fds) / sizeof(fds[0]); i++) {
 		if (*fds[i] >= 0)
 			close(*fds[i]);

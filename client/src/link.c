@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include "link.h"
+#include "ring.h"
 
 #define CHILD_MS 30000
 
@@ -26,6 +27,8 @@ static void before_fork(void)
 	pthread_mutex_lock(&links_lock);
 	for (struct gmem_link *link = links; link; link = link->next) {
 		pthread_mutex_lock(&link->lock);
+		if (link->ring)
+			gmem_ring_lock(link->ring);
 		/* fork() waits until gmemd has read its event for each mapping that the child gets. */
 		if (gmem_link_is_lost(link))
 			gmem_link_withhold_locked(link);
@@ -51,6 +54,9 @@ static void after_fork_parent(void)
 		close(joined[0]);
 		joined[0] = joined[1] = -1;
 	}
+	for (struct gmem_link *link = links; link; link = link->next)
+		if (link->ring)
+			gmem_ring_unlock(link->ring);
 	unlock_all();
 }
 
@@ -61,6 +67,9 @@ static void rejoin(struct gmem_link *link)
 	bool context = link->context;
 
 	memcpy(token, link->hello.token, sizeof(token));
+	if (link->ring)
+		gmem_ring_abandon(link->ring);
+	link->ring = NULL;
 	gmem_link_hang_up(link);
 	link->pid = getpid();
 	if (context) { /* a context's child has none of its memory */
@@ -158,6 +167,9 @@ void gmem_link_close(struct gmem_link *link)
 	if (*at)
 		*at = link->next;
 	pthread_mutex_unlock(&links_lock);
+	if (link->ring)
+		gmem_ring_destroy(link->ring);
+	link->ring = NULL;
 	/* If gmemd is gone, ours is the last: munmap would wait for it to read an event. */
 	if (link->uffd >= 0)
 		close(link->uffd);

@@ -10,6 +10,7 @@
 #include <sys/types.h>
 
 #include "link.h"
+#include "ring.h"
 #include "rpc.h"
 
 struct gmem_embedded;
@@ -37,6 +38,13 @@ int gmem_check_options(size_t size, size_t least, const char *what);
 int gmem_session_check(const struct gmem *session);
 /* Counts an open context, or with -1 a closed one. */
 void gmem_session_count_contexts(struct gmem *session, int change);
+
+/* ---- request.c ---- */
+
+/* A request over the session's ring, waited for. A failure has its words, argument first. */
+int gmem_session_call(struct gmem *session, struct gmem_ring_sqe *sqe, struct gmem_ring_cqe *ret);
+/* Any hnid in an entry's 16 bits; what does not fit is none. */
+int16_t gmem_ring_hnid(int hnid);
 
 /* ---- embedded.c ---- */
 

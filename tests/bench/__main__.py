@@ -63,8 +63,6 @@ def build() -> Path:
 # Lines of the plan's table that nothing in gmem can be measured for yet: rows all the same, and never met.
 PENDING = (
     ("d2h_retained_frame_2m", "GB/s", "ratio >= 0.80", "memcpy", "frames are not retained yet"),
-    ("ring_request_spinning", "us", "ratio <= 1.5", "shared-memory ping-pong, spinning", "there are no rings yet"),
-    ("ring_request_futex", "us", "ratio <= 1.3", "shared-memory ping-pong, futex", "there are no rings yet"),
     ("malloc_free_64b", "ns", "ratio <= 1.1", "the same allocator without gmem", "there is no gmem_malloc yet"),
     ("malloc_free_64k", "ns", "ratio <= 1.1", "the same allocator without gmem", "there is no gmem_malloc yet"),
 )

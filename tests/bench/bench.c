@@ -33,6 +33,7 @@ static const struct {
 	{ { "evict_clean" }, evictions, false },
 	{ { "mmap" }, mappings, true },
 	{ { "lpt" }, page_table, true },
+	{ { "ring" }, ring_requests, true },
 	{ { "bare" }, primitives, false },
 };
 

@@ -34,6 +34,7 @@ void prefetches(void);
 void evictions(void);
 void mappings(void);
 void page_table(void);
+void ring_requests(void);
 void primitives(void);
 
 extern bool huge_pages; /* enough of them can be had for every group */

@@ -125,6 +125,19 @@ def test_program(builder: Builder, daemon: Daemon, name: str, device: str) -> No
     assert '"level": "error"' not in daemon.log()
 
 
+@pytest.mark.parametrize("ring", ["1", "0"])
+def test_requests_that_nobody_waits_for(builder: Builder, daemon: Daemon, ring: str) -> None:
+    program = builder.program(SOURCES / "async.c")
+    if ring == "0":  # done at once then: what is left to check is the other path of each call
+        environment = {**daemon.environment, "GMEM_RING": "0"}
+        run_ok([builder.program(SOURCES / "memory.c"), "simgpu0", builder.kernels(SOURCES / "kernels.c")],
+               env=environment)  # fmt: skip
+    else:
+        run_ok([program, "simgpu0"], env=daemon.environment)
+    assert daemon.process.poll() is None, daemon.log()
+    assert '"level": "error"' not in daemon.log()
+
+
 def test_killed_daemon_hangs_nobody(builder: Builder, daemon: Daemon) -> None:
     kernels = builder.kernels(SOURCES / "kernels.c")
     program = builder.program(SOURCES / "gone.c")
@@ -173,6 +186,17 @@ def test_exports_are_the_header(builder: Builder) -> None:
     assert exported == declared
     assert len(exported) == header.count("GMEM_API ") - 1  # the macro's own definition
     assert not [line for line in symbols.splitlines() if " T " in line and "@@GMEM_0" not in line]
+
+
+def test_it_can_be_loaded_late(builder: Builder) -> None:
+    """By dlopen(), whose room for thread-local storage is small, and without taking the program's malloc away."""
+    code = (
+        "import ctypes, sys\n"
+        "libc = ctypes.CDLL(None); before = ctypes.cast(libc.malloc, ctypes.c_void_p).value\n"
+        "lib = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)\n"
+        "assert lib.gmem_strerror and ctypes.cast(ctypes.CDLL(None).malloc, ctypes.c_void_p).value == before\n"
+    )
+    run_ok([sys.executable, "-c", code, builder.prefix / "lib/libgmem.so.0"])
 
 
 def test_header_is_cxx_too(builder: Builder, tmp_path: Path) -> None:

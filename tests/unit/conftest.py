@@ -128,7 +128,14 @@ class FakeCore:
         del self.sessions[session]
 
     def do_session_files(self, session: int) -> tuple[int, int]:
-        return self._known(session)["files"]
+        return self._known(session)["files"][:2]
+
+    def do_session_ring(self, session: int) -> tuple[int, int]:
+        known = self._known(session)
+        if "ring" not in known:
+            known["ring"] = (self._file(), self._file())
+            known["files"] += known["ring"]
+        return known["ring"]
 
     def do_session_attach(self, session: int, uffd: int, pidfd: int) -> None:
         os.close(uffd)

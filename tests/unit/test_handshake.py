@@ -83,9 +83,9 @@ class Rig:
         self.peers.append(sock)
         return sock
 
-    def hello(self, kind=wire.CLIENT, token=bytes(32), device="", sock=None):
+    def hello(self, kind=wire.CLIENT, token=bytes(32), device="", sock=None, flags=0):
         sock = sock or self.connect()
-        sock.send(wire.pack_hello(kind, token, device))
+        sock.send(wire.pack_hello(kind, token, device, flags))
         data, fds, _, _ = socket.recv_fds(sock, 1024, 8)
         return sock, wire.unpack_welcome(data), fds
 
@@ -169,6 +169,30 @@ def test_a_client_gets_its_session(rig, fake_core, eventually):
     eventually(lambda: not fake_core.sessions)
     assert rig.published[-1][0] == "session.ended"
     eventually(lambda: rig.server.connections == 0)
+
+
+def test_who_wants_a_ring_gets_it_and_its_doorbell(rig, fake_core):
+    sock, welcome, fds = rig.hello(flags=wire.WANT_RING)
+    assert welcome.status == 0 and welcome.flags & wire.HAS_RING and len(fds) == 5
+    ring = fake_core.session_ring(welcome.session)
+    assert [os.fstat(fd).st_ino for fd in fds[3:]] == [os.fstat(fd).st_ino for fd in ring]
+    close_all(fds)
+    assert rig.attach(sock) == (0, "")
+    _, child, fds = rig.hello(wire.FORK_CHILD, welcome.token, flags=wire.WANT_RING)
+    assert child.flags & wire.HAS_RING and len(fds) == 5
+    assert os.fstat(fds[3]).st_ino != os.fstat(ring[0]).st_ino
+    close_all(fds)
+    _, context, fds = rig.hello(wire.CONTEXT, welcome.token, "simgpu0", flags=wire.WANT_RING)
+    assert not context.flags & wire.HAS_RING, "a context makes no requests"
+    close_all(fds)
+
+
+def test_a_session_without_a_ring_is_a_session(rig, fake_core):
+    fake_core.fail = {"session_ring": errno.ENFILE}
+    sock, welcome, fds = rig.hello(flags=wire.WANT_RING)
+    assert welcome.status == 0 and not welcome.flags & wire.HAS_RING and len(fds) == 3
+    close_all(fds)
+    assert rig.attach(sock) == (0, "")
 
 
 def test_an_admin_gets_a_token_and_no_memory(rig, fake_core, eventually):

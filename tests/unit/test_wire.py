@@ -74,6 +74,7 @@ def test_constants_are_those_of_the_header(from_c):
 def test_round_trips():
     hello = wire.unpack_hello(wire.pack_hello(wire.CONTEXT, b"t" * 32, "simgpu0"))
     assert hello == wire.Hello(wire.CONTEXT, b"t" * 32, "simgpu0")
+    assert wire.unpack_hello(wire.pack_hello(wire.CLIENT, flags=wire.WANT_RING)).wants_ring
     welcome = wire.Welcome(0, 3, 7, (1, 2), (3, 4), (5, 6), 2, 1, b"k" * 32, "ipc:///a", "ipc:///b", "fine")
     assert wire.unpack_welcome(wire.pack_welcome(welcome)) == welcome
     assert wire.unpack_region(wire.pack_region(1, 2, 3, 1, 4096)) == (1, 2, 3, 1, 4096)
@@ -102,7 +103,7 @@ def test_long_text_is_cut_at_a_character():
             errno.EPROTONOSUPPORT,
             "version",
         ),
-        (wire.pack_hello(wire.CLIENT)[:12] + b"\1" + wire.pack_hello(wire.CLIENT)[13:], errno.EPROTO, "reserved"),
+        (wire.pack_hello(wire.CLIENT)[:12] + b"\2" + wire.pack_hello(wire.CLIENT)[13:], errno.EPROTO, "flags"),
         (wire.pack_hello(wire.CLIENT)[:-32] + b"x" * 32, errno.EINVAL, "NUL"),
         (wire.pack_hello(wire.CLIENT)[:-32] + b"\xff" + bytes(31), errno.EINVAL, "ASCII"),
     ],

@@ -51,6 +51,8 @@ int gmem_session_create(struct gmem_core *core, uid_t uid, pid_t pid, uint64_t *
 int gmem_session_destroy(struct gmem_core *core, uint64_t session); /* (blocks); frees everything it held */
 /* Files for the client to map, by class; borrowed; -1 where there is none. */
 int gmem_session_files(struct gmem_core *core, uint64_t session, int ret_fds[GMEM_CLASS_COUNT]);
+/* The session's ring (gmem_wire.h) and its doorbell, made at the first call; borrowed. */
+int gmem_session_ring(struct gmem_core *core, uint64_t session, int ret_fds[2]);
 /* Takes ownership of both fds in every case. Checks that uffd is a non-blocking userfaultfd that nobody has
  * initialised; registers all committed regions of the session on it. */
 int gmem_session_attach(struct gmem_core *core, uint64_t session, int uffd, int pidfd);
@@ -150,6 +152,8 @@ struct gmem_core_stats {
 	uint64_t fault_ns;
 	uint64_t sessions, contexts, regions, objects, lpt_bytes;
 	uint64_t events_lost;
+	uint64_t ring_requests;   /* completed */
+	uint64_t ring_errors;     /* rings that a client broke */
 };
 void gmem_core_stats(struct gmem_core *core, struct gmem_core_stats *ret);
 

@@ -34,6 +34,7 @@ struct gmem_core {
 	struct gmem_stats stats;
 	struct gmem_events events;
 	struct gmem_faults faults;
+	struct gmem_rings *rings;                            /* (C) */
 };
 
 static inline struct gmem_hnode *gmem_core_hnode(struct gmem_core *core, int hnid)

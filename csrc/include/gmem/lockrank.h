@@ -21,6 +21,7 @@ enum gmem_rank {
 	GMEM_RANK_RANGE,       /* range allocators */
 	GMEM_RANK_SLOTS,       /* watched views */
 	GMEM_RANK_WORK,        /* work queue */
+	GMEM_RANK_RING,        /* rings and their run queue */
 	GMEM_RANK_EVENT,       /* event ring */
 };
 

@@ -15,6 +15,7 @@ struct gmem_request {
 	int hnid;
 	enum gmem_advice advice;
 	bool write;
+	int tries; /* of a page that is busy; 0: the usual number */
 };
 
 typedef int (*gmem_page_fn)(struct gmem_request *request, struct gmem_page *page, struct gmem_range range);
@@ -32,6 +33,9 @@ int gmem_one_page(struct gmem_request *request, struct gmem_object *object, uint
 int gmem_for_pages(struct gmem_request *request, uint64_t va, uint64_t bytes, bool inward, bool touched,
 		   gmem_page_fn fn);
 
+/* gmem_acquire() and gmem_release() of a range on a context of this session; -EAGAIN soon if it is busy. (acquire.c) */
+int gmem_session_acquire(struct gmem_session *session, uint64_t context, struct gmem_range range, bool write);
+int gmem_session_release(struct gmem_session *session, uint64_t context, struct gmem_range range);
 /* Releases everything a context holds: it has ended. (acquire.c) */
 void gmem_release_all(struct gmem_view *view);
 

@@ -1,0 +1,97 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Ring: a session's requests through shared memory (layout: gmem_wire.h), served by threads of the core. Nothing in
+ * that memory is believed: an entry is copied once and then checked, and heads, tails and sizes are our own; the two
+ * words that are the client's are checked against them at each look.
+ *
+ * A ring is idle, in the run queue, or served by one thread for a turn of bounded length. An idle one is queued by its
+ * doorbell.
+ */
+#ifndef GMEM_RING_H
+#define GMEM_RING_H
+
+#include <gmem_wire.h>
+
+#include <gmem/lockrank.h>
+#include <gmem/types.h>
+
+#define GMEM_RINGS_MAX 8192
+#define GMEM_RING_THREADS 4
+#define GMEM_RING_JOBS 32 /* entries that were taken and are not complete */
+#define GMEM_RING_LANES 8 /* of these, under way at the same time, a slice each in turn */
+
+struct gmem_core;
+struct gmem_file;
+struct gmem_session;
+
+struct gmem_ring_job {
+	struct gmem_ring_sqe sqe; /* our copy */
+	struct gmem_ring_cqe cqe;
+	bool running;
+	uint64_t done, slice;     /* bytes */
+	uint64_t since_ns;        /* when it began to wait for somebody's release */
+	uint64_t retry_ns;
+};
+
+enum gmem_ring_state { GMEM_RING_IDLE, GMEM_RING_QUEUED, GMEM_RING_SERVED };
+
+struct gmem_ring {
+	struct gmem_ring *next;          /* rings->lock; run queue */
+	enum gmem_ring_state state;      /* rings->lock */
+	bool rung;                       /* rings->lock; the doorbell, while it was served */
+	atomic_bool closed;              /* (A) */
+	struct gmem_session *session;    /* (C) outlives it */
+	struct gmem_file *file;          /* (C) */
+	int bell;                        /* (C) */
+	uint32_t slot;                   /* (C) */
+	struct gmem_ring_shared *shared; /* (C) the client may write anything there at any time */
+	/* what follows is that of the thread that serves it */
+	bool broken;
+	bool lingers;                    /* the last request came soon after the one before */
+	uint32_t sq_head, cq_tail;
+	uint32_t cq_head;                /* the client's, when it was last looked at */
+	uint32_t told;                   /* cq_tail when the client was last woken */
+	uint32_t flags;                  /* server_flags */
+	uint64_t served_ns;
+	uint32_t job_count, running;
+	uint8_t order[GMEM_RING_JOBS];   /* index of jobs[], oldest first; then the free ones */
+	struct gmem_ring_job jobs[GMEM_RING_JOBS];
+};
+
+struct gmem_ring_slot {
+	struct gmem_ring *ring;
+	uint32_t generation;
+	uint32_t next_free;
+};
+
+struct gmem_rings {
+	int epoll_fd, stop_fd;        /* (C) */
+	bool spins;                   /* (C) there is a CPU to spin on while a client runs on another */
+	struct gmem_mutex lock;
+	pthread_cond_t turned;        /* a turn has ended */
+	struct gmem_ring_slot slots[GMEM_RINGS_MAX]; /* lock */
+	uint32_t slots_used, slots_free;             /* lock; index + 1 of the first free one, 0: none */
+	struct gmem_ring *first, **last;             /* lock; run queue */
+	atomic_uint queued;                          /* (A) how many are in it; changed under lock */
+	uint32_t sleeping;                           /* lock; threads that wait for a doorbell */
+	uint32_t thread_count;                       /* lock; those that run */
+	uint32_t started;
+	pthread_t threads[GMEM_RING_THREADS];
+	struct gmem_ring *serving[GMEM_RING_THREADS]; /* lock */
+};
+
+int gmem_rings_start(struct gmem_core *core);
+void gmem_rings_stop(struct gmem_core *core);
+/* Ends a session's ring, if it has one: waits for the slice that is under way. */
+void gmem_ring_close(struct gmem_session *session);
+
+/* ---- ringop.c: what an entry asks for ---- */
+
+/* Whether it is done in slices. */
+bool gmem_ring_op_is_long(const struct gmem_ring_sqe *sqe);
+/* Checks a job and begins it. True: it is complete, and cqe says how. */
+bool gmem_ring_op_start(struct gmem_session *session, struct gmem_ring_job *job);
+/* The next slice of a long one. */
+bool gmem_ring_op_step(struct gmem_session *session, struct gmem_ring_job *job);
+
+#endif

@@ -1,0 +1,562 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <gmem/internal.h>
+#include <gmem/memfd.h>
+#include <gmem/ring.h>
+
+#define STOP_TOKEN UINT64_MAX
+#define TURN_NS 1000000     /* then it is another ring's turn */
+#define CLOSE_NS 200000     /* a request so soon after the last: the next one may be as well */
+#define LINGER_NS 20000     /* so long it is waited for without sleeping: a wake-up costs about that */
+#define LINGER_LOOKS 64     /* between two yields */
+#define RETRY_NAP_NS 50000
+
+/* ---- the two queues ---- */
+
+static struct gmem_ring_sqe *sq_entry(const struct gmem_ring *ring, uint32_t i)
+{
+	return (struct gmem_ring_sqe *)((uint8_t *)ring->shared + GMEM_RING_SQ_OFFSET) + i % GMEM_RING_SQ_ENTRIES;
+}
+
+static struct gmem_ring_cqe *cq_entry(const struct gmem_ring *ring, uint32_t i)
+{
+	return (struct gmem_ring_cqe *)((uint8_t *)ring->shared + GMEM_RING_CQ_OFFSET) + i % GMEM_RING_CQ_ENTRIES;
+}
+
+static void set_flags(struct gmem_ring *ring, uint32_t flags)
+{
+	ring->flags = flags;
+	__atomic_store_n(&ring->shared->server_flags, flags, __ATOMIC_SEQ_CST);
+}
+
+static void wake_client(struct gmem_ring *ring)
+{
+	syscall(SYS_futex, &ring->shared->cq_tail, FUTEX_WAKE, INT_MAX, NULL, NULL, 0);
+}
+
+/* Completions are visible at once to a client that spins; one that sleeps is woken for many at a time. */
+static void tell_client(struct gmem_ring *ring)
+{
+	if (ring->told == ring->cq_tail)
+		return;
+	ring->told = ring->cq_tail;
+	atomic_thread_fence(memory_order_seq_cst);
+	if (__atomic_load_n(&ring->shared->client_waits, __ATOMIC_RELAXED))
+		wake_client(ring);
+}
+
+static void break_ring(struct gmem_ring *ring)
+{
+	if (ring->broken)
+		return;
+	ring->broken = true;
+	gmem_count(&ring->session->core->stats.ring_errors, 1);
+	set_flags(ring, GMEM_RING_BROKEN);
+	wake_client(ring);
+}
+
+static void look_at_cq_head(struct gmem_ring *ring)
+{
+	ring->cq_head = __atomic_load_n(&ring->shared->cq_head, __ATOMIC_ACQUIRE);
+	if (ring->cq_tail - ring->cq_head > GMEM_RING_CQ_ENTRIES)
+		break_ring(ring);
+}
+
+static uint32_t room(const struct gmem_ring *ring)
+{
+	uint32_t used = ring->cq_tail - ring->cq_head + ring->job_count;
+
+	/* more than all, if the client takes back what it has read */
+	return used < GMEM_RING_CQ_ENTRIES ? GMEM_RING_CQ_ENTRIES - used : 0;
+}
+
+/* How many entries can be taken: as many as were submitted, and have room for their completions. The client's head is
+ * another cache line that it keeps writing: looked at when there seems to be little room. */
+static uint32_t takeable(struct gmem_ring *ring, bool *ret_full)
+{
+	uint32_t waiting = __atomic_load_n(&ring->shared->sq_tail, __ATOMIC_ACQUIRE) - ring->sq_head, most;
+
+	*ret_full = false;
+	if (waiting > GMEM_RING_SQ_ENTRIES)
+		break_ring(ring);
+	most = room(ring);
+	if (waiting > most) {
+		look_at_cq_head(ring);
+		most = room(ring);
+	}
+	if (ring->broken)
+		return 0;
+	*ret_full = waiting && !most;
+	return waiting < most ? waiting : most;
+}
+
+static bool take(struct gmem_ring *ring)
+{
+	bool full;
+	uint32_t count = takeable(ring, &full), left = GMEM_RING_JOBS - ring->job_count;
+
+	count = count < left ? count : left;
+	for (uint32_t i = 0; i < count; i++) {
+		struct gmem_ring_job *job = &ring->jobs[ring->order[ring->job_count++]];
+
+		memcpy(&job->sqe, sq_entry(ring, ring->sq_head++), sizeof(job->sqe));
+		__asm__ volatile("" ::: "memory"); /* nothing is read from there again */
+		job->running = false;
+	}
+	if (count)
+		__atomic_store_n(&ring->shared->sq_head, ring->sq_head, __ATOMIC_RELEASE);
+	return count;
+}
+
+/* ---- jobs ---- */
+
+static struct gmem_ring_job *job_at(struct gmem_ring *ring, uint32_t i)
+{
+	return &ring->jobs[ring->order[i]];
+}
+
+static void complete(struct gmem_ring *ring, uint32_t i)
+{
+	struct gmem_ring_job *job = job_at(ring, i);
+	uint8_t index = ring->order[i];
+
+	memcpy(cq_entry(ring, ring->cq_tail++), &job->cqe, sizeof(job->cqe));
+	__atomic_store_n(&ring->shared->cq_tail, ring->cq_tail, __ATOMIC_RELEASE);
+	ring->running -= job->running;
+	ring->job_count--;
+	memmove(&ring->order[i], &ring->order[i + 1], ring->job_count - i);
+	ring->order[ring->job_count] = index;
+	gmem_count(&ring->session->core->stats.ring_requests, 1);
+}
+
+static bool has_to_wait(struct gmem_ring *ring, uint32_t i)
+{
+	const struct gmem_ring_sqe *sqe = &job_at(ring, i)->sqe;
+
+	if (ring->running == GMEM_RING_LANES && gmem_ring_op_is_long(sqe))
+		return true;
+	for (uint32_t before = 0; before < i; before++)
+		if (job_at(ring, before)->sqe.stream == sqe->stream)
+			return true;
+	return false;
+}
+
+static void start_jobs(struct gmem_ring *ring)
+{
+	for (uint32_t i = 0; i < ring->job_count && !atomic_load_explicit(&ring->closed, memory_order_relaxed);) {
+		struct gmem_ring_job *job = job_at(ring, i);
+
+		if (job->running || has_to_wait(ring, i)) {
+			i++;
+		} else if (gmem_ring_op_start(ring->session, job)) {
+			complete(ring, i);
+		} else {
+			job->running = true;
+			ring->running++;
+			i++;
+		}
+	}
+}
+
+/* A slice of each. */
+static void step_jobs(struct gmem_ring *ring)
+{
+	for (uint32_t i = 0; i < ring->job_count && !atomic_load_explicit(&ring->closed, memory_order_relaxed);) {
+		struct gmem_ring_job *job = job_at(ring, i);
+
+		if (job->running && gmem_ring_op_step(ring->session, job))
+			complete(ring, i);
+		else
+			i++;
+		tell_client(ring);
+	}
+}
+
+/* All that is under way waits for somebody else's release. */
+static bool only_retries(struct gmem_ring *ring)
+{
+	for (uint32_t i = 0; i < ring->job_count; i++)
+		if (job_at(ring, i)->running && !job_at(ring, i)->retry_ns)
+			return false;
+	return ring->running;
+}
+
+/* ---- a turn ---- */
+
+/* Waits a moment for the next request, if the last ones came quickly and nobody else waits. */
+static bool linger(struct gmem_rings *rings, struct gmem_ring *ring)
+{
+	uint64_t until = ring->served_ns + LINGER_NS;
+	bool full;
+
+	while (ring->lingers && rings->spins) {
+		for (int i = 0; i < LINGER_LOOKS; i++) {
+			if (takeable(ring, &full))
+				return true;
+			gmem_cpu_relax();
+		}
+		if (ring->broken || atomic_load(&ring->closed) || atomic_load(&rings->queued))
+			return false;
+		ring->lingers = gmem_now_ns() < until;
+		sched_yield();
+	}
+	return false;
+}
+
+static bool fall_asleep(struct gmem_ring *ring)
+{
+	uint32_t count;
+	bool full;
+
+	takeable(ring, &full);
+	for (;;) {
+		if (ring->broken)
+			return true;
+		set_flags(ring, GMEM_RING_SLEEPS | (full ? GMEM_RING_FULL : 0));
+		atomic_thread_fence(memory_order_seq_cst);
+		count = takeable(ring, &full);
+		if (!count && full == !!(ring->flags & GMEM_RING_FULL))
+			return true;
+		if (count) {
+			set_flags(ring, 0);
+			return false;
+		}
+	}
+}
+
+/* False: there is nothing more to do until the doorbell rings. */
+static bool serve(struct gmem_rings *rings, struct gmem_ring *ring)
+{
+	const struct timespec nap = { 0, RETRY_NAP_NS };
+	uint64_t start = gmem_now_ns();
+
+	if (ring->broken)
+		return false;
+	if (ring->flags)
+		set_flags(ring, 0);
+	look_at_cq_head(ring);
+	if (start - ring->served_ns < CLOSE_NS)
+		ring->lingers = true;
+	while (!ring->broken && !atomic_load(&ring->closed)) {
+		bool took = take(ring);
+
+		start_jobs(ring);
+		tell_client(ring);
+		step_jobs(ring);
+		if (took || ring->job_count) {
+			ring->served_ns = gmem_now_ns();
+			if (ring->served_ns - start > TURN_NS)
+				return true;
+		} else if (!linger(rings, ring) && fall_asleep(ring)) {
+			return false;
+		}
+		if (only_retries(ring)) {
+			if (atomic_load(&rings->queued))
+				return true;
+			nanosleep(&nap, NULL);
+		}
+	}
+	return false;
+}
+
+/* ---- threads ---- */
+
+static void enqueue_locked(struct gmem_rings *rings, struct gmem_ring *ring)
+{
+	ring->state = GMEM_RING_QUEUED;
+	ring->rung = false;
+	ring->next = NULL;
+	*rings->last = ring;
+	rings->last = &ring->next;
+	atomic_fetch_add(&rings->queued, 1);
+}
+
+static void dequeue_locked(struct gmem_rings *rings, struct gmem_ring **at)
+{
+	struct gmem_ring *ring = *at;
+
+	*at = ring->next;
+	if (rings->last == &ring->next)
+		rings->last = at;
+	atomic_fetch_sub(&rings->queued, 1);
+}
+
+/* One user's rings leave a thread for the others'. */
+static bool has_its_share_locked(struct gmem_rings *rings, const struct gmem_ring *ring)
+{
+	uint32_t count = 0;
+
+	for (uint32_t i = 0; i < GMEM_RING_THREADS; i++)
+		count += rings->serving[i] && rings->serving[i]->session->uid == ring->session->uid;
+	return count >= GMEM_RING_THREADS - 1;
+}
+
+static struct gmem_ring *next_locked(struct gmem_rings *rings)
+{
+	for (struct gmem_ring **at = &rings->first; *at; at = &(*at)->next)
+		if (!has_its_share_locked(rings, *at)) {
+			struct gmem_ring *ring = *at;
+
+			dequeue_locked(rings, at);
+			ring->state = GMEM_RING_SERVED;
+			return ring;
+		}
+	return NULL;
+}
+
+static void bell_locked(struct gmem_rings *rings, uint64_t token)
+{
+	const struct gmem_ring_slot *slot = &rings->slots[token & 0xffffffff];
+
+	if (slot->generation != token >> 32 || !slot->ring)
+		return;
+	if (slot->ring->state == GMEM_RING_IDLE)
+		enqueue_locked(rings, slot->ring);
+	else
+		slot->ring->rung = true;
+}
+
+/* Waits for a doorbell if there is nothing else to do; a busy thread looks only when no other one listens. False: the
+ * end. */
+static bool listen_locked(struct gmem_rings *rings, bool idle)
+{
+	struct epoll_event event;
+	int n;
+
+	if (!idle && rings->sleeping)
+		return true;
+	rings->sleeping += idle;
+	gmem_mutex_unlock(&rings->lock);
+	n = epoll_wait(rings->epoll_fd, &event, 1, idle ? -1 : 0);
+	gmem_mutex_lock(&rings->lock);
+	rings->sleeping -= idle;
+	if (n <= 0)
+		return true;
+	if (event.data.u64 == STOP_TOKEN)
+		return false;
+	bell_locked(rings, event.data.u64);
+	return true;
+}
+
+static void *ring_thread(void *arg)
+{
+	struct gmem_core *core = arg;
+	struct gmem_rings *rings = core->rings;
+	struct gmem_ring *ring = NULL;
+	uint32_t me;
+
+	pthread_setname_np(pthread_self(), "gmem-ring");
+	gmem_mutex_lock(&rings->lock);
+	me = rings->thread_count++;
+	while (listen_locked(rings, !ring)) {
+		bool more;
+
+		ring = next_locked(rings);
+		if (!ring)
+			continue;
+		rings->serving[me] = ring;
+		gmem_mutex_unlock(&rings->lock);
+		more = serve(rings, ring);
+		gmem_mutex_lock(&rings->lock);
+		rings->serving[me] = NULL;
+		ring->state = GMEM_RING_IDLE;
+		if ((more || ring->rung) && !atomic_load(&ring->closed))
+			enqueue_locked(rings, ring);
+		pthread_cond_broadcast(&rings->turned);
+	}
+	gmem_mutex_unlock(&rings->lock);
+	return NULL;
+}
+
+int gmem_rings_start(struct gmem_core *core)
+{
+	struct epoll_event event = { .events = EPOLLIN, .data.u64 = STOP_TOKEN };
+	struct gmem_rings *rings = calloc(1, sizeof(*rings));
+	int err = 0;
+
+	if (!rings)
+		return -ENOMEM;
+	core->rings = rings;
+	rings->last = &rings->first;
+	rings->spins = sysconf(_SC_NPROCESSORS_ONLN) > 1;
+	gmem_mutex_init(&rings->lock, GMEM_RANK_RING);
+	pthread_cond_init(&rings->turned, NULL);
+	rings->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
+	rings->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	if (rings->epoll_fd < 0 || rings->stop_fd < 0 ||
+	    epoll_ctl(rings->epoll_fd, EPOLL_CTL_ADD, rings->stop_fd, &event))
+		err = -errno;
+	for (; !err && rings->started < GMEM_RING_THREADS; rings->started += !err)
+		err = -pthread_create(&rings->threads[rings->started], NULL, ring_thread, core);
+	if (err)
+		gmem_rings_stop(core);
+	return err;
+}
+
+void gmem_rings_stop(struct gmem_core *core)
+{
+	struct gmem_rings *rings = core->rings;
+	uint64_t one = 1;
+
+	if (write(rings->stop_fd, &one, sizeof(one)) < 0) {
+		/* the counter is not 0, so the threads stop all the same */
+	}
+	while (rings->started)
+		pthread_join(rings->threads[--rings->started], NULL);
+	close(rings->epoll_fd);
+	close(rings->stop_fd);
+	gmem_mutex_deinit(&rings->lock);
+	pthread_cond_destroy(&rings->turned);
+	free(rings);
+	core->rings = NULL;
+}
+
+/* ---- making, ending ---- */
+
+static int map_shared(struct gmem_ring *ring)
+{
+	void *at = mmap(NULL, GMEM_RING_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, ring->file->fd, 0);
+
+	if (at == MAP_FAILED)
+		return -errno;
+	madvise(at, GMEM_RING_BYTES, MADV_DONTFORK);
+	ring->shared = at;
+	*ring->shared = (struct gmem_ring_shared){
+		.magic = GMEM_RING_MAGIC, .version = GMEM_RING_VERSION,
+		.sq_entries = GMEM_RING_SQ_ENTRIES, .cq_entries = GMEM_RING_CQ_ENTRIES,
+		.sq_offset = GMEM_RING_SQ_OFFSET, .cq_offset = GMEM_RING_CQ_OFFSET,
+		.server_flags = GMEM_RING_SLEEPS,
+	};
+	ring->flags = GMEM_RING_SLEEPS;
+	return 0;
+}
+
+static void ring_free(struct gmem_ring *ring)
+{
+	if (ring->shared)
+		munmap(ring->shared, GMEM_RING_BYTES);
+	if (ring->bell >= 0)
+		close(ring->bell);
+	gmem_file_unref(ring->file);
+	free(ring);
+}
+
+static int ring_new(struct gmem_session *session, struct gmem_ring **ret)
+{
+	struct gmem_ring *ring = calloc(1, sizeof(*ring));
+	int err;
+
+	if (!ring)
+		return -ENOMEM;
+	ring->session = session;
+	ring->bell = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	for (uint8_t i = 0; i < GMEM_RING_JOBS; i++)
+		ring->order[i] = i;
+	err = ring->bell < 0 ? -errno : 0;
+	if (!err)
+		err = gmem_file_create("gmem-ring", GMEM_CLASS_SMALL, GMEM_RING_BYTES, session->id, &ring->file);
+	if (!err)
+		err = map_shared(ring);
+	if (err)
+		ring_free(ring);
+	else
+		*ret = ring;
+	return err;
+}
+
+static int enter_locked(struct gmem_rings *rings, struct gmem_ring *ring)
+{
+	struct epoll_event event = { .events = EPOLLIN | EPOLLET };
+	struct gmem_ring_slot *slot;
+
+	if (!rings->slots_free && rings->slots_used == GMEM_RINGS_MAX)
+		return -ENFILE;
+	ring->slot = rings->slots_free ? rings->slots_free - 1 : rings->slots_used;
+	slot = &rings->slots[ring->slot];
+	/* The counter only ever grows; each write is an edge. */
+	event.data.u64 = (uint64_t)slot->generation << 32 | ring->slot;
+	if (epoll_ctl(rings->epoll_fd, EPOLL_CTL_ADD, ring->bell, &event))
+		return -errno;
+	if (rings->slots_free)
+		rings->slots_free = slot->next_free;
+	else
+		rings->slots_used++;
+	slot->ring = ring;
+	return 0;
+}
+
+int gmem_session_ring(struct gmem_core *core, uint64_t id, int ret_fds[2])
+{
+	struct gmem_session *session = gmem_session_get(core, id);
+	struct gmem_ring *made = NULL;
+	int err;
+
+	if (!session)
+		return -ENOENT;
+	err = ring_new(session, &made);
+	gmem_mutex_lock(&core->rings->lock);
+	if (!err && atomic_load(&session->closed))
+		err = -ENOENT;
+	if (!err && !session->ring) {
+		err = enter_locked(core->rings, made);
+		if (!err) {
+			session->ring = made;
+			made = NULL;
+		}
+	}
+	if (!err) {
+		ret_fds[0] = session->ring->file->fd;
+		ret_fds[1] = session->ring->bell;
+	}
+	gmem_mutex_unlock(&core->rings->lock);
+	if (made)
+		ring_free(made);
+	gmem_session_unref(session);
+	return err;
+}
+
+void gmem_ring_close(struct gmem_session *session)
+{
+	struct gmem_rings *rings = session->core->rings;
+	struct gmem_ring *ring;
+
+	gmem_mutex_lock(&rings->lock);
+	ring = session->ring;
+	session->ring = NULL;
+	if (ring) {
+		struct gmem_ring_slot *slot = &rings->slots[ring->slot];
+
+		atomic_store(&ring->closed, true);
+		epoll_ctl(rings->epoll_fd, EPOLL_CTL_DEL, ring->bell, NULL);
+		slot->ring = NULL;
+		slot->generation++;
+		slot->next_free = rings->slots_free;
+		rings->slots_free = ring->slot + 1;
+		while (ring->state == GMEM_RING_SERVED)
+			gmem_mutex_wait(&rings->lock, &rings->turned, 0);
+		for (struct gmem_ring **at = &rings->first; ring->state == GMEM_RING_QUEUED && *at; at = &(*at)->next)
+			if (*at == ring) {
+				dequeue_locked(rings, at);
+				break;
+			}
+	}
+	gmem_mutex_unlock(&rings->lock);
+	if (!ring)
+		return;
+	set_flags(ring, GMEM_RING_CLOSED);
+	wake_client(ring);
+	ring_free(ring);
+}

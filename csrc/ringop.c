@@ -1,0 +1,332 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * What an entry of a ring asks for: checked as the control plane checks its requests, then done, what may be long in
+ * slices. A failure says which argument it is about.
+ */
+#include <errno.h>
+
+#include <gmem/internal.h>
+#include <gmem/pages.h>
+#include <gmem/ring.h>
+
+#define SLICE_FIRST (2ull << 20)
+#define SLICE_LEAST (64ull << 10)
+#define SLICE_MOST (64ull << 20) /* of pages that nobody has touched; others take their time, and the slice shrinks */
+#define SLICE_SHORT_NS 100000
+#define SLICE_LONG_NS 2000000
+#define ACQUIRE_PAUSE_NS 100000
+#define ACQUIRE_PATIENCE_NS 200000000ull
+
+static bool finish(struct gmem_ring_job *job, int err, enum gmem_ring_blame blame)
+{
+	job->cqe.result = err;
+	job->cqe.blame = err ? blame : GMEM_RING_BLAME_NONE;
+	return true;
+}
+
+/* As the control plane blames them (gmemd/ops.py). */
+static enum gmem_ring_blame blame_of(const struct gmem_ring_sqe *sqe, int err)
+{
+	bool held = sqe->op == GMEM_RING_ACQUIRE || sqe->op == GMEM_RING_RELEASE;
+
+	switch (err) {
+	case -EINVAL:
+		return held ? GMEM_RING_BLAME_RANGES : sqe->op == GMEM_RING_HMEMCPY ? GMEM_RING_BLAME_DST :
+		       sqe->op == GMEM_RING_MMAP ? GMEM_RING_BLAME_BYTES : GMEM_RING_BLAME_VA;
+	case -ENODEV:
+		return held ? GMEM_RING_BLAME_CONTEXT : GMEM_RING_BLAME_HNID;
+	case -ENOMEM:
+	case -ENOSPC:
+		return held ? GMEM_RING_BLAME_RANGES : sqe->op == GMEM_RING_MMAP_COMMIT ? GMEM_RING_BLAME_VA :
+						       GMEM_RING_BLAME_BYTES;
+	case -ENOENT:
+		return held ? GMEM_RING_BLAME_CONTEXT : GMEM_RING_BLAME_NONE;
+	case -EOPNOTSUPP:
+		return sqe->op == GMEM_RING_HMEMCPY ? GMEM_RING_BLAME_HNID :
+		       sqe->op == GMEM_RING_ADVISE  ? GMEM_RING_BLAME_ADVICE : GMEM_RING_BLAME_NONE;
+	default:
+		return GMEM_RING_BLAME_NONE;
+	}
+}
+
+static bool finish_op(struct gmem_ring_job *job, int err)
+{
+	return finish(job, err, blame_of(&job->sqe, err));
+}
+
+/* ---- checks: the argument to blame, or none ---- */
+
+static enum gmem_ring_blame check_form(const struct gmem_ring_sqe *sqe)
+{
+	static const uint16_t allowed[GMEM_RING_OP_COUNT] = {
+		[GMEM_RING_MMAP] = GMEM_RING_NO_INHERIT | GMEM_RING_SMALL, [GMEM_RING_ACQUIRE] = GMEM_RING_WRITE,
+	};
+
+	if (sqe->op >= GMEM_RING_OP_COUNT)
+		return GMEM_RING_BLAME_OP;
+	if (sqe->flags & ~allowed[sqe->op] || sqe->reserved[0] || sqe->reserved[1] || sqe->reserved[2])
+		return GMEM_RING_BLAME_FLAGS;
+	return GMEM_RING_BLAME_NONE;
+}
+
+static enum gmem_ring_blame check_hnid(struct gmem_core *core, const struct gmem_ring_sqe *sqe)
+{
+	bool anywhere = sqe->op == GMEM_RING_HMEMCPY ||
+			(sqe->op == GMEM_RING_ADVISE && sqe->arg != GMEM_ADVISE_PREFETCH &&
+			 sqe->arg != GMEM_ADVISE_PINNED && sqe->arg != GMEM_ADVISE_COLD);
+
+	if (sqe->op != GMEM_RING_ADVISE && sqe->op != GMEM_RING_PREFETCH && sqe->op != GMEM_RING_HMEMCPY)
+		return GMEM_RING_BLAME_NONE;
+	if (gmem_core_hnode(core, sqe->hnid) || (anywhere && sqe->hnid == -1))
+		return GMEM_RING_BLAME_NONE;
+	return GMEM_RING_BLAME_HNID;
+}
+
+static bool in_window(struct gmem_core *core, uint64_t va, uint64_t bytes)
+{
+	const struct gmem_window *w = &core->window;
+
+	return va >= w->base && va - w->base < w->bytes && bytes <= w->bytes - (va - w->base);
+}
+
+static enum gmem_ring_blame check_range(struct gmem_core *core, const struct gmem_ring_sqe *sqe)
+{
+	switch (sqe->op) {
+	case GMEM_RING_NOP:
+	case GMEM_RING_REGION:
+		return GMEM_RING_BLAME_NONE;
+	case GMEM_RING_MMAP_COMMIT:
+		return sqe->va & 4095 ? GMEM_RING_BLAME_VA : GMEM_RING_BLAME_NONE;
+	case GMEM_RING_MUNMAP:
+		if (sqe->va & 4095)
+			return GMEM_RING_BLAME_VA;
+		break;
+	case GMEM_RING_RELEASE: /* names what was acquired, wherever that is by now */
+		return sqe->bytes ? GMEM_RING_BLAME_NONE : GMEM_RING_BLAME_RANGES;
+	case GMEM_RING_ACQUIRE:
+		if (sqe->bytes && in_window(core, sqe->va, sqe->bytes))
+			return GMEM_RING_BLAME_NONE;
+		return GMEM_RING_BLAME_RANGES;
+	default:
+		break;
+	}
+	if (!sqe->bytes || sqe->bytes > INT64_MAX)
+		return GMEM_RING_BLAME_BYTES;
+	if (sqe->op == GMEM_RING_MMAP)
+		return GMEM_RING_BLAME_NONE;
+	if (!in_window(core, sqe->va, sqe->bytes))
+		return sqe->op == GMEM_RING_HMEMCPY ? GMEM_RING_BLAME_DST : GMEM_RING_BLAME_VA;
+	if (sqe->op == GMEM_RING_HMEMCPY && !in_window(core, sqe->arg, sqe->bytes))
+		return GMEM_RING_BLAME_SRC;
+	return GMEM_RING_BLAME_NONE;
+}
+
+static enum gmem_ring_blame check_advice(const struct gmem_ring_sqe *sqe)
+{
+	if (sqe->op != GMEM_RING_ADVISE)
+		return GMEM_RING_BLAME_NONE;
+	switch (sqe->arg) {
+	case GMEM_ADVISE_DISCARD:
+	case GMEM_ADVISE_PREFETCH:
+	case GMEM_ADVISE_PINNED:
+	case GMEM_ADVISE_UNPINNED:
+	case GMEM_ADVISE_READ_MOSTLY:
+	case GMEM_ADVISE_NO_READ_MOSTLY:
+	case GMEM_ADVISE_PREFERRED:
+	case GMEM_ADVISE_COLD:
+		return GMEM_RING_BLAME_NONE;
+	default:
+		return GMEM_RING_BLAME_ADVICE;
+	}
+}
+
+static enum gmem_ring_blame check(struct gmem_core *core, const struct gmem_ring_sqe *sqe)
+{
+	enum gmem_ring_blame blame = check_form(sqe);
+
+	if (!blame)
+		blame = check_advice(sqe);
+	if (!blame)
+		blame = check_hnid(core, sqe);
+	return blame ? blame : check_range(core, sqe);
+}
+
+/* ---- short ones ---- */
+
+static bool do_mmap(struct gmem_session *session, struct gmem_ring_job *job)
+{
+	const struct gmem_ring_sqe *sqe = &job->sqe;
+	struct gmem_mmap_args args = {
+		.bytes = sqe->bytes, .page_bytes = sqe->arg, .small_only = sqe->flags & GMEM_RING_SMALL,
+		.fork = sqe->flags & GMEM_RING_NO_INHERIT ? GMEM_FORK_NONE : GMEM_FORK_SHARE,
+	};
+	struct gmem_region_info region;
+	int err;
+
+	if (args.page_bytes && args.page_bytes != 1ull << GMEM_SHIFT_4K && args.page_bytes != 1ull << GMEM_SHIFT_64K &&
+	    args.page_bytes != 1ull << GMEM_SHIFT_2M)
+		return finish(job, -EINVAL, GMEM_RING_BLAME_PAGE_BYTES);
+	if (args.bytes > session->core->window.bytes)
+		return finish(job, -ENOMEM, GMEM_RING_BLAME_BYTES);
+	err = gmem_mmap(session->core, session->id, &args, &region);
+	if (!err) {
+		job->cqe.values[GMEM_RING_VA] = region.va;
+		job->cqe.values[GMEM_RING_LENGTH] = region.bytes;
+		job->cqe.values[GMEM_RING_OFFSET] = region.offset;
+		job->cqe.values[GMEM_RING_PAGE_BYTES] = region.page_bytes;
+		job->cqe.values[GMEM_RING_HUGE] = region.class_ == GMEM_CLASS_HUGE;
+	}
+	return finish_op(job, err);
+}
+
+static bool do_region(struct gmem_session *session, struct gmem_ring_job *job)
+{
+	struct gmem_place place;
+
+	if (gmem_as_lookup(&session->as, job->sqe.va, &place))
+		return finish_op(job, -EINVAL);
+	job->cqe.values[GMEM_RING_VA] = place.region_va;
+	job->cqe.values[GMEM_RING_LENGTH] = place.region_bytes;
+	job->cqe.values[GMEM_RING_OFFSET] = place.object->offset + place.region_offset;
+	job->cqe.values[GMEM_RING_PAGE_BYTES] = 1ull << place.object->shift;
+	job->cqe.values[GMEM_RING_HUGE] = place.object->class_ == GMEM_CLASS_HUGE;
+	gmem_object_unref(place.object);
+	return finish_op(job, 0);
+}
+
+static bool do_short(struct gmem_session *session, struct gmem_ring_job *job)
+{
+	const struct gmem_ring_sqe *sqe = &job->sqe;
+
+	switch (sqe->op) {
+	case GMEM_RING_NOP:
+		return finish(job, 0, GMEM_RING_BLAME_NONE);
+	case GMEM_RING_MMAP:
+		return do_mmap(session, job);
+	case GMEM_RING_MMAP_COMMIT:
+		return finish_op(job, gmem_mmap_commit(session->core, session->id, sqe->va));
+	case GMEM_RING_MUNMAP:
+		return finish_op(job, gmem_munmap(session->core, session->id, sqe->va, sqe->bytes));
+	case GMEM_RING_REGION:
+		return do_region(session, job);
+	default:
+		return finish_op(job, gmem_session_release(session, sqe->arg,
+							   (struct gmem_range){ sqe->va, sqe->bytes }));
+	}
+}
+
+/* ---- long ones ---- */
+
+bool gmem_ring_op_is_long(const struct gmem_ring_sqe *sqe)
+{
+	switch (sqe->op) {
+	case GMEM_RING_ADVISE:
+	case GMEM_RING_PREFETCH:
+	case GMEM_RING_DISCARD:
+	case GMEM_RING_HMEMCPY:
+	case GMEM_RING_ACQUIRE:
+		return true;
+	default:
+		return false;
+	}
+}
+
+/* Slices check their own part only; but nothing is to be done if any part of the whole can't be. */
+static int check_whole(struct gmem_session *session, const struct gmem_ring_sqe *sqe)
+{
+	int err = gmem_range_check(session, sqe->va, sqe->bytes);
+
+	if (err || sqe->op != GMEM_RING_HMEMCPY)
+		return err;
+	if (sqe->va < sqe->arg + sqe->bytes && sqe->arg < sqe->va + sqe->bytes)
+		return -EINVAL; /* overlapping */
+	return gmem_range_check(session, sqe->arg, sqe->bytes);
+}
+
+bool gmem_ring_op_start(struct gmem_session *session, struct gmem_ring_job *job)
+{
+	enum gmem_ring_blame blame = check(session->core, &job->sqe);
+	int err;
+
+	job->cqe = (struct gmem_ring_cqe){ .user_data = job->sqe.user_data };
+	if (blame)
+		return finish(job, -EINVAL, blame);
+	if (!gmem_ring_op_is_long(&job->sqe))
+		return do_short(session, job);
+	err = check_whole(session, &job->sqe);
+	job->done = 0;
+	job->slice = SLICE_FIRST;
+	job->since_ns = job->retry_ns = 0;
+	return err ? finish_op(job, err) : false;
+}
+
+/* Where the slice from at ends: between two pages, because what lies in a page by halves is not the same request. */
+static uint64_t slice_end(struct gmem_session *session, const struct gmem_ring_job *job, uint64_t at)
+{
+	uint64_t end = job->sqe.va + job->sqe.bytes, stop = at + job->slice, next;
+	struct gmem_place place;
+
+	if (end - at <= job->slice)
+		return end;
+	if (job->sqe.op == GMEM_RING_HMEMCPY || gmem_as_lookup(&session->as, stop, &place))
+		return stop;
+	gmem_object_unref(place.object);
+	next = place.range.va + place.range.bytes;
+	if (place.range.va > at)
+		return place.range.va;
+	return next < end ? next : end;
+}
+
+static int do_slice(struct gmem_session *session, const struct gmem_ring_sqe *sqe, uint64_t at, uint64_t bytes)
+{
+	struct gmem_core *core = session->core;
+
+	switch (sqe->op) {
+	case GMEM_RING_ADVISE:
+		return gmem_advise(core, session->id, sqe->hnid, at, bytes, (enum gmem_advice)sqe->arg);
+	case GMEM_RING_PREFETCH:
+		return gmem_prefetch(core, session->id, sqe->hnid, at, bytes);
+	case GMEM_RING_DISCARD:
+		return gmem_discard(core, session->id, at, bytes);
+	default:
+		return gmem_hmemcpy(core, session->id, sqe->hnid, at, sqe->arg + (at - sqe->va), bytes);
+	}
+}
+
+/* Tries and lets the others of this ring go on: the release that it waits for may be among them. */
+static bool acquire_step(struct gmem_session *session, struct gmem_ring_job *job)
+{
+	const struct gmem_ring_sqe *sqe = &job->sqe;
+	uint64_t now = gmem_now_ns();
+	int err;
+
+	if (now < job->retry_ns)
+		return false;
+	err = gmem_session_acquire(session, sqe->arg, (struct gmem_range){ sqe->va, sqe->bytes },
+				   sqe->flags & GMEM_RING_WRITE);
+	if (!job->since_ns)
+		job->since_ns = now;
+	if (err != -EAGAIN || now - job->since_ns > ACQUIRE_PATIENCE_NS)
+		return finish_op(job, err);
+	job->retry_ns = gmem_now_ns() + ACQUIRE_PAUSE_NS;
+	return false;
+}
+
+bool gmem_ring_op_step(struct gmem_session *session, struct gmem_ring_job *job)
+{
+	uint64_t at = job->sqe.va + job->done, stop, start, took;
+	int err;
+
+	if (job->sqe.op == GMEM_RING_ACQUIRE)
+		return acquire_step(session, job);
+	stop = slice_end(session, job, at);
+	start = gmem_now_ns();
+	err = do_slice(session, &job->sqe, at, stop - at);
+	took = gmem_now_ns() - start;
+	if (took < SLICE_SHORT_NS && job->slice < SLICE_MOST)
+		job->slice *= 2;
+	else if (took > SLICE_LONG_NS && job->slice > SLICE_LEAST)
+		job->slice = job->slice > SLICE_FIRST ? SLICE_FIRST : job->slice / 4;
+	job->done += stop - at;
+	return err || job->done >= job->sqe.bytes ? finish_op(job, err) : false;
+}
