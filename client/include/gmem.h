@@ -118,6 +118,23 @@ struct gmem_page {
 GMEM_API int gmem_query(struct gmem *session, const void *va, size_t bytes, struct gmem_page *pages, size_t capacity,
 			size_t *ret);
 
+/* ---- heap: in libgmem-heap.so, pkg-config gmem-heap ---- */
+
+/* malloc(3) and its kin in unified memory, moved in pages of 4 KiB: lists, trees and small arrays for kernels. Failures
+ * give NULL with errno set. A forked child does not inherit the memory: touching it there is SIGSEGV. A pointer that is
+ * not from this session's heap ends the program. Freed memory goes back to gmemd after a second of further use. */
+GMEM_API void *gmem_malloc(struct gmem *session, size_t bytes) __attribute__((malloc, warn_unused_result));
+GMEM_API void *gmem_calloc(struct gmem *session, size_t count, size_t bytes)
+	__attribute__((malloc, warn_unused_result));
+/* alignment: any power of two; bytes need not be a multiple. */
+GMEM_API void *gmem_aligned_alloc(struct gmem *session, size_t alignment, size_t bytes)
+	__attribute__((malloc, warn_unused_result));
+/* On failure at is still allocated. bytes 0 counts as 1. */
+GMEM_API void *gmem_realloc(struct gmem *session, void *at, size_t bytes) __attribute__((warn_unused_result));
+GMEM_API void gmem_free(struct gmem *session, void *at); /* NULL is allowed */
+/* How many bytes may be used at that address, at least what was asked for. */
+GMEM_API size_t gmem_malloc_usable_size(struct gmem *session, const void *at);
+
 /* ---- devices ---- */
 
 #define GMEM_CAP_REPLAYABLE 0x001u /* kernels may touch anything; else only what was acquired */

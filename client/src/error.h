@@ -3,6 +3,6 @@
 #define GMEM_CLIENT_ERROR_H
 
 /* Sets the thread's gmem_last_error() and gives back err, which is negative. */
-__attribute__((format(printf, 2, 3))) int gmem_fail(int err, const char *format, ...);
+__attribute__((format(printf, 2, 3), visibility("default"))) int gmem_fail(int err, const char *format, ...);
 
 #endif

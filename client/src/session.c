@@ -36,6 +36,11 @@ void gmem_session_count_contexts(struct gmem *session, int change)
 	pthread_mutex_unlock(&session->lock);
 }
 
+struct gmem_heap_slot *gmem_session_heap(struct gmem *session)
+{
+	return &session->heap;
+}
+
 int gmem_session_check(const struct gmem *session)
 {
 	struct pollfd end = { .fd = gmem_link_socket(session->link), .events = POLLIN };
@@ -77,6 +82,9 @@ static void after_fork_child(void)
 {
 	for (struct gmem *session = all; session; session = session->next) {
 		pthread_mutex_unlock(&session->lock);
+		session->heap.heap = NULL; /* its memory is not here, and what knows of it is left alone */
+		/* Locks may be held by threads that are not here. */
+		pthread_mutex_init(&session->heap.lock, NULL);
 		/* A write lock knows its owner by thread id, which is another one here. */
 		pthread_rwlock_init(&session->mapping, NULL);
 	}
@@ -199,6 +207,7 @@ int gmem_open(const char *path, const struct gmem_open_options *options, struct 
 		return err;
 	}
 	pthread_mutex_init(&session->lock, NULL);
+	pthread_mutex_init(&session->heap.lock, NULL);
 	pthread_rwlock_init(&session->mapping, NULL);
 	enlist(session);
 	*ret = session;
@@ -213,6 +222,8 @@ int gmem_close(struct gmem *session)
 	if (session->context_count)
 		return gmem_fail(-EBUSY, "session: %zu of its contexts are open", session->context_count);
 	delist(session);
+	if (session->heap.heap)
+		session->heap.destroy(session->heap.heap);
 	gmem_rpc_destroy(session->rpc);
 	/* munmap(2) waits until the userfaultfd's reader has heard of it. If gmemd is dead, that would be for ever, unless
 	 * its last descriptor is closed; if it lives, it has one of its own. */
@@ -224,6 +235,7 @@ int gmem_close(struct gmem *session)
 		gmem_embedded_put(session->embedded);
 	pthread_rwlock_destroy(&session->mapping);
 	pthread_mutex_destroy(&session->lock);
+	pthread_mutex_destroy(&session->heap.lock);
 	free(session);
 	return 0;
 }

@@ -34,7 +34,7 @@ class Builder:
 
     def _flags(self, what: str) -> list[str]:
         path = {"PKG_CONFIG_PATH": str(self.prefix / "lib/pkgconfig")}
-        return run_ok(["pkg-config", what, "gmem"], env={**os.environ, **path}).split()
+        return run_ok(["pkg-config", what, "gmem-heap"], env={**os.environ, **path}).split()
 
     def program(self, source: Path) -> Path:
         made = self.directory / source.stem
@@ -117,7 +117,8 @@ def test_list_on_a_device_that_can_not_fault(builder: Builder, daemon: Daemon) -
     assert "SIGBUS" in done.stderr and "not acquired" in done.stderr
 
 
-@pytest.mark.parametrize(("name", "device"), [("memory", "simgpu0"), ("contexts", "simgpu0"), ("acquire", "simgpu1")])
+@pytest.mark.parametrize(("name", "device"), [("memory", "simgpu0"), ("contexts", "simgpu0"), ("acquire", "simgpu1"),
+                                               ("heap", "simgpu0")])  # fmt: skip
 def test_program(builder: Builder, daemon: Daemon, name: str, device: str) -> None:
     kernels = builder.kernels(SOURCES / "kernels.c")
     run_ok([builder.program(SOURCES / f"{name}.c"), device, kernels], env=daemon.environment)
@@ -178,14 +179,16 @@ def test_private_gmemd(builder: Builder) -> None:
 
 
 def test_exports_are_the_header(builder: Builder) -> None:
-    """What the library exports, its version script and gmem.h declare the same functions."""
-    symbols = run_ok(["nm", "-D", "--defined-only", builder.prefix / "lib/libgmem.so.0"])
-    exported = {line.split()[2].split("@")[0] for line in symbols.splitlines() if " T " in line}
+    """What the libraries export, their version scripts and gmem.h declare the same functions."""
+    libraries = [builder.prefix / "lib" / name for name in ("libgmem.so.0", "libgmem-heap.so.0")]
+    symbols = run_ok(["nm", "-D", "--defined-only", *libraries])
+    exported = [line.split()[2].split("@@") for line in symbols.splitlines() if " T " in line]
+    public = {name for name, version in exported if version == "GMEM_0"}
     header = (builder.prefix / "include/gmem.h").read_text()
-    declared = {name for name in exported if f"{name}(" in header}
-    assert exported == declared
-    assert len(exported) == header.count("GMEM_API ") - 1  # the macro's own definition
-    assert not [line for line in symbols.splitlines() if " T " in line and "@@GMEM_0" not in line]
+    assert public == {name for name in public if f"{name}(" in header}
+    assert len(public) == header.count("GMEM_API ") - 1  # the macro's own definition
+    private = {name for name, version in exported if version != "GMEM_0"}
+    assert private == {"gmem_fail", "gmem_session_heap"}  # what one library has for the other
 
 
 def test_it_can_be_loaded_late(builder: Builder) -> None:
@@ -195,6 +198,18 @@ def test_it_can_be_loaded_late(builder: Builder) -> None:
         "libc = ctypes.CDLL(None); before = ctypes.cast(libc.malloc, ctypes.c_void_p).value\n"
         "lib = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)\n"
         "assert lib.gmem_strerror and ctypes.cast(ctypes.CDLL(None).malloc, ctypes.c_void_p).value == before\n"
+    )
+    run_ok([sys.executable, "-c", code, builder.prefix / "lib/libgmem.so.0"])
+
+
+def test_it_can_be_loaded_late(builder: Builder) -> None:
+    """By dlopen(), whose room for thread-local storage is small, and without taking the program's malloc away."""
+    code = (
+        "import ctypes, sys\n"
+        "address = lambda lib: ctypes.cast(lib.malloc, ctypes.c_void_p).value\n"
+        "before = address(ctypes.CDLL(None))\n"
+        "lib = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)\n"
+        "assert lib.gmem_strerror and address(ctypes.CDLL(None)) == before\n"
     )
     run_ok([sys.executable, "-c", code, builder.prefix / "lib/libgmem.so.0"])
 
