@@ -195,17 +195,6 @@ def test_it_can_be_loaded_late(builder: Builder) -> None:
     """By dlopen(), whose room for thread-local storage is small, and without taking the program's malloc away."""
     code = (
         "import ctypes, sys\n"
-        "libc = ctypes.CDLL(None); before = ctypes.cast(libc.malloc, ctypes.c_void_p).value\n"
-        "lib = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)\n"
-        "assert lib.gmem_strerror and ctypes.cast(ctypes.CDLL(None).malloc, ctypes.c_void_p).value == before\n"
-    )
-    run_ok([sys.executable, "-c", code, builder.prefix / "lib/libgmem.so.0"])
-
-
-def test_it_can_be_loaded_late(builder: Builder) -> None:
-    """By dlopen(), whose room for thread-local storage is small, and without taking the program's malloc away."""
-    code = (
-        "import ctypes, sys\n"
         "address = lambda lib: ctypes.cast(lib.malloc, ctypes.c_void_p).value\n"
         "before = address(ctypes.CDLL(None))\n"
         "lib = ctypes.CDLL(sys.argv[1], mode=ctypes.RTLD_GLOBAL)\n"
