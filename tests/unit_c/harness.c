@@ -17,7 +17,7 @@
 
 #include <gmem/uffd.h>
 
-#define TIME_LIMIT_S 100 /* a test that hangs is a test that fails; below that of tests/conftest.py */
+unsigned time_limit_s = 100; /* below that of tests/conftest.py */
 
 enum op { OP_UFFD, OP_MMAP, OP_COMMIT, OP_MUNMAP, OP_PREFETCH, OP_DISCARD, OP_ADVISE, OP_HMEMCPY, OP_QUERY };
 
@@ -170,7 +170,7 @@ static int run_process(struct client *client, client_fn fn, void *arg)
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
 	signal(SIGBUS, SIG_DFL); /* sanitizers catch these, and tests look for the signal */
 	signal(SIGSEGV, SIG_DFL);
-	alarm(TIME_LIMIT_S);
+	alarm(time_limit_s);
 	for (int c = 0; client->hnid && c < GMEM_CLASS_COUNT; c++)
 		if (client->fds[c] >= 0)
 			CHECK(mmap((void *)client->window.part_base[c], client->window.part_bytes[c],
@@ -487,7 +487,7 @@ static void out_of_time(int number)
 static void limit_time(void)
 {
 	signal(SIGALRM, out_of_time);
-	alarm(TIME_LIMIT_S);
+	alarm(time_limit_s);
 }
 
 bool hugepages_reserve(unsigned pages)

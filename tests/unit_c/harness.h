@@ -47,6 +47,9 @@ struct client {
 	pthread_t thread;
 };
 
+/* How long a core, or a client, may take: a test that hangs is a test that fails. Set before core_start(). */
+extern unsigned time_limit_s;
+
 struct gmem_core *core_start(struct gmem_core_config config);
 /* Waits until fault threads have let go of processes that have ended: no object is left (or 2 s have passed). */
 void core_settle(struct gmem_core *core);

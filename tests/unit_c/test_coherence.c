@@ -150,6 +150,7 @@ int main(int argc, char **argv)
 	double seconds = argc > 1 ? atof(argv[1]) : 1.2;
 
 	shared = shared_bytes(sizeof(*shared));
+	time_limit_s += (unsigned)seconds;
 	run(4096, false, seconds);
 	run(65536, false, seconds);
 	run(2 << 20, false, seconds);
