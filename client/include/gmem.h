@@ -121,8 +121,9 @@ GMEM_API int gmem_query(struct gmem *session, const void *va, size_t bytes, stru
 /* ---- heap: in libgmem-heap.so, pkg-config gmem-heap ---- */
 
 /* malloc(3) and its kin in unified memory, moved in pages of 4 KiB: lists, trees and small arrays for kernels. Failures
- * give NULL with errno set. A forked child does not inherit the memory: touching it there is SIGSEGV. A pointer that is
- * not from this session's heap ends the program. Freed memory goes back to gmemd after a second of further use. */
+ * give NULL with errno set. A forked child does not inherit the memory: touching it there is SIGSEGV, and gmem_free()
+ * of it does nothing. Any other pointer that is not from this session's heap ends the program. Freed memory goes back
+ * to gmemd after a second of further use; gmem_close() frees all. */
 GMEM_API void *gmem_malloc(struct gmem *session, size_t bytes) __attribute__((malloc, warn_unused_result));
 GMEM_API void *gmem_calloc(struct gmem *session, size_t count, size_t bytes)
 	__attribute__((malloc, warn_unused_result));

@@ -1,4 +1,8 @@
-/* SPDX-License-Identifier: Apache-2.0 */
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * A session's heap is an arena of jemalloc whose extents are regions of gmem. Locks, outermost first, which is also the
+ * order around a fork: `lock`, jemalloc's own, heap->lock, libgmem's. jemalloc calls the hooks with its locks held.
+ */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <jemalloc/jemalloc.h>
@@ -7,20 +11,29 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "error.h"
 #include "heap.h"
 
-/* jemalloc's page, so that all it frees can be given back; nodes of a list lie anywhere, and a sequence is fetched ahead. */
+/* jemalloc's page, so that all it frees can be given back; nodes of a list lie anywhere, and a sequence is fetched
+ * ahead. */
 #define HEAP_PAGE_BYTES 4096ull
+/* Regions begin as small as a span and grow up to this; only a larger request makes a larger one. */
+#define HEAP_GROWTH_BYTES (64ul << 20)
+/* Regions are whole spans, so a span's tag says whose an address is. */
+#define SPAN_SHIFT 21
+#define SPAN_BYTES (1ul << SPAN_SHIFT)
 /* Free memory is given back after a while, as jemalloc does it, so that it is not faulted in again at once. */
 #define DIRTY_DECAY_MS 1000
 
+/* jemalloc's functions, by the names that allocator.syms gives them. */
 void *gmem_je_mallocx(size_t bytes, int flags);
 void *gmem_je_rallocx(void *at, size_t bytes, int flags);
 void gmem_je_dallocx(void *at, int flags);
 size_t gmem_je_sallocx(const void *at, int flags);
 int gmem_je_mallctl(const char *name, void *old, size_t *old_bytes, void *new, size_t new_bytes);
+int gmem_je_atfork(void (*before)(void), void (*parent)(void), void (*child)(void));
 
 /* As jemalloc 5.3's experimental.arenas_create_ext takes it; its headers do not show it. */
 struct arena_config {
@@ -28,117 +41,126 @@ struct arena_config {
 	bool metadata_use_hooks;
 };
 
-struct part {
-	uintptr_t start, end;
-	struct part *next;
-};
-
-/* A thread's cache of small objects. jemalloc's explicit caches may hold what is of one arena only. */
+/* A thread's cache of small objects; jemalloc's may hold what is of one arena only. */
 struct cache {
-	struct gmem_heap *heap;
+	struct gmem_heap *heap; /* lock; NULL: it has gone */
 	unsigned number;
-	struct cache *prev, *next; /* heap->lock */
+	struct cache *prev, *next; /* lock: of the same heap */
+	struct cache *other;       /* of the same thread */
 };
 
 struct gmem_heap {
 	extent_hooks_t hooks; /* first: hooks get its address */
 	struct gmem *session;
+	struct gmem_heap_slot *slot;
+	uintptr_t base; /* of the window */
+	size_t window_bytes;
+	uint8_t *tags; /* for each span of the window: 0, or which of our regions. Neighbours differ. */
 	unsigned arena;
-	pthread_key_t key; /* this thread's struct cache */
-	pthread_mutex_t lock;
-	struct cache *caches;           /* lock */
-	struct part *parts;             /* lock */
-	_Atomic uintptr_t low, high;    /* all parts lie in between */
 	atomic_bool closing;
+	struct cache *caches;   /* lock */
+	struct gmem_heap *next; /* lock */
+	pthread_mutex_t lock; /* guards what follows, and changes of tags */
+	uint8_t last_tag;
 };
 
-/* What this thread used last. It holds while no heap has ended: a session may come to lie where another one was. */
-static _Atomic uint64_t generation = 1;
-static __attribute__((tls_model("initial-exec"))) _Thread_local struct {
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static struct gmem_heap *heaps;     /* lock */
+static struct gmem_heap *inherited; /* the parent's, in a forked child: without memory, and kept to know its pointers */
+static _Atomic uint64_t epoch = 1;  /* another one after each heap that has gone */
+static pthread_key_t thread_key;    /* this thread's caches */
+static int setup_err;
+
+#define LOCAL static _Thread_local __attribute__((tls_model("initial-exec")))
+
+/* What this thread used last. Sessions and heaps may be at the addresses of earlier ones; epochs do not come again. */
+LOCAL struct {
 	struct gmem *session;
 	struct gmem_heap *heap;
-	uint64_t generation;
+	uint64_t epoch;
 	int flags;
 } recent;
+LOCAL int refused; /* -errno of this thread's last extent that could not be had; gmem_last_error() has its words */
+
+/* ---- extents ---- */
 
 static struct gmem_heap *of(extent_hooks_t *hooks)
 {
 	return (struct gmem_heap *)hooks;
 }
 
-/* ---- extents ---- */
-
-static bool add_part(struct gmem_heap *heap, void *at, size_t bytes)
+static uint8_t *tag_of(const struct gmem_heap *heap, uintptr_t at)
 {
-	struct part *part = malloc(sizeof(*part));
-
-	if (!part)
-		return false;
-	*part = (struct part){ (uintptr_t)at, (uintptr_t)at + bytes, NULL };
-	pthread_mutex_lock(&heap->lock);
-	part->next = heap->parts;
-	heap->parts = part;
-	if (part->start < heap->low)
-		heap->low = part->start;
-	if (part->end > heap->high)
-		heap->high = part->end;
-	pthread_mutex_unlock(&heap->lock);
-	return true;
+	return &heap->tags[(at - heap->base) >> SPAN_SHIFT];
 }
 
-static void *extent_alloc(extent_hooks_t *hooks, void *new_addr, size_t bytes, size_t alignment, bool *zero,
+static bool owns(const struct gmem_heap *heap, const void *at)
+{
+	return (uintptr_t)at - heap->base < heap->window_bytes && *tag_of(heap, (uintptr_t)at);
+}
+
+static void tag_region(struct gmem_heap *heap, uintptr_t start, size_t count)
+{
+	uint8_t *tags = tag_of(heap, start), before, after;
+
+	pthread_mutex_lock(&heap->lock);
+	before = tags == heap->tags ? 0 : tags[-1];
+	after = tags[count]; /* there is one more than the window has spans */
+	do {
+		heap->last_tag++;
+	} while (!heap->last_tag || heap->last_tag == before || heap->last_tag == after);
+	memset(tags, heap->last_tag, count);
+	pthread_mutex_unlock(&heap->lock);
+}
+
+static void *extent_alloc(extent_hooks_t *hooks, void *wanted, size_t bytes, size_t alignment, bool *zero,
 			  bool *commit, unsigned arena)
 {
-	struct gmem_mmap_options options = { .size = sizeof(options), .page_bytes = HEAP_PAGE_BYTES,
-					     .flags = GMEM_MMAP_NO_INHERIT };
-	size_t span = alignment <= HEAP_PAGE_BYTES ? bytes : bytes + alignment;
+	const struct gmem_mmap_options options = { .size = sizeof(options), .page_bytes = HEAP_PAGE_BYTES,
+						   .flags = GMEM_MMAP_NO_INHERIT };
+	size_t count = (bytes + SPAN_BYTES - 1) >> SPAN_SHIFT;
 	struct gmem_heap *heap = of(hooks);
-	void *at, *aligned;
+	void *at;
 
 	(void)arena;
-	if (new_addr || span < bytes || gmem_mmap(heap->session, span, &options, &at))
+	if (wanted || !count)
 		return NULL;
-	if (!add_part(heap, at, span)) {
-		gmem_munmap(heap->session, at, span);
+	refused = gmem_mmap(heap->session, count << SPAN_SHIFT, &options, &at);
+	if (refused)
+		return NULL;
+	if ((uintptr_t)at & (alignment - 1)) { /* jemalloc aligns by itself, except when larger regions were refused */
+		gmem_munmap(heap->session, at, count << SPAN_SHIFT);
+		refused = gmem_fail(-ENOMEM, "alignment: no room for %zu bytes at a multiple of %zu", bytes, alignment);
 		return NULL;
 	}
-	aligned = (void *)(((uintptr_t)at + alignment - 1) & ~(alignment - 1));
+	tag_region(heap, (uintptr_t)at, count);
 	*zero = true;
 	*commit = true;
-	return aligned;
+	return at;
 }
 
-/* Regions stay: jemalloc keeps what it may not give back, and purges it. */
+/* Regions stay: jemalloc keeps what it may not give back, purged, and cuts what it needs next from it. */
 static bool extent_dalloc(extent_hooks_t *hooks, void *at, size_t bytes, bool committed, unsigned arena)
 {
 	(void)at, (void)bytes, (void)committed, (void)arena;
-	return !atomic_load(&of(hooks)->closing);
+	return !of(hooks)->closing;
 }
 
 static void extent_destroy(extent_hooks_t *hooks, void *at, size_t bytes, bool committed, unsigned arena)
 {
-	(void)hooks, (void)at, (void)bytes, (void)committed, (void)arena;
+	(void)hooks, (void)at, (void)bytes, (void)committed, (void)arena; /* the session unmaps it */
 }
 
-static bool purge(struct gmem_heap *heap, void *at, size_t offset, size_t bytes)
+/* Has to read zero afterwards, and whole pages do. */
+static bool extent_purge(extent_hooks_t *hooks, void *at, size_t all, size_t offset, size_t bytes, unsigned arena)
 {
-	return atomic_load(&heap->closing) || gmem_discard(heap->session, (uint8_t *)at + offset, bytes);
-}
+	struct gmem_heap *heap = of(hooks);
+	uint8_t *start = (uint8_t *)at + offset;
 
-static bool extent_purge_lazy(extent_hooks_t *hooks, void *at, size_t total, size_t offset, size_t bytes, unsigned arena)
-{
-	(void)total, (void)arena;
-	return purge(of(hooks), at, offset, bytes);
-}
-
-/* Must read zero afterwards: a discard does, of whole pages. */
-static bool extent_purge_forced(extent_hooks_t *hooks, void *at, size_t total, size_t offset, size_t bytes,
-				unsigned arena)
-{
-	(void)total, (void)arena;
-	if ((((uintptr_t)at + offset) | bytes) & (HEAP_PAGE_BYTES - 1))
-		return true;
-	return purge(of(hooks), at, offset, bytes);
+	(void)all, (void)arena;
+	if (((uintptr_t)start | bytes) & (HEAP_PAGE_BYTES - 1))
+		return true; /* a jemalloc whose page is smaller */
+	return heap->closing || gmem_discard(heap->session, start, bytes);
 }
 
 static bool extent_split(extent_hooks_t *hooks, void *at, size_t bytes, size_t first, size_t second, bool committed,
@@ -148,111 +170,201 @@ static bool extent_split(extent_hooks_t *hooks, void *at, size_t bytes, size_t f
 	return false;
 }
 
-/* Only within one region: requests of ours must not span two. */
+/* Within one region: our requests must not span two. */
 static bool extent_merge(extent_hooks_t *hooks, void *a, size_t a_bytes, void *b, size_t b_bytes, bool committed,
 			 unsigned arena)
 {
-	struct gmem_heap *heap = of(hooks);
-	bool refused = true;
-
-	(void)a_bytes, (void)committed, (void)arena;
-	pthread_mutex_lock(&heap->lock);
-	for (struct part *part = heap->parts; part && refused; part = part->next)
-		refused = (uintptr_t)a < part->start || (uintptr_t)b + b_bytes > part->end;
-	pthread_mutex_unlock(&heap->lock);
-	return refused;
+	(void)a_bytes, (void)b_bytes, (void)committed, (void)arena;
+	return *tag_of(of(hooks), (uintptr_t)a) != *tag_of(of(hooks), (uintptr_t)b);
 }
 
 /* ---- caches ---- */
 
-static void drop_cache(struct cache *cache)
+static void link_locked(struct gmem_heap *heap, struct cache *cache)
 {
-	gmem_je_mallctl("tcache.destroy", NULL, NULL, &cache->number, sizeof(cache->number));
-	free(cache);
+	cache->heap = heap;
+	cache->prev = NULL;
+	cache->next = heap->caches;
+	if (cache->next)
+		cache->next->prev = cache;
+	heap->caches = cache;
 }
 
-static void thread_ends(void *arg)
+static void drop_locked(struct cache *cache)
 {
-	struct cache *cache = arg;
 	struct gmem_heap *heap = cache->heap;
 
-	pthread_mutex_lock(&heap->lock);
+	if (!heap)
+		return;
 	if (cache->next)
 		cache->next->prev = cache->prev;
 	if (cache->prev)
 		cache->prev->next = cache->next;
 	else
 		heap->caches = cache->next;
-	pthread_mutex_unlock(&heap->lock);
-	drop_cache(cache); /* without the lock: what it held may be merged, which takes it */
+	cache->heap = NULL;
+	gmem_je_mallctl("tcache.destroy", NULL, NULL, &cache->number, sizeof(cache->number));
 }
 
-static struct cache *new_cache(struct gmem_heap *heap)
+static void thread_ends(void *arg)
 {
-	struct cache *cache = calloc(1, sizeof(*cache));
+	struct cache *cache = arg;
+
+	recent.epoch = 0; /* another destructor may come to us again */
+	pthread_mutex_lock(&lock);
+	while (cache) {
+		struct cache *other = cache->other;
+
+		drop_locked(cache);
+		free(cache);
+		cache = other;
+	}
+	pthread_mutex_unlock(&lock);
+}
+
+/* This thread's cache for the heap; NULL if none can be had. What was for heaps that have gone is used again. */
+static struct cache *cache_for(struct gmem_heap *heap)
+{
+	struct cache *mine = pthread_getspecific(thread_key), *cache, *empty = NULL;
 	size_t bytes = sizeof(cache->number);
 
-	if (!cache || gmem_je_mallctl("tcache.create", &cache->number, &bytes, NULL, 0)) {
-		free(cache);
-		return NULL;
+	pthread_mutex_lock(&lock);
+	for (cache = mine; cache && cache->heap != heap; cache = cache->other)
+		empty = cache->heap ? empty : cache;
+	if (cache)
+		goto out;
+	cache = empty;
+	if (!cache) {
+		cache = calloc(1, sizeof(*cache));
+		if (!cache)
+			goto out;
+		cache->other = mine;
+		if (pthread_setspecific(thread_key, cache)) {
+			free(cache);
+			cache = NULL;
+			goto out;
+		}
 	}
-	cache->heap = heap;
-	pthread_mutex_lock(&heap->lock);
-	cache->next = heap->caches;
-	if (cache->next)
-		cache->next->prev = cache;
-	heap->caches = cache;
-	pthread_mutex_unlock(&heap->lock);
-	pthread_setspecific(heap->key, cache);
+	if (gmem_je_mallctl("tcache.create", &cache->number, &bytes, NULL, 0))
+		cache = NULL;
+	else
+		link_locked(heap, cache);
+out:
+	pthread_mutex_unlock(&lock);
 	return cache;
 }
 
-static int flags_of_thread(struct gmem_heap *heap)
-{
-	struct cache *cache = pthread_getspecific(heap->key);
+/* ---- fork ---- */
 
-	if (!cache)
-		cache = new_cache(heap);
-	return MALLOCX_ARENA(heap->arena) | (cache ? MALLOCX_TCACHE(cache->number) : MALLOCX_TCACHE_NONE);
+/* jemalloc's handlers, which it registers when it is loaded. They have to run before libgmem's, whose locks its hooks
+ * take, so they are kept until libgmem's are there. */
+static struct {
+	void (*before)(void), (*parent)(void), (*child)(void);
+} allocator;
+
+int gmem_je_atfork(void (*before)(void), void (*parent)(void), void (*child)(void))
+{
+	allocator.before = before;
+	allocator.parent = parent;
+	allocator.child = child;
+	return 0;
+}
+
+static void before_fork(void)
+{
+	pthread_mutex_lock(&lock);
+	allocator.before();
+	for (struct gmem_heap *heap = heaps; heap; heap = heap->next)
+		pthread_mutex_lock(&heap->lock);
+}
+
+static void after_fork(void)
+{
+	for (struct gmem_heap *heap = heaps; heap; heap = heap->next)
+		pthread_mutex_unlock(&heap->lock);
+	allocator.parent();
+	pthread_mutex_unlock(&lock);
+}
+
+/* The memory is not here. The child's session makes a heap of its own when it needs one. */
+static void after_fork_child(void)
+{
+	allocator.child();
+	while (heaps) {
+		struct gmem_heap *heap = heaps;
+
+		heaps = heap->next;
+		heap->next = inherited;
+		inherited = heap;
+		atomic_store(&heap->slot->heap, NULL);
+		heap->closing = true;
+		for (struct cache *cache = heap->caches; cache; cache = cache->next)
+			cache->heap = NULL;
+		pthread_mutex_unlock(&heap->lock);
+	}
+	epoch++;
+	pthread_mutex_unlock(&lock);
+}
+
+static void set_up(void)
+{
+	setup_err = -pthread_key_create(&thread_key, thread_ends);
+	if (!setup_err)
+		setup_err = -pthread_atfork(before_fork, after_fork, after_fork_child);
 }
 
 /* ---- the heap ---- */
 
-static int create_arena(struct gmem_heap *heap)
+static void set_option(const struct gmem_heap *heap, const char *option, void *value, size_t bytes)
 {
-	struct arena_config config = { .hooks = &heap->hooks, .metadata_use_hooks = false };
-	ssize_t decay_ms = DIRTY_DECAY_MS;
-	size_t bytes = sizeof(heap->arena);
 	char name[64];
 
-	/* The allocator's own notes are nothing for kernels to write over: they stay in plain memory. */
-	if (gmem_je_mallctl("experimental.arenas_create_ext", &heap->arena, &bytes, &config, sizeof(config)))
-		return -ENOMEM;
-	snprintf(name, sizeof(name), "arena.%u.dirty_decay_ms", heap->arena);
-	gmem_je_mallctl(name, NULL, NULL, &decay_ms, sizeof(decay_ms));
+	snprintf(name, sizeof(name), "arena.%u.%s", heap->arena, option);
+	gmem_je_mallctl(name, NULL, NULL, value, bytes);
+}
+
+static int create_arena(struct gmem_heap *heap)
+{
+	/* The allocator's own notes are nothing for kernels to write over, and a forked child needs them: they stay in
+	 * plain memory. */
+	struct arena_config config = { .hooks = &heap->hooks, .metadata_use_hooks = false };
+	ssize_t decay_ms = DIRTY_DECAY_MS, muzzy_ms = 0;
+	size_t growth = HEAP_GROWTH_BYTES, bytes = sizeof(heap->arena);
+	int err;
+
+	err = gmem_je_mallctl("experimental.arenas_create_ext", &heap->arena, &bytes, &config, sizeof(config));
+	if (err)
+		return gmem_fail(-ENOMEM, "no arena for the heap: %s", strerror(err));
+	set_option(heap, "dirty_decay_ms", &decay_ms, sizeof(decay_ms));
+	set_option(heap, "muzzy_decay_ms", &muzzy_ms, sizeof(muzzy_ms));
+	set_option(heap, "retain_grow_limit", &growth, sizeof(growth));
 	return 0;
 }
 
-static int heap_create(struct gmem *session, struct gmem_heap **ret)
+static int create(struct gmem *session, struct gmem_heap **ret)
 {
 	struct gmem_heap *heap = calloc(1, sizeof(*heap));
+	uint64_t base, bytes;
+	void *tags;
 
 	if (!heap)
-		return -ENOMEM;
-	heap->hooks = (extent_hooks_t){
-		.alloc = extent_alloc, .dalloc = extent_dalloc, .destroy = extent_destroy,
-		.purge_lazy = extent_purge_lazy, .purge_forced = extent_purge_forced,
-		.split = extent_split, .merge = extent_merge,
-	};
+		return gmem_fail(-ENOMEM, "out of memory");
 	heap->session = session;
-	heap->low = UINTPTR_MAX;
-	pthread_mutex_init(&heap->lock, NULL);
-	if (pthread_key_create(&heap->key, thread_ends)) {
+	heap->slot = gmem_session_heap(session, &base, &bytes);
+	heap->base = base;
+	heap->window_bytes = bytes;
+	tags = mmap(NULL, (bytes >> SPAN_SHIFT) + 1, PROT_READ | PROT_WRITE,
+		    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (tags == MAP_FAILED) {
 		free(heap);
-		return -EAGAIN;
+		return gmem_fail(-ENOMEM, "out of memory");
 	}
+	heap->tags = tags;
+	heap->hooks = (extent_hooks_t){ .alloc = extent_alloc, .dalloc = extent_dalloc, .destroy = extent_destroy,
+					.purge_forced = extent_purge, .split = extent_split, .merge = extent_merge };
+	pthread_mutex_init(&heap->lock, NULL);
 	if (create_arena(heap)) {
-		pthread_key_delete(heap->key);
+		munmap(heap->tags, (bytes >> SPAN_SHIFT) + 1);
 		free(heap);
 		return -ENOMEM;
 	}
@@ -260,159 +372,195 @@ static int heap_create(struct gmem *session, struct gmem_heap **ret)
 	return 0;
 }
 
-static void heap_destroy(struct gmem_heap *heap)
+static void destroy(struct gmem_heap *heap)
 {
-	char name[64];
+	struct gmem_heap **at;
 
-	atomic_fetch_add(&generation, 1);
-	atomic_store(&heap->closing, true);
-	pthread_key_delete(heap->key);
-	while (heap->caches) {
-		struct cache *cache = heap->caches;
-
-		heap->caches = cache->next;
-		drop_cache(cache);
-	}
-	snprintf(name, sizeof(name), "arena.%u.destroy", heap->arena);
-	gmem_je_mallctl(name, NULL, NULL, NULL, 0);
-	while (heap->parts) {
-		struct part *part = heap->parts;
-
-		heap->parts = part->next;
-		free(part);
-	}
+	pthread_mutex_lock(&lock);
+	heap->closing = true;
+	for (at = &heaps; *at != heap; at = &(*at)->next)
+		;
+	*at = heap->next;
+	epoch++;
+	while (heap->caches)
+		drop_locked(heap->caches);
+	set_option(heap, "destroy", NULL, 0);
+	pthread_mutex_unlock(&lock);
+	munmap(heap->tags, (heap->window_bytes >> SPAN_SHIFT) + 1);
 	pthread_mutex_destroy(&heap->lock);
 	free(heap);
 }
 
-static void forget_heaps(void)
-{
-	atomic_fetch_add(&generation, 1);
-}
-
-static void install_handler(void)
-{
-	pthread_atfork(NULL, NULL, forget_heaps);
-}
-
-static int find_or_create(struct gmem *session, struct gmem_heap **ret)
+static int get_or_create(struct gmem *session, struct gmem_heap_slot *slot, struct gmem_heap **ret)
 {
 	static pthread_once_t once = PTHREAD_ONCE_INIT;
-	struct gmem_heap_slot *slot = gmem_session_heap(session);
+	struct gmem_heap *heap;
 	int err = 0;
 
-	pthread_once(&once, install_handler);
-	pthread_mutex_lock(&slot->lock);
-	*ret = atomic_load(&slot->heap);
-	if (!*ret)
-		err = heap_create(session, ret);
-	if (!err) {
-		slot->destroy = heap_destroy;
-		atomic_store(&slot->heap, *ret);
+	pthread_once(&once, set_up);
+	if (setup_err)
+		return gmem_fail(setup_err, "no heap: %s", strerror(-setup_err));
+	pthread_mutex_lock(&lock);
+	heap = atomic_load(&slot->heap);
+	if (!heap) {
+		err = create(session, &heap);
+		if (!err) {
+			heap->next = heaps;
+			heaps = heap;
+			slot->destroy = destroy;
+			atomic_store(&slot->heap, heap);
+		}
 	}
-	pthread_mutex_unlock(&slot->lock);
+	pthread_mutex_unlock(&lock);
+	*ret = heap;
 	return err;
 }
 
-__attribute__((noinline)) static struct gmem_heap *use_another(struct gmem *session)
+/* Makes the session's heap this thread's recent one, for one call only if no cache can be had. */
+__attribute__((noinline)) static struct gmem_heap *find_heap(struct gmem *session, bool make)
 {
-	uint64_t now = atomic_load(&generation);
-	struct gmem_heap *heap;
-	int err;
+	uint64_t now = atomic_load(&epoch), base, bytes;
+	struct gmem_heap_slot *slot;
+	struct cache *cache;
 
 	if (!session) {
-		errno = -gmem_fail(-EINVAL, "session: is NULL");
+		gmem_fail(-EINVAL, "session: is NULL");
 		return NULL;
 	}
-	err = find_or_create(session, &heap);
-	if (err) {
-		errno = -gmem_fail(err, "no heap: %s", strerror(-err));
+	slot = gmem_session_heap(session, &base, &bytes);
+	recent.epoch = 0;
+	recent.heap = atomic_load(&slot->heap);
+	if (!recent.heap && (!make || get_or_create(session, slot, &recent.heap)))
 		return NULL;
-	}
+	cache = cache_for(recent.heap);
+	recent.flags = MALLOCX_ARENA(recent.heap->arena) | (cache ? MALLOCX_TCACHE(cache->number) : MALLOCX_TCACHE_NONE);
 	recent.session = session;
-	recent.heap = heap;
-	recent.flags = flags_of_thread(heap);
-	recent.generation = now;
-	return heap;
+	recent.epoch = cache ? now : 0;
+	return recent.heap;
 }
 
-/* The session's heap, and recent.flags for it. NULL: errno says why. */
-static inline struct gmem_heap *use(struct gmem *session)
+/* Whether recent.heap and recent.flags are the session's. */
+static inline bool is_recent(const struct gmem *session)
 {
-	if (__builtin_expect(recent.session == session &&
-				     recent.generation == atomic_load_explicit(&generation, memory_order_relaxed), 1))
-		return recent.heap;
-	return use_another(session);
+	uint64_t now = atomic_load_explicit(&epoch, memory_order_relaxed);
+
+	return __builtin_expect(recent.session == session && recent.epoch == now, 1);
 }
 
-static inline void *checked(void *at, size_t bytes)
+static bool find_owner(struct gmem *session, const void *at)
 {
-	if (__builtin_expect(!at, 0))
-		errno = -gmem_fail(-ENOMEM, "bytes: no room for %zu bytes", bytes);
-	return at;
+	const struct gmem_heap *heap = is_recent(session) ? recent.heap : find_heap(session, false);
+
+	return heap && owns(heap, at);
+}
+
+/* ---- the interface ---- */
+
+static void *fail(int err)
+{
+	errno = -err;
+	return NULL;
+}
+
+/* The program's mistake; going on would corrupt the heap. */
+_Noreturn static void die(const void *at, const char *function)
+{
+	fprintf(stderr, "libgmem: %s(%p): not from this session's heap\n", function, at);
+	abort();
+}
+
+static bool is_inherited(const void *at)
+{
+	for (struct gmem_heap *heap = inherited; heap; heap = heap->next)
+		if (owns(heap, at))
+			return true;
+	return false;
+}
+
+__attribute__((noinline)) static void *no_room(size_t bytes)
+{
+	int err = refused;
+
+	refused = 0;
+	return fail(err ? err : gmem_fail(-ENOMEM, "bytes: %zu are more than there can be", bytes));
+}
+
+__attribute__((noinline)) static void *allocate_elsewhere(struct gmem *session, size_t bytes, int more_flags)
+{
+	void *at;
+
+	if (!find_heap(session, true))
+		return fail(session ? -ENOMEM : -EINVAL);
+	at = gmem_je_mallocx(bytes + !bytes, recent.flags | more_flags);
+	return at ? at : no_room(bytes);
+}
+
+static inline void *allocate(struct gmem *session, size_t bytes, int more_flags)
+{
+	void *at;
+
+	if (!is_recent(session))
+		return allocate_elsewhere(session, bytes, more_flags);
+	at = gmem_je_mallocx(bytes + !bytes, recent.flags | more_flags);
+	return __builtin_expect(!at, 0) ? no_room(bytes) : at;
 }
 
 void *gmem_malloc(struct gmem *session, size_t bytes)
 {
-	return use(session) ? checked(gmem_je_mallocx(bytes ? bytes : 1, recent.flags), bytes) : NULL;
+	return allocate(session, bytes, 0);
 }
 
 void *gmem_calloc(struct gmem *session, size_t count, size_t bytes)
 {
 	size_t total;
 
-	if (!use(session))
-		return NULL;
 	if (__builtin_mul_overflow(count, bytes, &total))
-		return checked(NULL, SIZE_MAX);
-	return checked(gmem_je_mallocx(total ? total : 1, recent.flags | MALLOCX_ZERO), total);
+		return fail(gmem_fail(-ENOMEM, "count: %zu times %zu bytes overflows", count, bytes));
+	return allocate(session, total, MALLOCX_ZERO);
 }
 
 void *gmem_aligned_alloc(struct gmem *session, size_t alignment, size_t bytes)
 {
-	if (!use(session))
-		return NULL;
-	if (!alignment || (alignment & (alignment - 1))) {
-		errno = -gmem_fail(-EINVAL, "alignment: %zu is not a power of two", alignment);
-		return NULL;
-	}
-	return checked(gmem_je_mallocx(bytes ? bytes : 1, recent.flags | MALLOCX_ALIGN(alignment)), bytes);
-}
-
-/* A pointer of another heap would corrupt both. */
-static inline void check_pointer(struct gmem_heap *heap, const void *at, const char *what)
-{
-	if (heap && (uintptr_t)at >= atomic_load_explicit(&heap->low, memory_order_relaxed) &&
-	    (uintptr_t)at < atomic_load_explicit(&heap->high, memory_order_relaxed))
-		return;
-	fprintf(stderr, "libgmem: %s(%p): not from this session's heap\n", what, at);
-	abort();
+	if (!alignment || (alignment & (alignment - 1)))
+		return fail(gmem_fail(-EINVAL, "alignment: %zu is not a power of two", alignment));
+	return allocate(session, bytes, MALLOCX_ALIGN(alignment));
 }
 
 void *gmem_realloc(struct gmem *session, void *at, size_t bytes)
 {
-	struct gmem_heap *heap = use(session);
+	void *to;
 
 	if (!at)
 		return gmem_malloc(session, bytes);
-	if (!heap)
-		return NULL;
-	check_pointer(heap, at, "gmem_realloc");
-	return checked(gmem_je_rallocx(at, bytes ? bytes : 1, recent.flags), bytes);
+	if (!find_owner(session, at))
+		die(at, "gmem_realloc");
+	to = gmem_je_rallocx(at, bytes + !bytes, recent.flags);
+	return to ? to : no_room(bytes);
+}
+
+__attribute__((noinline)) static void free_elsewhere(struct gmem *session, void *at)
+{
+	if (!at)
+		return;
+	if (find_owner(session, at))
+		gmem_je_dallocx(at, recent.flags);
+	else if (!is_inherited(at))
+		die(at, "gmem_free");
 }
 
 void gmem_free(struct gmem *session, void *at)
 {
-	if (!at)
-		return;
-	check_pointer(use(session), at, "gmem_free");
-	gmem_je_dallocx(at, recent.flags);
+	if (is_recent(session) && __builtin_expect(owns(recent.heap, at), 1))
+		gmem_je_dallocx(at, recent.flags);
+	else
+		free_elsewhere(session, at);
 }
 
 size_t gmem_malloc_usable_size(struct gmem *session, const void *at)
 {
 	if (!at)
 		return 0;
-	check_pointer(use(session), at, "gmem_malloc_usable_size");
+	if (!find_owner(session, at))
+		die(at, "gmem_malloc_usable_size");
 	return gmem_je_sallocx(at, 0);
 }

@@ -36,8 +36,10 @@ void gmem_session_count_contexts(struct gmem *session, int change)
 	pthread_mutex_unlock(&session->lock);
 }
 
-struct gmem_heap_slot *gmem_session_heap(struct gmem *session)
+struct gmem_heap_slot *gmem_session_heap(struct gmem *session, uint64_t *ret_base, uint64_t *ret_bytes)
 {
+	*ret_base = gmem_link_window_base(session->link);
+	*ret_bytes = gmem_link_window_bytes(session->link);
 	return &session->heap;
 }
 
@@ -82,9 +84,6 @@ static void after_fork_child(void)
 {
 	for (struct gmem *session = all; session; session = session->next) {
 		pthread_mutex_unlock(&session->lock);
-		session->heap.heap = NULL; /* its memory is not here, and what knows of it is left alone */
-		/* Locks may be held by threads that are not here. */
-		pthread_mutex_init(&session->heap.lock, NULL);
 		/* A write lock knows its owner by thread id, which is another one here. */
 		pthread_rwlock_init(&session->mapping, NULL);
 	}
@@ -207,7 +206,6 @@ int gmem_open(const char *path, const struct gmem_open_options *options, struct 
 		return err;
 	}
 	pthread_mutex_init(&session->lock, NULL);
-	pthread_mutex_init(&session->heap.lock, NULL);
 	pthread_rwlock_init(&session->mapping, NULL);
 	enlist(session);
 	*ret = session;
@@ -235,7 +233,6 @@ int gmem_close(struct gmem *session)
 		gmem_embedded_put(session->embedded);
 	pthread_rwlock_destroy(&session->mapping);
 	pthread_mutex_destroy(&session->lock);
-	pthread_mutex_destroy(&session->heap.lock);
 	free(session);
 	return 0;
 }

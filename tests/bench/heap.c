@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * gmem_malloc() and gmem_free() beside the same allocator without gmem: an arena and a cache of its own, with jemalloc's
- * default hooks. usage: heap REPETITIONS
+ * gmem_malloc() and gmem_free() beside the same allocator without gmem: an arena and a cache of its own, with
+ * jemalloc's default hooks, in a shared library (probe/allocator.c) as programs have it. usage: heap REPETITIONS
  * A line for each size and repetition: bytes, ns a pair with gmem, ns a pair without.
  */
 #include <jemalloc/jemalloc.h>
@@ -13,7 +13,8 @@
 #include <gmem.h>
 
 #define BATCH 64
-#define BATCHES 2000
+#define BATCHES 50
+#define SLICES 41
 
 void *gmem_je_mallocx(size_t bytes, int flags);
 void gmem_je_dallocx(void *at, int flags);
@@ -68,6 +69,28 @@ static double pair_ns(void *(*take)(size_t), void (*give)(void *), size_t bytes)
 	return (double)(now_ns() - start) / ((double)BATCH * BATCHES);
 }
 
+static int by_value(const void *a, const void *b)
+{
+	double x = *(const double *)a, y = *(const double *)b;
+
+	return (x > y) - (x < y);
+}
+
+/* Medians of short slices, taken in turn: what else the machine does meanwhile hits both alike. */
+static void compare(size_t bytes, double *ret_managed, double *ret_plain)
+{
+	double managed[SLICES], plain[SLICES];
+
+	for (int i = 0; i < SLICES; i++) {
+		managed[i] = pair_ns(managed_malloc, managed_free, bytes);
+		plain[i] = pair_ns(plain_malloc, plain_free, bytes);
+	}
+	qsort(managed, SLICES, sizeof(managed[0]), by_value);
+	qsort(plain, SLICES, sizeof(plain[0]), by_value);
+	*ret_managed = managed[SLICES / 2];
+	*ret_plain = plain[SLICES / 2];
+}
+
 int main(int argc, char **argv)
 {
 	static const size_t sizes[] = { 64, 4096, 65536 };
@@ -84,9 +107,9 @@ int main(int argc, char **argv)
 	flags = MALLOCX_ARENA(arena) | MALLOCX_TCACHE(cache);
 	for (size_t s = 0; s < sizeof(sizes) / sizeof(sizes[0]); s++) {
 		for (int r = -1; r < atoi(argv[1]); r++) { /* the first one warms memory up */
-			double managed = pair_ns(managed_malloc, managed_free, sizes[s]);
-			double plain = pair_ns(plain_malloc, plain_free, sizes[s]);
+			double managed, plain;
 
+			compare(sizes[s], &managed, &plain);
 			if (r >= 0)
 				printf("%zu %g %g\n", sizes[s], managed, plain);
 		}

@@ -21,11 +21,15 @@ TIMEOUT_S = 100
 
 
 def build(folder: Path) -> Path:
+    """heap.c, and the allocator alone as a shared library: as far from the program as libgmem-heap is."""
     subprocess.run(["make", "-s", "-C", str(ROOT / "client"), "lib"], check=True)
-    libraries, program = ROOT / "build/lib", folder / "heap"
-    command = ["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'client/include'}"]
-    command += [str(HERE / "heap.c"), str(ROOT / "build/client/allocator.a"), f"-L{libraries}"]
-    command += [f"-Wl,-rpath,{libraries}", "-lgmem-heap", "-lgmem", "-lm", "-ldl", "-pthread", "-o", str(program)]
+    libraries, floor, program = ROOT / "build/lib", folder / "liballocator.so", folder / "heap"
+    command = ["gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-pthread"]
+    names = [f"-Wl,-u,gmem_je_{name}" for name in ("mallocx", "dallocx", "mallctl")]
+    sources = [str(HERE / "probe/allocator.c"), str(ROOT / "build/client/allocator.a")]
+    subprocess.run([*command, "-fPIC", "-shared", *names, *sources, "-lm", "-ldl", "-o", str(floor)], check=True)
+    command += [f"-I{ROOT / 'client/include'}", str(HERE / "heap.c"), f"-L{libraries}", f"-L{folder}"]
+    command += [f"-Wl,-rpath,{libraries},-rpath,{folder}", "-lgmem-heap", "-lgmem", "-lallocator", "-o", str(program)]
     subprocess.run(command, check=True)
     return program
 

@@ -13,11 +13,15 @@ int main(int argc, char **argv)
 	struct gmem *session;
 	char line[8];
 	void *at, *other = NULL;
+	char *small;
 
 	CHECK(argc == 3);
 	OK(gmem_open(NULL, NULL, &session));
 	OK(gmem_mmap(session, 1 << 20, NULL, &at));
 	memset(at, 1, 1 << 20);
+	small = gmem_malloc(session, 10);
+	CHECK(small);
+	*small = 1;
 	OK(gmem_context_open(session, argv[1], NULL, &context));
 	OK(gmem_context_launch(context, argv[2], "spin", NULL, 0, NULL, &fence));
 	CHECK(write(STDOUT_FILENO, "ready\n", 6) == 6);
@@ -25,6 +29,8 @@ int main(int argc, char **argv)
 	REFUSED(gmem_mmap(session, 1 << 20, NULL, &other), ECONNRESET, "gmemd");
 	REFUSED(gmem_prefetch(session, 0, at, 1 << 20), ECONNRESET, "gmemd");
 	REFUSED(gmem_munmap(session, at, 1 << 20), ECONNRESET, "gmemd");
+	CHECK(!gmem_malloc(session, 100 << 20) && errno == ECONNRESET && strstr(gmem_last_error(), "gmemd"));
+	gmem_free(session, small);
 	OK(gmem_context_close(context));
 	REFUSED(gmem_fence_wait(fence, GMEM_FOREVER, NULL), ECANCELED, "closed");
 	gmem_fence_free(fence);

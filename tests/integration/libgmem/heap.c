@@ -5,6 +5,7 @@
 #define _GNU_SOURCE
 #include <pthread.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <sys/wait.h>
 
 #include "check.h"
@@ -13,10 +14,14 @@
 #define THREADS 8
 #define ROUNDS 20000
 #define SLOTS 64
+#define FORKS 4
+#define NODES 4000 /* 13 MB, on a device of 8 */
 #define PATIENCE_NS 60000000000ull
 
 static struct gmem *session;
 static const char *device, *kernels;
+static atomic_bool forked;
+static pthread_barrier_t used;
 
 static void test_shapes(void)
 {
@@ -52,6 +57,8 @@ static void test_shapes(void)
 	errno = 0;
 	CHECK(!gmem_malloc(session, SIZE_MAX) && errno == ENOMEM && strstr(gmem_last_error(), "bytes"));
 	errno = 0;
+	CHECK(!gmem_malloc(session, 1ul << 46) && errno == ENOMEM && strstr(gmem_last_error(), "bytes"));
+	errno = 0;
 	CHECK(!gmem_aligned_alloc(session, 24, 10) && errno == EINVAL && strstr(gmem_last_error(), "alignment"));
 	errno = 0;
 	CHECK(!gmem_malloc(NULL, 10) && errno == EINVAL && strstr(gmem_last_error(), "session"));
@@ -83,6 +90,24 @@ static void *churn(void *arg)
 		memset(at[slot], slot, wanted);
 	}
 	for (int slot = 0; slot < SLOTS; slot++)
+		gmem_free(session, at[slot]);
+	return NULL;
+}
+
+static void *take_large_ones(void *arg)
+{
+	unsigned seed = (unsigned)(uintptr_t)arg;
+	char *at[SLOTS / 8] = { NULL };
+
+	for (int i = 0; i < ROUNDS / 100; i++) {
+		int slot = rand_r(&seed) % (SLOTS / 8);
+
+		gmem_free(session, at[slot]);
+		at[slot] = gmem_malloc(session, MB / 4 + (size_t)rand_r(&seed) % (3 * MB));
+		CHECK(at[slot]);
+		*at[slot] = 1;
+	}
+	for (int slot = 0; slot < SLOTS / 8; slot++)
 		gmem_free(session, at[slot]);
 	return NULL;
 }
@@ -123,23 +148,39 @@ static void test_freed_memory_is_given_back(void)
 	FAILED("%lu of %lu bytes are still there", now, full);
 }
 
+struct node {
+	struct node *next;
+	uint64_t value;
+};
+
+/* Nodes of different sizes, more of them than the device holds, walked there by their pointers. */
 static void test_kernel(void)
 {
-	uint64_t *words = gmem_calloc(session, 1000, sizeof(*words));
 	struct gmem_context *context;
 	struct gmem_fence *fence;
-	void *args[3] = { words, (void *)1000, (void *)5 };
-	int value;
+	struct node *list = NULL, *node;
+	void *args[1];
+	int length;
 
+	for (int i = 0; i < NODES; i++) {
+		node = gmem_malloc(session, sizeof(*node) + (size_t)i % 3 * 3000);
+		CHECK(node);
+		*node = (struct node){ .next = list, .value = (uint64_t)i };
+		list = node;
+	}
+	args[0] = list;
 	OK(gmem_context_open(session, device, NULL, &context));
-	OK(gmem_context_launch(context, kernels, "add", args, 3, NULL, &fence));
-	OK(gmem_fence_wait(fence, PATIENCE_NS, &value));
-	CHECK(value == 0);
-	for (int i = 0; i < 1000; i++)
-		CHECK(words[i] == 5);
+	OK(gmem_context_launch(context, kernels, "double_list", args, 1, NULL, &fence));
+	OK(gmem_fence_wait(fence, PATIENCE_NS, &length));
+	CHECK(length == NODES);
+	for (int i = NODES - 1; list; i--) {
+		node = list;
+		list = node->next;
+		CHECK(node->value == 2 * (uint64_t)i);
+		gmem_free(session, node);
+	}
 	gmem_fence_free(fence);
 	OK(gmem_context_close(context));
-	gmem_free(session, words);
 }
 
 static int in_child(void (*fn)(volatile int *), volatile int *at)
@@ -183,11 +224,42 @@ static void test_fork(void)
 	CHECK(at);
 	*at = 9;
 	CHECK(in_child(touch, at) == SIGSEGV);
-	CHECK(in_child(free_it, at) == SIGABRT);
+	CHECK(in_child(free_it, at) == 0); /* the parent's: nothing is done */
 	CHECK(in_child(free_it, &local) == SIGABRT);
 	CHECK(in_child(use_own, at) == 0);
 	CHECK(*at == 9);
 	gmem_free(session, (void *)at);
+}
+
+static void *fork_from_time_to_time(void *arg)
+{
+	(void)arg;
+	for (int i = 0; i < FORKS; i++)
+		CHECK(in_child(use_own, NULL) == 0);
+	atomic_store(&forked, true);
+	return NULL;
+}
+
+/* What asks for regions and gives pages back needs locks that a fork takes. */
+static void test_fork_while_others_allocate(void)
+{
+	pthread_t forking, threads[THREADS];
+
+	CHECK(!pthread_create(&forking, NULL, fork_from_time_to_time, NULL));
+	while (!atomic_load(&forked)) {
+		for (uintptr_t i = 0; i < THREADS; i++)
+			CHECK(!pthread_create(&threads[i], NULL, take_large_ones, (void *)(i + 1)));
+		for (int i = 0; i < THREADS; i++)
+			pthread_join(threads[i], NULL);
+	}
+	pthread_join(forking, NULL);
+}
+
+static void free_in_the_wrong_session(volatile int *other)
+{
+	fclose(stderr);
+	use_own(NULL);
+	gmem_free(session, gmem_malloc((struct gmem *)other, 10));
 }
 
 static void test_close_with_live_ones(void)
@@ -199,11 +271,44 @@ static void test_close_with_live_ones(void)
 	at = gmem_malloc(other, 100000);
 	CHECK(at);
 	*at = 1;
+	CHECK(in_child(free_in_the_wrong_session, (volatile int *)other) == SIGABRT);
 	OK(gmem_close(other));
 	at = gmem_malloc(session, 10); /* and this thread's caches are not mistaken for the other's */
 	CHECK(at);
 	*at = 1;
 	gmem_free(session, at);
+}
+
+static void *use_and_end(void *arg)
+{
+	struct gmem *other = arg;
+	void *at[100];
+
+	for (int i = 0; i < 100; i++)
+		at[i] = gmem_malloc(other, (size_t)i * 50);
+	for (int i = 0; i < 100; i++)
+		gmem_free(other, at[i]);
+	pthread_barrier_wait(&used);
+	return NULL;
+}
+
+/* A thread that is done with a session may end while it is closed. */
+static void test_close_while_threads_end(void)
+{
+	pthread_t threads[THREADS];
+	struct gmem *other;
+
+	pthread_barrier_init(&used, NULL, THREADS + 1);
+	for (int round = 0; round < 10; round++) {
+		OK(gmem_open(NULL, NULL, &other));
+		for (int i = 0; i < THREADS; i++)
+			CHECK(!pthread_create(&threads[i], NULL, use_and_end, other));
+		pthread_barrier_wait(&used);
+		OK(gmem_close(other));
+		for (int i = 0; i < THREADS; i++)
+			pthread_join(threads[i], NULL);
+	}
+	pthread_barrier_destroy(&used);
 }
 
 int main(int argc, char **argv)
@@ -215,7 +320,9 @@ int main(int argc, char **argv)
 	test_shapes();
 	test_kernel();
 	test_fork();
+	test_fork_while_others_allocate();
 	test_close_with_live_ones();
+	test_close_while_threads_end();
 	test_threads();
 	test_freed_memory_is_given_back();
 	OK(gmem_close(session));

@@ -11,7 +11,7 @@
 
 #include <gmem.h>
 
-gmem_kernel answer, add, crash, crash_outside, spin, leave, hold_still, take_channel, read_zero, pid_of;
+gmem_kernel answer, add, double_list, crash, crash_outside, spin, leave, hold_still, take_channel, read_zero, pid_of;
 
 int answer(void *const *args, size_t arg_count)
 {
@@ -29,6 +29,18 @@ int add(void *const *args, size_t arg_count)
 	for (size_t i = 0; i < (uintptr_t)args[1]; i++)
 		words[i] += (uintptr_t)args[2];
 	return 0;
+}
+
+/* args[0]: a list; in each node the next one's pointer, then a number, which is doubled. Gives the length. */
+int double_list(void *const *args, size_t arg_count)
+{
+	int length = 0;
+
+	for (uint64_t *node = arg_count == 1 ? args[0] : NULL; node; node = (uint64_t *)(uintptr_t)node[0]) {
+		node[1] *= 2;
+		length++;
+	}
+	return length;
 }
 
 int crash(void *const *args, size_t arg_count)
