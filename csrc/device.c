@@ -36,13 +36,24 @@ static int free_hnid_locked(struct gmem_core *core, const char *name)
 	return free_hnid;
 }
 
+/* A batch of one is as good as the op for one. The table is the driver's own, perhaps of an older header. */
+static bool can_store(const struct gmem_driver_ops *ops)
+{
+	struct gmem_driver_ops known = { 0 };
+
+	memcpy(&known, ops, ops->size < sizeof(known) ? ops->size : sizeof(known));
+	return (known.peer_map || known.peer_map_batch) && (known.peer_unmap || known.peer_unmap_batch);
+}
+
 static int check_info(const struct gmem_driver_config *config, const struct gmem_driver_ops *ops,
 		      const struct gmem_device_info *info)
 {
 	if (info->capacity_bytes < 4096)
 		return refuse(config, -EINVAL, "capacity: smaller than one page of 4096 bytes");
-	if ((info->caps & GMEM_CAP_PEER) && !(ops->peer_map && ops->peer_unmap))
-		return refuse(config, -EINVAL, "driver: a peer needs peer_map and peer_unmap");
+	if ((info->caps & GMEM_CAP_PEER) && !can_store(ops))
+		return refuse(config, -EINVAL, "driver: a peer needs peer_map and peer_unmap, or their batches");
+	if (info->assured_bytes > info->capacity_bytes)
+		return refuse(config, -EINVAL, "driver: assures more than its capacity");
 	if (!(info->caps & (GMEM_CAP_PEER | GMEM_CAP_CPU_VISIBLE)))
 		return refuse(config, -EINVAL, "driver: needs GMEM_CAP_PEER or GMEM_CAP_CPU_VISIBLE");
 	return 0;
@@ -77,6 +88,7 @@ static int make_hnode(struct gmem_core *core, int hnid, const struct gmem_driver
 int gmem_device_attach(struct gmem_core *core, const struct gmem_driver_ops *ops,
 		       const struct gmem_driver_config *config, int *ret_hnid)
 {
+	struct gmem_driver_config known = *config;
 	struct gmem_hnode *hnode;
 	struct gmem_device *device;
 	int hnid, err;
@@ -93,7 +105,8 @@ int gmem_device_attach(struct gmem_core *core, const struct gmem_driver_ops *ops
 		err = refuse(config, hnid, hnid == -EEXIST ? "name: already attached" : "too many devices");
 		goto out;
 	}
-	err = ops->probe(config, &device);
+	known.key_count = core->lpt.pages;
+	err = ops->probe(&known, &device);
 	if (err) {
 		refuse(config, err, "the driver's probe failed");
 		goto out;

@@ -74,6 +74,10 @@ int gmem_driver_options(const struct gmem_driver_config *config, const struct gm
 			snprintf(config->message, GMEM_MESSAGE_MAX, "%s: no such option", config->keys[i]);
 			return -EINVAL;
 		}
+		if (options[o].text) {
+			*options[o].text = config->values[i];
+			continue;
+		}
 		err = options[o].boolean ? parse_bool(config->values[i], options[o].value) :
 					   parse_bytes(config->values[i], options[o].value);
 		if (err) {

@@ -22,10 +22,10 @@ static int simgpu_probe(const struct gmem_driver_config *config, struct gmem_dev
 {
 	struct gmem_device *gpu = calloc(1, sizeof(*gpu));
 	const struct gmem_driver_option options[] = {
-		{ "capacity", &gpu->capacity, false },
-		{ "bandwidth", &gpu->bandwidth, false },   /* bytes a second; 0: memory speed */
-		{ "latency", &gpu->latency_ns, false },    /* nanoseconds */
-		{ "replayable", &gpu->replayable, true },
+		{ "capacity", &gpu->capacity, false, NULL },
+		{ "bandwidth", &gpu->bandwidth, false, NULL },   /* bytes a second; 0: memory speed */
+		{ "latency", &gpu->latency_ns, false, NULL },    /* nanoseconds */
+		{ "replayable", &gpu->replayable, true, NULL },
 	};
 	int err;
 

@@ -191,7 +191,7 @@ static void test_uffd_check(void)
 
 static int try_option(const char *key, const char *value, uint64_t *bytes, uint64_t *flag, char *message)
 {
-	struct gmem_driver_option options[] = { { "capacity", bytes, false }, { "replayable", flag, true } };
+	struct gmem_driver_option options[] = { { "capacity", bytes, false, NULL }, { "replayable", flag, true, NULL } };
 	struct gmem_driver_config config = { .name = "x", .keys = &key, .values = &value, .count = 1,
 					     .message = message };
 

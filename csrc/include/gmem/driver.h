@@ -9,7 +9,7 @@
  *   - a device whose contexts are processes with a uffd (simgpu) sets GMEM_CAP_CPU_VISIBLE, leaves pmap_* as the
  *     gmem_uffd_pmap_* functions of pmap.h, and needs copy only if its link is slower than the CPU;
  *   - a device that stores pages behind its own allocator (every tier) sets GMEM_CAP_PEER and gives peer_map,
- *     peer_unmap and peer_free.
+ *     peer_unmap and peer_free, or peer_map_batch, peer_unmap_batch and peer_free.
  * Ops return 0 or -errno, may be called from several threads at once, and may block unless said otherwise.
  */
 #ifndef GMEM_DRIVER_H
@@ -42,13 +42,15 @@ struct gmem_driver_config {
 	const char *const *values;
 	size_t count;
 	char *message; /* GMEM_MESSAGE_MAX bytes for the reason of a refusal */
+	uint64_t key_count; /* keys of the peer ops are below this: an index may be a sparse array */
 };
 
 /* For drivers: options a driver knows, and where their values go. Numbers may have a suffix (48M, 2G). */
 struct gmem_driver_option {
 	const char *key;
 	uint64_t *value;
-	bool boolean; /* on, off, true, false, yes, no, 1, 0 */
+	bool boolean;      /* on, off, true, false, yes, no, 1, 0 */
+	const char **text; /* instead of value; lives as long as config does */
 };
 /* -EINVAL for an unknown key or a bad value; config->message says which. */
 int gmem_driver_options(const struct gmem_driver_config *config, const struct gmem_driver_option *options,
@@ -61,6 +63,15 @@ struct gmem_device_info {
 	uint32_t reserved;
 	uint64_t bandwidth_bytes_per_s; /* of the link; 0 = memory speed */
 	uint64_t latency_ns;            /* of one copy */
+	uint64_t assured_bytes;         /* of capacity, what can be stored whatever its content; 0: all of it. A tier that
+					 * compresses promises less than it may turn out to hold */
+};
+
+/* What a peer's content takes, for operators. */
+struct gmem_device_usage {
+	uint64_t pages, page_bytes; /* stored, and their size before compression */
+	uint64_t stored_bytes;      /* what they take, the allocator's waste included */
+	uint64_t raw_pages;         /* of pages, those stored as they are */
 };
 
 /* One piece of a copy. Addresses are the daemon's aliases. */
@@ -68,6 +79,14 @@ struct gmem_sg {
 	void *dst;
 	const void *src;
 	size_t bytes;
+};
+
+/* One page on its way to or from a peer. */
+struct gmem_peer_io {
+	uint64_t key;
+	void *memory; /* the daemon's alias: what is pushed, or where it is pulled to */
+	size_t bytes;
+	int result;   /* set by the driver: 0 or -errno, for this page */
 };
 
 typedef uint64_t gmem_fence_t; /* 0: complete */
@@ -103,7 +122,9 @@ struct gmem_driver_ops {
 	int (*peer_copy)(struct gmem_device *device, struct gmem_device *from, const struct gmem_sg *sg, size_t count,
 			 gmem_fence_t *ret);
 
-	/* peers with their own allocator; key names a page for as long as it is stored */
+	/* peers with their own allocator; key names a page for as long as it is stored. A push of a key that is stored
+	 * replaces it. -ENOSPC: full just now, and nothing has changed; -EIO: the page can't be read (or is damaged:
+	 * -EBADMSG), and it will be POISONED, never returned. No op may leave a page half stored. */
 	int (*peer_va_alloc_fixed)(struct gmem_device *device, struct gmem_range range);
 	int (*peer_va_free)(struct gmem_device *device, struct gmem_range range);
 	int (*peer_map)(struct gmem_device *device, uint64_t key, const void *src, size_t bytes); /* push a page */
@@ -116,6 +137,11 @@ struct gmem_driver_ops {
 	 * with each call for that as. Must not block on anything of the core. */
 	void (*invalidate)(struct gmem_device *device, uint64_t as_id, struct gmem_range range, enum gmem_cause cause,
 			   uint64_t sequence);
+
+	/* peers: several pages at once, each with its own result; 0, or -errno if nothing was tried at all */
+	int (*peer_map_batch)(struct gmem_device *device, struct gmem_peer_io *io, size_t count);
+	int (*peer_unmap_batch)(struct gmem_device *device, struct gmem_peer_io *io, size_t count);
+	int (*peer_usage)(struct gmem_device *device, struct gmem_device_usage *ret);
 };
 
 #endif
