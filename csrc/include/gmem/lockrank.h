@@ -22,6 +22,8 @@ enum gmem_rank {
 	GMEM_RANK_SLOTS,       /* watched views */
 	GMEM_RANK_WORK,        /* work queue */
 	GMEM_RANK_RING,        /* rings and their run queue */
+	GMEM_RANK_TIER,        /* of a tier: slabs of one size class, or a stripe of its index */
+	GMEM_RANK_TIER_SPANS,  /* of a tier: file offsets that are free */
 	GMEM_RANK_EVENT,       /* event ring */
 };
 
