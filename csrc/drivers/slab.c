@@ -415,14 +415,14 @@ void gmem_slabs_free(struct gmem_slabs *slabs, gmem_place_t place)
 			    slot_of(place) + 1, 0);
 }
 
-int gmem_slabs_write(struct gmem_slabs *slabs, gmem_place_t place, uint64_t key, uint8_t *buffer, uint64_t bytes)
+int gmem_slabs_write(struct gmem_slabs *slabs, gmem_place_t place, uint64_t key, uint8_t *data, uint64_t bytes)
 {
 	uint64_t offset = offset_of(slabs, place);
 
 	if (class_of(place) >= CLASSES)
-		return gmem_file_write(slabs->file, offset, buffer + GMEM_SLOT_HEADER, bytes);
-	memcpy(buffer, &key, GMEM_SLOT_HEADER);
-	return gmem_file_write(slabs->file, offset, buffer, GMEM_SLOT_HEADER + bytes);
+		return gmem_file_write(slabs->file, offset, data, bytes);
+	memcpy(data - GMEM_SLOT_HEADER, &key, GMEM_SLOT_HEADER);
+	return gmem_file_write(slabs->file, offset, data - GMEM_SLOT_HEADER, GMEM_SLOT_HEADER + bytes);
 }
 
 int gmem_slabs_read(struct gmem_slabs *slabs, gmem_place_t place, uint64_t from, void *dst, uint64_t bytes)

@@ -38,8 +38,8 @@ uint64_t gmem_slabs_slack_max(void);
 /* -ENOSPC: the quota has no room for another slab or extent. */
 int gmem_slabs_alloc(struct gmem_slabs *slabs, uint64_t bytes, gmem_place_t *ret);
 void gmem_slabs_free(struct gmem_slabs *slabs, gmem_place_t place);
-/* bytes are at buffer + GMEM_SLOT_HEADER: what is before them is overwritten. */
-int gmem_slabs_write(struct gmem_slabs *slabs, gmem_place_t place, uint64_t key, uint8_t *buffer, uint64_t bytes);
+/* Of a slot, the GMEM_SLOT_HEADER bytes before data are overwritten; an extent has no header. */
+int gmem_slabs_write(struct gmem_slabs *slabs, gmem_place_t place, uint64_t key, uint8_t *data, uint64_t bytes);
 /* Bytes from the string's byte `from` on. Of a place that was freed meanwhile: anything. */
 int gmem_slabs_read(struct gmem_slabs *slabs, gmem_place_t place, uint64_t from, void *dst, uint64_t bytes);
 
