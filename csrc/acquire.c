@@ -122,7 +122,7 @@ static int context_request(struct gmem_core *core, uint64_t context, const struc
 		err = ranges[i].bytes ? gmem_range_check(ret->session, ranges[i].va, ranges[i].bytes) : -EINVAL;
 		bytes += ranges[i].bytes;
 	}
-	if (!err && bytes > hnode->info.capacity_bytes)
+	if (!err && bytes > gmem_counter(&hnode->limit_bytes))
 		err = -ENOMEM; /* all of it is to be held at once */
 	if (err)
 		gmem_request_deinit(ret);

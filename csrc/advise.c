@@ -6,6 +6,10 @@
 
 #include <gmem/internal.h>
 #include <gmem/pages.h>
+#include <gmem/reclaim.h>
+#include <gmem/run.h>
+
+#define RUN_BYTES (4ull << 20)
 
 /* Afterwards the hnode does not fault on it: present, owned (unless duplicates are wanted) and mapped. */
 static int prefetch_page(struct gmem_request *request, struct gmem_page *page, struct gmem_range range)
@@ -33,6 +37,68 @@ static int prefetch_page(struct gmem_request *request, struct gmem_page *page, s
 	return err;
 }
 
+static bool place_read_mostly(const struct gmem_place *place)
+{
+	gmem_word_t word = atomic_load(&place->object->core->lpt.words[place->object->pn + place->index]);
+
+	return gmem_word_flags(word) & GMEM_PAGE_READ_MOSTLY;
+}
+
+/* As many pages from va on as are moved in one go; 0 leaves the first one to prefetch_page(). What is asked for may push
+ * out what is not. */
+static int prefetch_run(struct gmem_request *request, const struct gmem_place *place, uint64_t va, uint64_t end)
+{
+	struct gmem_run_args args = { .object = place->object, .index = place->index, .hnid = request->hnid,
+				      .view = request->view, .va = va, .own = !place_read_mostly(place),
+				      .why = GMEM_WHY_PREFETCH };
+	struct gmem_hnode *hnode = gmem_core_hnode(request->core, request->hnid);
+	uint64_t page_bytes = 1ull << place->object->shift, region_end = place->region_va + place->region_bytes;
+	int count;
+
+	end = end < region_end ? end : region_end;
+	args.count = (end - va) / page_bytes;
+	if (!hnode || gmem_hnode_is_peer(hnode) || place->range.va != va || args.count < 2)
+		return 0;
+	if (args.count > GMEM_RUN_PAGES)
+		args.count = GMEM_RUN_PAGES;
+	if (args.count * page_bytes > RUN_BYTES)
+		args.count = RUN_BYTES / page_bytes;
+	if (gmem_hnode_free_bytes(hnode) < args.count * page_bytes)
+		gmem_reclaim(hnode, args.count * page_bytes); /* as far as it goes */
+	count = gmem_run_move(&args);
+	for (int i = 0; i < count; i++)
+		gmem_hnode_touch(hnode, place->object, place->index + (uint64_t)i);
+	gmem_count(&request->core->stats.prefetched_pages, count > 0 ? (uint64_t)count : 0);
+	return count;
+}
+
+static int prefetch_range(struct gmem_request *request, uint64_t va, uint64_t end)
+{
+	int err = 0;
+
+	while (!err && va < end) {
+		struct gmem_place place;
+		int count;
+
+		if (gmem_as_lookup(&request->session->as, va, &place))
+			return -EINVAL;
+		count = prefetch_run(request, &place, va, end);
+		if (count <= 0)
+			err = gmem_one_page(request, place.object, place.index, place.range, prefetch_page);
+		va = count > 0 ? va + ((uint64_t)count << place.object->shift) : place.range.va + place.range.bytes;
+		gmem_object_unref(place.object);
+	}
+	return err;
+}
+
+/* A page that is asked for must not leave while the others come (WILLNEED stops an eviction). */
+static int spare_page(struct gmem_request *request, struct gmem_page *page, struct gmem_range range)
+{
+	(void)range;
+	gmem_hnode_touch(gmem_core_hnode(request->core, request->hnid), page->object, page->index);
+	return 0;
+}
+
 int gmem_prefetch(struct gmem_core *core, uint64_t session, int hnid, uint64_t va, uint64_t bytes)
 {
 	struct gmem_request request;
@@ -43,7 +109,8 @@ int gmem_prefetch(struct gmem_core *core, uint64_t session, int hnid, uint64_t v
 	err = gmem_request_init(core, session, hnid, va, bytes, &request);
 	if (err)
 		return err;
-	err = gmem_for_pages(&request, va, bytes, false, false, prefetch_page);
+	gmem_for_pages(&request, va, bytes, false, true, spare_page);
+	err = prefetch_range(&request, va, va + bytes);
 	gmem_request_deinit(&request);
 	return err;
 }

@@ -108,11 +108,14 @@ static uint64_t host_bytes(void)
 
 static int make_host(struct gmem_core *core, uint64_t limit)
 {
+	uint64_t all = limit > host_bytes() ? limit : host_bytes();
 	struct gmem_hnode *host;
-	int err = gmem_hnode_create(core, GMEM_HOST, "host", limit ? limit : host_bytes(), &host);
+	int err = gmem_hnode_create(core, GMEM_HOST, "host", all, &host);
 
 	if (err)
 		return err;
+	if (limit)
+		gmem_hnode_set_limit(host, limit);
 	host->info.page_bytes_mask = 1ull << GMEM_SHIFT_4K | 1ull << GMEM_SHIFT_64K | 1ull << GMEM_SHIFT_2M;
 	host->info.caps = GMEM_CAP_REPLAYABLE | GMEM_CAP_COHERENT | GMEM_CAP_SAME_VA | GMEM_CAP_CPU_VISIBLE;
 	atomic_store(&core->hnodes[GMEM_HOST], host);
@@ -153,8 +156,13 @@ int gmem_core_create(const struct gmem_core_config *config, struct gmem_core **r
 	err = gmem_rings_start(core);
 	if (err)
 		goto no_rings;
+	err = gmem_reclaimer_start(core->hnodes[GMEM_HOST]);
+	if (err)
+		goto no_reclaimer;
 	*ret = core;
 	return 0;
+no_reclaimer:
+	gmem_rings_stop(core);
 no_rings:
 	gmem_faults_stop(core);
 no_faults:
@@ -187,8 +195,11 @@ static uint64_t any_session(struct gmem_core *core)
 
 void gmem_core_destroy(struct gmem_core *core)
 {
+	struct gmem_hnode *host = core->hnodes[GMEM_HOST];
 	uint64_t id;
 
+	/* everything has to come home now, whatever the limit */
+	gmem_hnode_set_limit(host, host->info.capacity_bytes);
 	for (int h = 1; h < GMEM_HNODE_MAX; h++)
 		if (gmem_core_hnode(core, h) && gmem_device_detach(core, h, true))
 			gmem_core_post(core, GMEM_EVENT_DEVICE_LOST, 0, 0, 0, h, -EIO);

@@ -12,6 +12,7 @@
 
 #include <gmem/internal.h>
 #include <gmem/reclaim.h>
+#include <gmem/tier.h>
 #include <gmem/uffd.h>
 
 static int refuse(const struct gmem_driver_config *config, int err, const char *why)
@@ -76,7 +77,10 @@ static int make_hnode(struct gmem_core *core, int hnid, const struct gmem_driver
 	hnode->ops = &hnode->ops_copy;
 	hnode->device = device;
 	hnode->info = info;
-	err = gmem_hnode_is_peer(hnode) ? 0 : gmem_reclaimer_start(hnode);
+	atomic_init(&hnode->rank, GMEM_RANK_LAST);
+	err = gmem_hnode_is_peer(hnode) ? gmem_hnode_relay_create(hnode) : 0;
+	if (!err)
+		err = gmem_reclaimer_start(hnode);
 	if (err) {
 		gmem_hnode_destroy(hnode);
 		return err;
@@ -151,9 +155,7 @@ static void end_contexts(struct gmem_core *core, int hnid)
 
 static void set_draining(struct gmem_hnode *hnode, bool draining)
 {
-	gmem_mutex_lock(&hnode->lock);
-	hnode->draining = draining;
-	gmem_mutex_unlock(&hnode->lock);
+	atomic_store(&hnode->draining, draining);
 }
 
 int gmem_device_detach(struct gmem_core *core, int hnid, bool force)
@@ -185,6 +187,33 @@ int gmem_device_detach(struct gmem_core *core, int hnid, bool force)
 	hnode->next_retired = core->retired;
 	core->retired = hnode;
 out:
+	gmem_mutex_unlock(&core->devices_lock);
+	return err;
+}
+
+int gmem_limit(struct gmem_core *core, int hnid, uint64_t bytes)
+{
+	struct gmem_hnode *hnode = gmem_core_hnode(core, hnid);
+	uint64_t before, pinned;
+	int err = 0;
+
+	if (!hnode)
+		return -ENODEV;
+	if (bytes < GMEM_HUGE_BYTES || bytes > hnode->info.capacity_bytes)
+		return -EINVAL;
+	gmem_mutex_lock(&core->devices_lock);
+	gmem_mutex_lock(&hnode->lock);
+	before = gmem_counter(&hnode->limit_bytes);
+	pinned = hnode->pinned_bytes;
+	if (bytes >= pinned)
+		gmem_hnode_set_limit(hnode, bytes);
+	gmem_mutex_unlock(&hnode->lock);
+	if (bytes < pinned)
+		err = -EBUSY;
+	else if (bytes < before)
+		err = gmem_reclaim(hnode, gmem_counter(&hnode->low_bytes));
+	if (err && err != -EBUSY)
+		gmem_hnode_set_limit(hnode, before);
 	gmem_mutex_unlock(&core->devices_lock);
 	return err;
 }
@@ -306,6 +335,7 @@ static void fill_stats(struct gmem_hnode *hnode, struct gmem_hnode_stats *ret)
 		.out_bytes = gmem_counter(&hnode->out_bytes), .evictions = gmem_counter(&hnode->evictions),
 		.evicted_clean = gmem_counter(&hnode->evicted_clean), .errors = gmem_counter(&hnode->errors),
 	};
+	ret->info.capacity_bytes = gmem_counter(&hnode->limit_bytes);
 	memcpy(ret->name, hnode->name, sizeof(ret->name));
 	snprintf(ret->driver, sizeof(ret->driver), "%s", hnode->ops ? hnode->ops->name : "host");
 	gmem_mutex_lock(&hnode->lock);

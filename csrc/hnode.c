@@ -9,6 +9,7 @@
 #include <gmem/internal.h>
 #include <gmem/reclaim.h>
 
+#define SLOW_NS 150000 /* what a fault thread may wait for a driver: some wake-ups' time */
 #define FRAMES_MAX (1ull << 28) /* 1 TiB of 4 KiB pages */
 
 /* A sparse array: costs what is touched. NORESERVE so that its size is no commitment. */
@@ -34,8 +35,7 @@ int gmem_hnode_create(struct gmem_core *core, int hnid, const char *name, uint64
 	hnode->hnid = hnid;
 	snprintf(hnode->name, sizeof(hnode->name), "%s", name);
 	hnode->info.capacity_bytes = capacity_bytes;
-	hnode->low_bytes = capacity_bytes / 64;
-	hnode->high_bytes = capacity_bytes / 32;
+	gmem_hnode_set_limit(hnode, capacity_bytes);
 	hnode->frame_count = (uint32_t)(frames < FRAMES_MAX ? frames : FRAMES_MAX);
 	hnode->frames_bumped = 1;
 	hnode->frames = sparse_map((uint64_t)hnode->frame_count * sizeof(*hnode->frames));
@@ -45,9 +45,17 @@ int gmem_hnode_create(struct gmem_core *core, int hnid, const char *name, uint64
 		return -ENOMEM;
 	}
 	gmem_mutex_init(&hnode->lock, GMEM_RANK_HNODE);
+	gmem_mutex_init(&hnode->relay_lock, GMEM_RANK_RELAY);
 	pthread_cond_init(&hnode->wake, NULL);
 	*ret = hnode;
 	return 0;
+}
+
+void gmem_hnode_set_limit(struct gmem_hnode *hnode, uint64_t bytes)
+{
+	atomic_store_explicit(&hnode->limit_bytes, bytes, memory_order_relaxed);
+	atomic_store_explicit(&hnode->low_bytes, bytes / 64, memory_order_relaxed);
+	atomic_store_explicit(&hnode->high_bytes, bytes / 32, memory_order_relaxed);
 }
 
 void gmem_hnode_destroy(struct gmem_hnode *hnode)
@@ -56,9 +64,18 @@ void gmem_hnode_destroy(struct gmem_hnode *hnode)
 		munmap(hnode->frames, (uint64_t)hnode->frame_count * sizeof(*hnode->frames));
 	if (hnode->frame_of)
 		munmap((void *)hnode->frame_of, hnode->core->lpt.pages * sizeof(*hnode->frame_of));
+	if (hnode->relay)
+		munmap(hnode->relay, GMEM_HUGE_BYTES);
 	gmem_mutex_deinit(&hnode->lock);
+	gmem_mutex_deinit(&hnode->relay_lock);
 	pthread_cond_destroy(&hnode->wake);
 	free(hnode);
+}
+
+int gmem_hnode_relay_create(struct gmem_hnode *hnode)
+{
+	hnode->relay = sparse_map(GMEM_HUGE_BYTES);
+	return hnode->relay ? 0 : -ENOMEM;
 }
 
 static uint32_t take_descriptor(struct gmem_hnode *hnode)
@@ -72,6 +89,62 @@ static uint32_t take_descriptor(struct gmem_hnode *hnode)
 	return frame;
 }
 
+/* How many bytes it may hold; a tier that compresses learns that as it fills. */
+static uint64_t limit_locked(const struct gmem_hnode *hnode)
+{
+	uint64_t limit = gmem_counter(&hnode->limit_bytes);
+
+	return hnode->full_at_bytes && hnode->full_at_bytes < limit ? hnode->full_at_bytes : limit;
+}
+
+uint64_t gmem_hnode_free_locked(const struct gmem_hnode *hnode)
+{
+	uint64_t limit = limit_locked(hnode);
+
+	return limit > hnode->used_bytes ? limit - hnode->used_bytes : 0;
+}
+
+/* Room is made ahead only once the hnode has run full: a working set that fits is left in peace. */
+static void press_locked(struct gmem_hnode *hnode)
+{
+	hnode->pressure_ns = gmem_now_ns();
+	if (hnode->reclaimer_runs)
+		pthread_cond_signal(&hnode->wake);
+}
+
+bool gmem_hnode_room(struct gmem_hnode *hnode, uint64_t bytes)
+{
+	bool room;
+
+	if (atomic_load(&hnode->draining))
+		return false;
+	gmem_mutex_lock(&hnode->lock);
+	room = gmem_hnode_free_locked(hnode) >= bytes;
+	if (!room)
+		press_locked(hnode);
+	gmem_mutex_unlock(&hnode->lock);
+	return room;
+}
+
+void gmem_hnode_full(struct gmem_hnode *hnode, uint64_t bytes)
+{
+	gmem_mutex_lock(&hnode->lock);
+	/* never 0, which means unknown: a tier that takes not one page has room for one byte */
+	hnode->full_at_bytes = hnode->used_bytes > bytes ? hnode->used_bytes - bytes : 1;
+	press_locked(hnode);
+	gmem_mutex_unlock(&hnode->lock);
+}
+
+uint64_t gmem_hnode_free_bytes(struct gmem_hnode *hnode)
+{
+	uint64_t bytes;
+
+	gmem_mutex_lock(&hnode->lock);
+	bytes = gmem_hnode_free_locked(hnode);
+	gmem_mutex_unlock(&hnode->lock);
+	return bytes;
+}
+
 int gmem_hnode_frame_alloc(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index)
 {
 	uint64_t bytes = 1ull << object->shift;
@@ -79,9 +152,9 @@ int gmem_hnode_frame_alloc(struct gmem_hnode *hnode, struct gmem_object *object,
 	int err = 0;
 
 	gmem_mutex_lock(&hnode->lock);
-	if (hnode->draining) {
+	if (atomic_load(&hnode->draining)) {
 		err = -ENODEV;
-	} else if (hnode->used_bytes + bytes > hnode->info.capacity_bytes ||
+	} else if (gmem_hnode_free_locked(hnode) < bytes ||
 		   !(frame = take_descriptor(hnode))) {
 		err = -ENOMEM;
 	} else {
@@ -91,11 +164,9 @@ int gmem_hnode_frame_alloc(struct gmem_hnode *hnode, struct gmem_object *object,
 		if (hnode->used_bytes > hnode->peak_bytes)
 			hnode->peak_bytes = hnode->used_bytes;
 	}
-	/* Room is made ahead only once the hnode has run full: a working set that fits is left in peace. */
 	if (err == -ENOMEM)
-		hnode->pressure_ns = gmem_now_ns();
-	if (hnode->reclaimer_runs && hnode->pressure_ns &&
-	    hnode->info.capacity_bytes - hnode->used_bytes < hnode->low_bytes)
+		press_locked(hnode);
+	else if (hnode->reclaimer_runs && hnode->pressure_ns && gmem_hnode_free_locked(hnode) < hnode->low_bytes)
 		pthread_cond_signal(&hnode->wake);
 	gmem_mutex_unlock(&hnode->lock);
 	if (err)
@@ -119,6 +190,9 @@ void gmem_hnode_frame_free(struct gmem_hnode *hnode, struct gmem_object *object,
 	hnode->frames[frame].next = hnode->free_head;
 	hnode->free_head = frame;
 	hnode->used_bytes -= bytes;
+	/* some way below where it was full, it is worth another try: what comes may be smaller */
+	if (hnode->full_at_bytes && hnode->used_bytes + hnode->high_bytes < hnode->full_at_bytes)
+		hnode->full_at_bytes = 0;
 	gmem_mutex_unlock(&hnode->lock);
 	atomic_fetch_sub_explicit(&object->account->resident_bytes[hnode->hnid], bytes, memory_order_relaxed);
 }
@@ -148,6 +222,18 @@ void gmem_hnode_cool(struct gmem_hnode *hnode, struct gmem_object *object, uint6
 	atomic_store_explicit(&hnode->frames[frame].visited, 0, memory_order_relaxed);
 	gmem_sieve_next_is(hnode, frame);
 	gmem_mutex_unlock(&hnode->lock);
+}
+
+bool gmem_hnode_slow(const struct gmem_hnode *hnode, uint64_t bytes)
+{
+	const struct gmem_device_info *info = &hnode->info;
+
+	if (info->caps & GMEM_CAP_SLOW)
+		return true;
+	if (!gmem_hnode_is_peer(hnode))
+		return false;
+	return info->latency_ns + (info->bandwidth_bytes_per_s ? bytes * 1000000000ull / info->bandwidth_bytes_per_s : 0) >
+	       SLOW_NS;
 }
 
 void gmem_hnode_pinned(struct gmem_hnode *hnode, int64_t bytes)

@@ -26,6 +26,12 @@ static int shift_of(uint64_t page_bytes, uint64_t bytes)
 	}
 }
 
+/* What can be stored there for certain. */
+static uint64_t assured_bytes(const struct gmem_hnode *hnode)
+{
+	return hnode->info.assured_bytes ? hnode->info.assured_bytes : gmem_counter(&hnode->limit_bytes);
+}
+
 /* What all devices and the host could hold together. */
 static uint64_t capacity(struct gmem_core *core)
 {
@@ -35,22 +41,25 @@ static uint64_t capacity(struct gmem_core *core)
 		struct gmem_hnode *hnode = gmem_core_hnode(core, h);
 
 		if (hnode)
-			bytes += hnode->info.capacity_bytes;
+			bytes += assured_bytes(hnode);
 	}
 	return bytes;
 }
 
-/* Huge pages are used for a region only if every page of it, and every page a device may hold, could be one: running
- * out of them in the middle of a fault would be worse than slower pages. */
+/* Huge pages are used for a region only if every page of it that the host may hold, and every page a device may hold,
+ * could be one: running out of them in the middle of a fault would be worse than slower pages. */
 static bool huge_fits(struct gmem_core *core, uint64_t bytes)
 {
 	uint64_t need = bytes + atomic_load(&core->committed_bytes[GMEM_CLASS_HUGE]);
+	uint64_t most = gmem_counter(&gmem_core_hnode(core, GMEM_HOST)->limit_bytes);
+
+	need = need < most ? need : most;
 
 	for (int h = 1; h < GMEM_HNODE_MAX; h++) {
 		struct gmem_hnode *hnode = gmem_core_hnode(core, h);
 
 		if (hnode && (hnode->info.caps & GMEM_CAP_CPU_VISIBLE))
-			need += hnode->info.capacity_bytes;
+			need += gmem_counter(&hnode->limit_bytes);
 	}
 	return need <= gmem_hugepages_bytes();
 }

@@ -8,6 +8,7 @@
 #include <gmem/migrate.h>
 #include <gmem/pmap.h>
 #include <gmem/reclaim.h>
+#include <gmem/tier.h>
 #include <gmem/uffd.h>
 
 #define RECLAIM_TRIES 64
@@ -271,7 +272,7 @@ static int get_frame(struct gmem_page *page, struct gmem_hnode *hnode)
 	return err == -ENOMEM ? -EAGAIN : err; /* others were quicker every time: come back */
 }
 
-static int copy_throttled(struct gmem_hnode *engine, void *dst, const void *src, uint64_t bytes)
+int gmem_copy_by_engine(struct gmem_hnode *engine, void *dst, const void *src, uint64_t bytes)
 {
 	struct gmem_sg sg = { dst, src, bytes };
 	gmem_fence_t fence = 0;
@@ -292,6 +293,14 @@ struct gmem_hnode *gmem_copy_engine(struct gmem_hnode *from, struct gmem_hnode *
 		     !(ends[i]->info.caps & GMEM_CAP_CPU_VISIBLE)))
 			return ends[i];
 	return NULL;
+}
+
+static int pull(struct gmem_hnode *from, struct gmem_page *page, uint8_t *dst)
+{
+	struct gmem_peer_io io = { .key = page->pn, .memory = dst, .bytes = page->bytes };
+
+	gmem_tier_pull(from, &io, 1);
+	return io.result;
 }
 
 /* FILL: nobody maps the target before the commit. */
@@ -317,15 +326,21 @@ static int fill_from(struct gmem_page *page, struct gmem_hnode *from, struct gme
 		src += page->offset;
 	if (dst)
 		dst += page->offset;
-	if (src && !dst)
-		return to->ops->peer_map(to->device, page->pn, src, page->bytes);
+	if (!src && !dst)
+		return gmem_tier_relay(from, to, page->pn, page->bytes);
+	if (src && !dst) {
+		struct gmem_peer_io io = { .key = page->pn, .memory = src, .bytes = page->bytes };
+
+		gmem_tier_push(to, &io, 1);
+		return io.result;
+	}
 	if (src && !engine)
 		return gmem_file_fill(file, offset, dst, src, page->bytes);
 	err = gmem_file_populate(file, offset, page->bytes);
 	if (!err && src)
-		err = copy_throttled(engine, dst, src, page->bytes);
+		err = gmem_copy_by_engine(engine, dst, src, page->bytes);
 	else if (!err)
-		err = from->ops->peer_unmap(from->device, page->pn, dst, page->bytes);
+		err = pull(from, page, dst);
 	return err;
 }
 
@@ -361,7 +376,7 @@ static int copy_into_view(struct gmem_page *page, struct gmem_hnode *from, struc
 	return gmem_uffd_copy_wp(view->uffd, range.va, src + page->offset, range.bytes, false, &done);
 }
 
-static void undo_target(struct gmem_page *page, struct gmem_hnode *to)
+void gmem_page_forget(struct gmem_page *page, struct gmem_hnode *to)
 {
 	struct gmem_file *file;
 
@@ -385,7 +400,7 @@ struct gmem_hnode *gmem_page_source(struct gmem_page *page)
 	return best;
 }
 
-void gmem_page_count_copy(struct gmem_page *page, struct gmem_hnode *from, struct gmem_hnode *to)
+static void count_copy(struct gmem_page *page, struct gmem_hnode *from, struct gmem_hnode *to)
 {
 	struct gmem_stats *stats = &page->core->stats;
 
@@ -398,6 +413,18 @@ void gmem_page_count_copy(struct gmem_page *page, struct gmem_hnode *from, struc
 	else
 		gmem_count(&stats->d2d_bytes, page->bytes);
 	gmem_count(&stats->duplicates, 1);
+}
+
+void gmem_page_arrived(struct gmem_page *page, struct gmem_hnode *from, struct gmem_hnode *to, enum gmem_why why)
+{
+	page->word = gmem_word_set_valid(page->word, gmem_word_valid(page->word) | 1u << to->hnid);
+	page->word = gmem_word_set_why(page->word, from ? why : GMEM_WHY_FIRST_TOUCH);
+	if (gmem_word_flags(page->word) & GMEM_PAGE_PINNED)
+		gmem_hnode_pinned(to, (int64_t)page->bytes);
+	if (!from)
+		return;
+	page->word &= ~GMEM_WORD_FLAG(GMEM_PAGE_DIRTY);
+	count_copy(page, from, to);
 }
 
 static int transfer(struct gmem_page *page, struct gmem_hnode *from, struct gmem_hnode *to, struct gmem_view *view,
@@ -439,6 +466,19 @@ static int first_touch(struct gmem_page *page, struct gmem_hnode *to)
 	return err;
 }
 
+/* The driver says that its copy is damaged. Another one may do; if there is none, nobody shall ever see this one. */
+static void lose(struct gmem_page *page, struct gmem_hnode *from)
+{
+	uint32_t rest = gmem_word_valid(page->word) & ~(1u << from->hnid);
+
+	gmem_count(&from->errors, 1);
+	if (drop_all_but(page, rest, rest ? GMEM_DIR_UPGRADE : GMEM_DIR_DISCARD, rest ? __builtin_ctz(rest) : 0) || rest)
+		return;
+	page->word = gmem_word_set_state(gmem_word_set_why(0, GMEM_WHY_LOST), GMEM_POISONED);
+	gmem_core_post(page->core, GMEM_EVENT_POISONED, page->object->account->session_id, page->offset, 0,
+		       from->hnid, -EBADMSG);
+}
+
 int gmem_page_fetch(struct gmem_page *page, int hnid, struct gmem_view *view, struct gmem_range range,
 		    enum gmem_why why, bool *ret_mapped)
 {
@@ -454,13 +494,6 @@ int gmem_page_fetch(struct gmem_page *page, int hnid, struct gmem_view *view, st
 	if (!to)
 		return -ENODEV;
 	from = gmem_page_source(page);
-	/* Two peers can't reach each other: by way of the host. */
-	if (from && gmem_hnode_is_peer(from) && gmem_hnode_is_peer(to)) {
-		err = gmem_page_fetch(page, GMEM_HOST, NULL, range, why, ret_mapped);
-		if (err)
-			return err;
-		from = gmem_core_hnode(page->core, GMEM_HOST);
-	}
 	err = gmem_page_downgrade(page);
 	if (!err)
 		err = get_frame(page, to);
@@ -468,17 +501,14 @@ int gmem_page_fetch(struct gmem_page *page, int hnid, struct gmem_view *view, st
 		return err;
 	err = from ? transfer(page, from, to, view, range, ret_mapped) : first_touch(page, to);
 	if (err) {
-		undo_target(page, to);
+		gmem_page_forget(page, to);
+		if (err == -EBADMSG)
+			lose(page, from);
+		if (err == -EBADMSG && gmem_word_valid(page->word))
+			return -EAGAIN;
 		return err == -ENOSPC ? -ENOMEM : err;
 	}
-	if (from)
-		gmem_page_count_copy(page, from, to);
-	page->word = gmem_word_set_valid(page->word, gmem_word_valid(page->word) | 1u << hnid);
-	page->word = gmem_word_set_why(page->word, from ? why : GMEM_WHY_FIRST_TOUCH);
-	if (from)
-		page->word &= ~GMEM_WORD_FLAG(GMEM_PAGE_DIRTY);
-	if (gmem_word_flags(page->word) & GMEM_PAGE_PINNED)
-		gmem_hnode_pinned(to, (int64_t)page->bytes);
+	gmem_page_arrived(page, from, to, why);
 	gmem_count(&page->core->stats.migration_ns, gmem_now_ns() - start);
 	return 0;
 }

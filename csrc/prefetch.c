@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
+#include <gmem/fault.h>
 #include <gmem/internal.h>
 #include <gmem/prefetch.h>
 #include <gmem/run.h>
@@ -145,7 +146,16 @@ bool gmem_stream_pending(const struct gmem_view *view)
 	return false;
 }
 
-bool gmem_stream_step(struct gmem_core *core, struct gmem_view *view)
+/* What is behind a slow link is for a filler. */
+static bool leave_to_filler(struct gmem_core *core, struct gmem_view *view, const struct gmem_place *place)
+{
+	if (!gmem_fault_is_slow(core, place, view->hnid))
+		return false;
+	ask_for_help(core, view);
+	return true;
+}
+
+bool gmem_stream_step(struct gmem_core *core, struct gmem_view *view, bool may_wait)
 {
 	for (int i = 0; i < GMEM_STREAMS; i++) {
 		struct gmem_stream *stream = &view->streams[i];
@@ -153,6 +163,7 @@ bool gmem_stream_step(struct gmem_core *core, struct gmem_view *view)
 		struct gmem_range piece;
 		struct gmem_place place;
 		uint64_t page_bytes;
+		bool left;
 
 		if (!next || next >= load(&stream->end))
 			continue;
@@ -162,8 +173,9 @@ bool gmem_stream_step(struct gmem_core *core, struct gmem_view *view)
 			continue;
 		}
 		page_bytes = 1ull << place.object->shift;
+		left = !may_wait && leave_to_filler(core, view, &place);
 		gmem_object_unref(place.object);
-		if (!claim(stream, page_bytes, &piece))
+		if (left || !claim(stream, page_bytes, &piece))
 			continue;
 		if (!fetch_ahead(core, view, piece, atomic_load_explicit(&stream->write, memory_order_relaxed)))
 			store(&stream->end, load(&stream->next));
@@ -175,7 +187,7 @@ bool gmem_stream_step(struct gmem_core *core, struct gmem_view *view)
 void gmem_stream_help(struct gmem_core *core, struct gmem_view *view)
 {
 	do {
-		while (gmem_stream_step(core, view))
+		while (gmem_stream_step(core, view, true))
 			;
 		atomic_store(&view->helped, false);
 		/* what was asked for after the last look, and before others could ask again */

@@ -4,12 +4,15 @@
 #include <pthread.h>
 #include <time.h>
 
+#include <gmem/evict.h>
 #include <gmem/internal.h>
 #include <gmem/migrate.h>
 #include <gmem/reclaim.h>
 
 #define PRESSURE_NS 50000000ull /* how long after a full hnode room is still made ahead */
 #define TELL_NS 1000000000ull   /* how often an hnode under pressure says so */
+#define BATCH_BYTES (4ull << 20)
+#define EMPTY_TRIES 16
 #define DRAIN_TRIES 20000
 #define DRAIN_PAUSE_NS 100000
 
@@ -62,72 +65,6 @@ uint32_t gmem_sieve_next(struct gmem_hnode *hnode)
 	return frame;
 }
 
-/* Where what leaves this hnode goes: a device's pages to the host, the host's to a tier with room. */
-static int next_tier(struct gmem_hnode *hnode, uint64_t bytes)
-{
-	if (hnode->hnid != GMEM_HOST)
-		return GMEM_HOST;
-	for (int h = 1; h < GMEM_HNODE_MAX; h++) {
-		struct gmem_hnode *tier = gmem_core_hnode(hnode->core, h);
-		bool room;
-
-		if (!tier || !gmem_hnode_is_peer(tier) || (tier->info.caps & GMEM_CAP_COMPUTE))
-			continue;
-		gmem_mutex_lock(&tier->lock);
-		room = !tier->draining && tier->used_bytes + bytes <= tier->info.capacity_bytes;
-		gmem_mutex_unlock(&tier->lock);
-		if (room)
-			return h;
-	}
-	return -ENOMEM;
-}
-
-static int evict_locked(struct gmem_hnode *hnode, struct gmem_page *page, bool forced)
-{
-	struct gmem_frame *frame = gmem_hnode_frame(hnode, page->object, page->index);
-	uint32_t here = 1u << hnode->hnid;
-	bool mapped, clean;
-	int err = 0, target;
-
-	if (!frame || !(gmem_word_valid(page->word) & here))
-		return 0; /* it has left by itself */
-	if (frame->holds)
-		return -EBUSY;
-	if (!forced && (gmem_word_flags(page->word) & GMEM_PAGE_PINNED))
-		return -EPERM;
-	clean = gmem_word_valid(page->word) != here;
-	if (!clean) {
-		target = next_tier(hnode, page->bytes);
-		if (target < 0)
-			return target;
-		err = gmem_page_fetch(page, target, NULL, (struct gmem_range){ 0, 0 }, GMEM_WHY_EVICTED, &mapped);
-	}
-	if (!err)
-		err = gmem_page_drop(page, hnode->hnid);
-	if (err)
-		return err;
-	gmem_count(&hnode->evictions, 1);
-	gmem_count(&hnode->core->stats.evictions, 1);
-	if (clean) {
-		gmem_count(&hnode->evicted_clean, 1);
-		gmem_count(&hnode->core->stats.evicted_clean, 1);
-	}
-	return 0;
-}
-
-int gmem_reclaim_evict(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index, bool forced)
-{
-	struct gmem_page page;
-	int err = gmem_page_trylock(object, index, false, &page);
-
-	if (err)
-		return err;
-	err = evict_locked(hnode, &page, forced);
-	page.park = false; /* whoever waits for a release has set WAITERS himself */
-	gmem_page_unlock(&page);
-	return err;
-}
-
 /* The next candidate, with a reference on its object; false if there is none. */
 static bool candidate(struct gmem_hnode *hnode, struct gmem_object **ret_object, uint64_t *ret_index)
 {
@@ -145,46 +82,77 @@ static bool candidate(struct gmem_hnode *hnode, struct gmem_object **ret_object,
 	return found;
 }
 
-static uint64_t free_bytes(struct gmem_hnode *hnode, uint64_t *ret_frames)
+/* Candidates of bytes in all, locked, with references on their objects. *ret_busy: there were some not to be had. */
+static size_t gather(struct gmem_hnode *hnode, uint64_t bytes, struct gmem_page *pages, bool *ret_busy)
 {
-	uint64_t bytes;
+	uint64_t gathered = 0;
+	size_t n = 0;
+
+	for (size_t tries = 0; gathered < bytes && tries < GMEM_EVICT_BATCH; tries++) {
+		struct gmem_object *object;
+		uint64_t index;
+
+		if (!candidate(hnode, &object, &index))
+			break; /* empty, or its object is just being freed */
+		if (gmem_page_trylock(object, index, false, &pages[n])) {
+			gmem_object_unref(object);
+			*ret_busy = true;
+		} else {
+			gathered += pages[n++].bytes;
+		}
+	}
+	return n;
+}
+
+static int evict(struct gmem_hnode *hnode, struct gmem_page *pages, size_t count, bool forced)
+{
+	struct gmem_object *objects[GMEM_EVICT_BATCH];
+	int err;
+
+	for (size_t i = 0; i < count; i++)
+		objects[i] = pages[i].object;
+	err = gmem_evict(hnode, pages, count, forced);
+	for (size_t i = 0; i < count; i++)
+		gmem_object_unref(objects[i]);
+	return err;
+}
+
+static uint64_t frames_made(struct gmem_hnode *hnode)
+{
+	uint64_t frames;
 
 	gmem_mutex_lock(&hnode->lock);
-	bytes = hnode->info.capacity_bytes - hnode->used_bytes;
-	*ret_frames = hnode->frames_bumped;
+	frames = hnode->frames_bumped;
 	gmem_mutex_unlock(&hnode->lock);
-	return bytes;
+	return frames;
 }
 
 int gmem_reclaim(struct gmem_hnode *hnode, uint64_t bytes)
 {
+	struct gmem_page pages[GMEM_EVICT_BATCH];
+	uint64_t tries = 0, empty = 0, room;
 	bool busy = false;
-	uint64_t frames, tries = 0;
 	int last = -ENOMEM;
 
-	if (bytes > hnode->info.capacity_bytes)
+	if (bytes > gmem_counter(&hnode->limit_bytes))
 		return -ENOMEM;
-	while (free_bytes(hnode, &frames) < bytes) {
-		struct gmem_object *object;
-		uint64_t index;
+	while ((room = gmem_hnode_free_bytes(hnode)) < bytes) {
+		uint64_t need = bytes - room < BATCH_BYTES ? bytes - room : BATCH_BYTES;
+		size_t count = gather(hnode, need, pages, &busy);
 		int err;
 
-		if (tries++ > 2 * frames)
-			return busy ? -EAGAIN : last;
-		if (!candidate(hnode, &object, &index)) {
-			busy = true; /* empty, or its object is just being freed */
-			if (tries > 16)
-				return -EAGAIN;
-			continue;
-		}
-		err = gmem_reclaim_evict(hnode, object, index, false);
-		gmem_object_unref(object);
+		if (!count && empty++ > EMPTY_TRIES)
+			return -EAGAIN;
+		err = evict(hnode, pages, count, false);
 		if (err == -EBUSY || err == -EAGAIN)
 			busy = true;
 		else if (err == -ENOMEM)
 			return -ENOMEM; /* nowhere to put it: the others would fare no better */
 		else if (err && err != -EPERM)
 			last = err;
+		tries += count ? count : 1;
+		if (tries > 2 * frames_made(hnode))
+			return busy ? -EAGAIN : last;
 	}
 	return 0;
 }
@@ -196,26 +164,31 @@ static void pause_ns(long ns)
 	nanosleep(&t, NULL);
 }
 
+static bool is_empty(struct gmem_hnode *hnode)
+{
+	bool empty;
+
+	gmem_mutex_lock(&hnode->lock);
+	empty = !hnode->used_bytes;
+	gmem_mutex_unlock(&hnode->lock);
+	return empty;
+}
+
 int gmem_reclaim_drain(struct gmem_hnode *hnode)
 {
 	int err = 0;
 
 	for (int tries = 0; tries < DRAIN_TRIES; tries++) {
-		struct gmem_object *object;
-		uint64_t index;
+		struct gmem_page page;
+		bool busy = false;
 
-		gmem_mutex_lock(&hnode->lock);
-		if (!hnode->used_bytes) {
-			gmem_mutex_unlock(&hnode->lock);
+		if (is_empty(hnode))
 			return 0;
-		}
-		gmem_mutex_unlock(&hnode->lock);
-		if (!candidate(hnode, &object, &index)) {
+		if (!gather(hnode, 1, &page, &busy)) {
 			pause_ns(DRAIN_PAUSE_NS);
 			continue;
 		}
-		err = gmem_reclaim_evict(hnode, object, index, true);
-		gmem_object_unref(object);
+		err = evict(hnode, &page, 1, true);
 		if (!err)
 			tries = 0;
 		else if (err == -EBUSY || err == -EAGAIN)
@@ -236,7 +209,7 @@ static void *reclaimer(void *arg)
 	gmem_mutex_lock(&hnode->lock);
 	while (!hnode->stop) {
 		uint64_t now = gmem_now_ns();
-		uint64_t room = hnode->info.capacity_bytes - hnode->used_bytes;
+		uint64_t room = gmem_hnode_free_locked(hnode);
 		bool pressed = hnode->pressure_ns && now - hnode->pressure_ns < PRESSURE_NS;
 		int err;
 

@@ -119,6 +119,11 @@ int gmem_device_attach(struct gmem_core *core, const struct gmem_driver_ops *ops
 /* Brings every page home, then removes the device. -EBUSY while contexts are open on it unless force; force detaches
  * them first. (blocks) */
 int gmem_device_detach(struct gmem_core *core, int hnid, bool force);
+/* How much of its capacity may be used, from now on; what is too much leaves. -EINVAL: below 2 MiB or above the capacity;
+ * -EBUSY: more is pinned; -ENOMEM, -EAGAIN: there is nowhere for the rest to go, and nothing has changed. (blocks) */
+int gmem_limit(struct gmem_core *core, int hnid, uint64_t bytes);
+/* Where a tier stands in the chain below the host: the lowest rank is nearest, equal ones by hnid, new ones last. */
+int gmem_tier_rank(struct gmem_core *core, int hnid, uint32_t rank);
 const struct gmem_driver_ops *gmem_driver_builtin(const char *name); /* "simgpu"; NULL if unknown */
 
 struct gmem_hnode_stats {

@@ -123,8 +123,9 @@ struct gmem_driver_ops {
 			 gmem_fence_t *ret);
 
 	/* peers with their own allocator; key names a page for as long as it is stored. A push of a key that is stored
-	 * replaces it. -ENOSPC: full just now, and nothing has changed; -EIO: the page can't be read (or is damaged:
-	 * -EBADMSG), and it will be POISONED, never returned. No op may leave a page half stored. */
+	 * replaces it. -ENOSPC: full just now, and nothing has changed; -EIO: the page can't be read just now, and who
+	 * touches it gets SIGBUS; -EBADMSG: it is damaged: POISONED for ever, never returned. No op may leave a page half
+	 * stored. */
 	int (*peer_va_alloc_fixed)(struct gmem_device *device, struct gmem_range range);
 	int (*peer_va_free)(struct gmem_device *device, struct gmem_range range);
 	int (*peer_map)(struct gmem_device *device, uint64_t key, const void *src, size_t bytes); /* push a page */

@@ -10,6 +10,7 @@
 
 #include <gmem/driver.h>
 #include <gmem/lockrank.h>
+#include <gmem/stats.h>
 #include <gmem/vm_object.h>
 
 #define GMEM_FRAME_NONE 0u
@@ -32,28 +33,43 @@ struct gmem_hnode {
 	struct gmem_driver_ops ops_copy;         /* (C) with the tail the driver did not know set to NULL */
 	struct gmem_device *device;              /* (C) */
 	struct gmem_device_info info;            /* (C) */
-	bool draining;                           /* (H) being detached: takes no new pages */
+	atomic_bool draining;                    /* (A) being detached: takes no new pages */
+	_Atomic uint32_t rank;                   /* (A) tiers: place in the chain below the host */
 	struct gmem_mutex lock;
 	uint64_t used_bytes, peak_bytes, pinned_bytes; /* (H) */
+	uint64_t full_at_bytes;                  /* (H) tiers: its driver had no room for more than so much; 0: unknown */
 	uint64_t pressure_ns;                    /* (H) when an allocation last found it full; 0: never, or long ago */
 	struct gmem_frame *frames;               /* (C) array, mapped sparse; [0] is unused */
 	uint32_t frame_count, frames_bumped, free_head; /* (C), (H), (H) */
 	_Atomic uint32_t *frame_of;              /* (C) by pn, mapped sparse */
 	uint32_t head, tail, hand;               /* (H) SIEVE's list */
-	uint64_t low_bytes, high_bytes;          /* (C) watermarks: free bytes */
+	_Atomic uint64_t limit_bytes;            /* (A) what it may hold: its capacity, or the operator's limit */
+	_Atomic uint64_t low_bytes, high_bytes;  /* (A) watermarks: free bytes */
 	pthread_t reclaimer;                     /* (C) */
 	bool reclaimer_runs, stop;               /* (C), (H) */
 	pthread_cond_t wake;                     /* (H) */
 	_Atomic uint64_t contexts;               /* (A) */
 	_Atomic uint64_t faults, in_bytes, out_bytes, evictions, evicted_clean, errors; /* (A) */
 	_Atomic uint64_t sequence;               /* (A) of invalidations */
+	struct gmem_mutex relay_lock;
+	uint8_t *relay;                          /* relay_lock; peers: room for one page */
 	struct gmem_hnode *next_retired;         /* devices_lock */
 };
 
 int gmem_hnode_create(struct gmem_core *core, int hnid, const char *name, uint64_t capacity_bytes,
 		      struct gmem_hnode **ret);
+int gmem_hnode_relay_create(struct gmem_hnode *hnode);
 void gmem_hnode_destroy(struct gmem_hnode *hnode);
 
+/* Whether bytes more would fit just now; if not, it is under pressure. */
+bool gmem_hnode_room(struct gmem_hnode *hnode, uint64_t bytes);
+/* The driver had no room for bytes that are charged already, whatever the capacity it gave: one that compresses can't
+ * know before. */
+void gmem_hnode_full(struct gmem_hnode *hnode, uint64_t bytes);
+/* capacity_bytes of gmem_hnode_create() at most. */
+void gmem_hnode_set_limit(struct gmem_hnode *hnode, uint64_t bytes);
+uint64_t gmem_hnode_free_locked(const struct gmem_hnode *hnode);
+uint64_t gmem_hnode_free_bytes(struct gmem_hnode *hnode);
 /* Charges one page and makes its descriptor. The caller owns the page's BUSY. -ENOMEM: full; -ENODEV: draining. */
 int gmem_hnode_frame_alloc(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index);
 void gmem_hnode_frame_free(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index);
@@ -62,6 +78,8 @@ struct gmem_frame *gmem_hnode_frame(struct gmem_hnode *hnode, struct gmem_object
 void gmem_hnode_touch(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index);
 /* Makes it the next candidate of reclaim. */
 void gmem_hnode_cool(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index);
+/* Whether a fault thread should leave the waiting for a page of so many bytes to a filler. */
+bool gmem_hnode_slow(const struct gmem_hnode *hnode, uint64_t bytes);
 void gmem_hnode_pinned(struct gmem_hnode *hnode, int64_t bytes);
 
 static inline bool gmem_hnode_is_peer(const struct gmem_hnode *hnode) { return hnode->info.caps & GMEM_CAP_PEER; }

@@ -16,6 +16,7 @@ enum gmem_rank {
 	GMEM_RANK_AS,          /* regions of one address space */
 	GMEM_RANK_OBJECT,      /* mappings of one object */
 	GMEM_RANK_VIEWS,       /* views of one address space */
+	GMEM_RANK_RELAY,       /* the buffer through which peers pass pages on */
 	GMEM_RANK_HNODE,       /* frames and reclaim lists of one hnode */
 	GMEM_RANK_ACCOUNT,     /* files of one account */
 	GMEM_RANK_RANGE,       /* range allocators */

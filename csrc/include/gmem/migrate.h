@@ -43,7 +43,7 @@ int gmem_page_discard(struct gmem_page *page);
 int gmem_page_map(struct gmem_page *page, struct gmem_view *view, struct gmem_range range, bool was_protected);
 void gmem_page_wake(struct gmem_page *page);
 
-/* ---- steps, for run.h ---- */
+/* ---- steps, for run.h and evict.h ---- */
 
 /* Publishes what is being done, for recovery; others may have set WAITERS meanwhile. */
 void gmem_page_mark(struct gmem_page *page, enum gmem_dir dir, int target);
@@ -53,6 +53,10 @@ void gmem_page_notify(struct gmem_page *page, struct gmem_hnode *hnode, enum gme
 struct gmem_hnode *gmem_page_source(struct gmem_page *page);
 /* The copy engine that stands between two hnodes, NULL if the CPU copies as fast as anything. */
 struct gmem_hnode *gmem_copy_engine(struct gmem_hnode *from, struct gmem_hnode *to);
-void gmem_page_count_copy(struct gmem_page *page, struct gmem_hnode *from, struct gmem_hnode *to);
+int gmem_copy_by_engine(struct gmem_hnode *engine, void *dst, const void *src, uint64_t bytes);
+/* Records the copy that has been made on to; from NULL: its first content. */
+void gmem_page_arrived(struct gmem_page *page, struct gmem_hnode *from, struct gmem_hnode *to, enum gmem_why why);
+/* Gives back the frame on to and what was filled of it. */
+void gmem_page_forget(struct gmem_page *page, struct gmem_hnode *to);
 
 #endif

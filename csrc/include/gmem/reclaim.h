@@ -21,9 +21,6 @@ void gmem_sieve_next_is(struct gmem_hnode *hnode, uint32_t frame);
 /* Frees at least bytes on the hnode. 0; -EAGAIN: candidates were busy, worth another try; -ENOMEM: all that is left is
  * pinned or held, or there is nowhere to put it. Never waits for a page. */
 int gmem_reclaim(struct gmem_hnode *hnode, uint64_t bytes);
-/* Moves one page off the hnode. forced: also a pinned one (the device is going). 0; -EBUSY: it is someone else's just
- * now, or held; -EPERM: pinned; -ENOMEM, -EIO... */
-int gmem_reclaim_evict(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index, bool forced);
 /* Moves everything off a draining hnode, waiting for pages that are in use. 0, or why one can't be moved. */
 int gmem_reclaim_drain(struct gmem_hnode *hnode);
 int gmem_reclaimer_start(struct gmem_hnode *hnode);

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Run: consecutive logical pages of one object in the same state, moved by one system call for each step of the page
- * protocol instead of one for each page. What is out of the ordinary (held, poisoned, behind a copy engine, no frame
- * free) ends a run before it, and is left to the functions of migrate.h.
+ * protocol instead of one for each page. What is out of the ordinary (held, poisoned, damaged, no frame free) ends a run
+ * before it, and is left to the functions of migrate.h.
  */
 #ifndef GMEM_RUN_H
 #define GMEM_RUN_H
