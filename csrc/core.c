@@ -134,6 +134,7 @@ int gmem_core_create(const struct gmem_core_config *config, struct gmem_core **r
 	core->next_id = 1;
 	gmem_mutex_init(&core->devices_lock, GMEM_RANK_DEVICES);
 	gmem_rwlock_init(&core->sessions_lock, GMEM_RANK_SESSIONS);
+	gmem_mutex_init(&core->tenants_lock, GMEM_RANK_TENANTS);
 	err = threads > GMEM_THREADS_MAX ? -EINVAL : gmem_copy_guard_init();
 	if (!err)
 		err = probe(core, config);
@@ -223,6 +224,7 @@ void gmem_core_destroy(struct gmem_core *core)
 	gmem_range_deinit(&core->va[GMEM_CLASS_HUGE]);
 	gmem_mutex_deinit(&core->devices_lock);
 	gmem_rwlock_deinit(&core->sessions_lock);
+	gmem_mutex_deinit(&core->tenants_lock);
 	if (core->features.uffd_device)
 		close(core->features.uffd_device_fd);
 	free(core);

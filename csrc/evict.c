@@ -61,7 +61,7 @@ static int evict_one(struct gmem_hnode *hnode, struct gmem_page *page)
 		err = gmem_page_fetch(page, target, NULL, (struct gmem_range){ 0, 0 }, GMEM_WHY_EVICTED, &mapped);
 		if (!err)
 			break;
-		if (err != -ENOMEM && err != -EAGAIN && err != -ENODEV)
+		if (err != -ENOMEM && err != -EDQUOT && err != -EAGAIN && err != -ENODEV)
 			return err;
 		refused |= 1u << target;
 	}

@@ -64,6 +64,7 @@ void gmem_hnode_destroy(struct gmem_hnode *hnode)
 		munmap(hnode->frames, (uint64_t)hnode->frame_count * sizeof(*hnode->frames));
 	if (hnode->frame_of)
 		munmap((void *)hnode->frame_of, hnode->core->lpt.pages * sizeof(*hnode->frame_of));
+	gmem_account_unref(hnode->pressed);
 	if (hnode->relay)
 		munmap(hnode->relay, GMEM_HUGE_BYTES);
 	gmem_mutex_deinit(&hnode->lock);
@@ -145,40 +146,105 @@ uint64_t gmem_hnode_free_bytes(struct gmem_hnode *hnode)
 	return bytes;
 }
 
-int gmem_hnode_frame_alloc(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index)
+/* The ring of an account's frames; a new one comes last. */
+static void mate_insert_locked(struct gmem_hnode *hnode, struct gmem_account *account, uint32_t frame)
+{
+	struct gmem_frame *frames = hnode->frames;
+	uint32_t *hand = &account->mates[hnode->hnid];
+
+	if (!*hand) {
+		frames[frame].mate_prev = frames[frame].mate_next = *hand = frame;
+		return;
+	}
+	frames[frame].mate_next = *hand;
+	frames[frame].mate_prev = frames[*hand].mate_prev;
+	frames[frames[*hand].mate_prev].mate_next = frame;
+	frames[*hand].mate_prev = frame;
+}
+
+static void mate_remove_locked(struct gmem_hnode *hnode, struct gmem_account *account, uint32_t frame)
+{
+	struct gmem_frame *frames = hnode->frames;
+	uint32_t *hand = &account->mates[hnode->hnid], next = frames[frame].mate_next;
+
+	frames[frames[frame].mate_prev].mate_next = next;
+	frames[next].mate_prev = frames[frame].mate_prev;
+	if (*hand == frame)
+		*hand = next == frame ? GMEM_FRAME_NONE : next;
+}
+
+uint32_t gmem_hnode_mate_locked(struct gmem_hnode *hnode, struct gmem_account *account)
+{
+	uint32_t frame = account->mates[hnode->hnid];
+
+	/* each step clears a mark */
+	while (frame && atomic_exchange_explicit(&hnode->frames[frame].used, 0, memory_order_relaxed))
+		frame = hnode->frames[frame].mate_next;
+	if (frame)
+		account->mates[hnode->hnid] = hnode->frames[frame].mate_next;
+	return frame;
+}
+
+static void charge_locked(struct gmem_hnode *hnode, struct gmem_account *account, int64_t bytes)
+{
+	hnode->used_bytes += (uint64_t)bytes;
+	if (hnode->used_bytes > hnode->peak_bytes)
+		hnode->peak_bytes = hnode->used_bytes;
+	gmem_count(&account->shares[hnode->hnid].resident_bytes, (uint64_t)bytes);
+	gmem_count(&account->tenant->shares[hnode->hnid].resident_bytes, (uint64_t)bytes);
+}
+
+/* Room is made ahead for whoever has reached his quota lately, too. */
+static void press_account_locked(struct gmem_hnode *hnode, struct gmem_account *account, bool reached)
+{
+	if (reached)
+		account->pressure_ns[hnode->hnid] = gmem_now_ns();
+	else if (!account->pressure_ns[hnode->hnid] ||
+		 gmem_account_room(account, hnode->hnid) >= gmem_counter(&account->shares[hnode->hnid].quota_bytes) / 64)
+		return;
+	if (!hnode->pressed)
+		hnode->pressed = gmem_account_ref(account);
+	pthread_cond_signal(&hnode->wake);
+}
+
+static int take_frame_locked(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index, uint32_t *ret)
 {
 	uint64_t bytes = 1ull << object->shift;
+
+	if (atomic_load(&hnode->draining))
+		return -ENODEV;
+	if (gmem_account_room(object->account, hnode->hnid) < bytes)
+		return -EDQUOT;
+	if (gmem_hnode_free_locked(hnode) < bytes || !(*ret = take_descriptor(hnode)))
+		return -ENOMEM;
+	hnode->frames[*ret] = (struct gmem_frame){ .object = object, .index = index };
+	gmem_sieve_insert(hnode, *ret);
+	mate_insert_locked(hnode, object->account, *ret);
+	charge_locked(hnode, object->account, (int64_t)bytes);
+	return 0;
+}
+
+int gmem_hnode_frame_alloc(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index)
+{
 	uint32_t frame = GMEM_FRAME_NONE;
-	int err = 0;
+	int err;
 
 	gmem_mutex_lock(&hnode->lock);
-	if (atomic_load(&hnode->draining)) {
-		err = -ENODEV;
-	} else if (gmem_hnode_free_locked(hnode) < bytes ||
-		   !(frame = take_descriptor(hnode))) {
-		err = -ENOMEM;
-	} else {
-		hnode->frames[frame] = (struct gmem_frame){ .object = object, .index = index };
-		gmem_sieve_insert(hnode, frame);
-		hnode->used_bytes += bytes;
-		if (hnode->used_bytes > hnode->peak_bytes)
-			hnode->peak_bytes = hnode->used_bytes;
-	}
+	err = take_frame_locked(hnode, object, index, &frame);
 	if (err == -ENOMEM)
 		press_locked(hnode);
-	else if (hnode->reclaimer_runs && hnode->pressure_ns && gmem_hnode_free_locked(hnode) < hnode->low_bytes)
+	else if (hnode->reclaimer_runs && hnode->pressure_ns && gmem_hnode_free_locked(hnode) < gmem_counter(&hnode->low_bytes))
 		pthread_cond_signal(&hnode->wake);
+	if (err == -EDQUOT || object->account->pressure_ns[hnode->hnid])
+		press_account_locked(hnode, object->account, err == -EDQUOT);
 	gmem_mutex_unlock(&hnode->lock);
-	if (err)
-		return err;
-	atomic_store_explicit(&hnode->frame_of[object->pn + index], frame, memory_order_relaxed);
-	gmem_count(&object->account->resident_bytes[hnode->hnid], bytes);
-	return 0;
+	if (!err)
+		atomic_store_explicit(&hnode->frame_of[object->pn + index], frame, memory_order_relaxed);
+	return err;
 }
 
 void gmem_hnode_frame_free(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index)
 {
-	uint64_t bytes = 1ull << object->shift;
 	uint32_t frame = atomic_load_explicit(&hnode->frame_of[object->pn + index], memory_order_relaxed);
 
 	if (!frame)
@@ -186,15 +252,15 @@ void gmem_hnode_frame_free(struct gmem_hnode *hnode, struct gmem_object *object,
 	atomic_store_explicit(&hnode->frame_of[object->pn + index], GMEM_FRAME_NONE, memory_order_relaxed);
 	gmem_mutex_lock(&hnode->lock);
 	gmem_sieve_remove(hnode, frame);
+	mate_remove_locked(hnode, object->account, frame);
 	hnode->frames[frame].object = NULL;
 	hnode->frames[frame].next = hnode->free_head;
 	hnode->free_head = frame;
-	hnode->used_bytes -= bytes;
+	charge_locked(hnode, object->account, -(int64_t)(1ull << object->shift));
 	/* some way below where it was full, it is worth another try: what comes may be smaller */
-	if (hnode->full_at_bytes && hnode->used_bytes + hnode->high_bytes < hnode->full_at_bytes)
+	if (hnode->full_at_bytes && hnode->used_bytes + gmem_counter(&hnode->high_bytes) < hnode->full_at_bytes)
 		hnode->full_at_bytes = 0;
 	gmem_mutex_unlock(&hnode->lock);
-	atomic_fetch_sub_explicit(&object->account->resident_bytes[hnode->hnid], bytes, memory_order_relaxed);
 }
 
 struct gmem_frame *gmem_hnode_frame(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index)
@@ -208,8 +274,10 @@ void gmem_hnode_touch(struct gmem_hnode *hnode, struct gmem_object *object, uint
 {
 	struct gmem_frame *frame = gmem_hnode_frame(hnode, object, index);
 
-	if (frame)
-		atomic_store_explicit(&frame->visited, 1, memory_order_relaxed);
+	if (!frame)
+		return;
+	atomic_store_explicit(&frame->visited, 1, memory_order_relaxed);
+	atomic_store_explicit(&frame->used, 1, memory_order_relaxed);
 }
 
 void gmem_hnode_cool(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index)

@@ -32,18 +32,29 @@ static uint64_t assured_bytes(const struct gmem_hnode *hnode)
 	return hnode->info.assured_bytes ? hnode->info.assured_bytes : gmem_counter(&hnode->limit_bytes);
 }
 
-/* What all devices and the host could hold together. */
-static uint64_t capacity(struct gmem_core *core)
+/* What all devices and the host could hold together, of everybody's or of one share's. */
+static uint64_t capacity(struct gmem_core *core, const struct gmem_share *shares)
 {
 	uint64_t bytes = 0;
 
 	for (int h = 0; h < GMEM_HNODE_MAX; h++) {
 		struct gmem_hnode *hnode = gmem_core_hnode(core, h);
+		uint64_t here = hnode ? assured_bytes(hnode) : 0, quota = shares ? gmem_counter(&shares[h].quota_bytes) : 0;
 
-		if (hnode)
-			bytes += assured_bytes(hnode);
+		bytes += quota && quota < here ? quota : here;
 	}
 	return bytes;
+}
+
+/* No more than its quotas allow in all. */
+static int check_quotas(struct gmem_core *core, struct gmem_account *account, uint64_t bytes)
+{
+	if (core->overcommit)
+		return 0;
+	if (gmem_counter(&account->mapped_bytes) + bytes > capacity(core, account->shares) ||
+	    gmem_counter(&account->tenant->mapped_bytes) + bytes > capacity(core, account->tenant->shares))
+		return -EDQUOT;
+	return 0;
 }
 
 /* Huge pages are used for a region only if every page of it that the host may hold, and every page a device may hold,
@@ -69,7 +80,7 @@ static int commit_charge(struct gmem_core *core, enum gmem_class class_, uint64_
 	uint64_t total = atomic_fetch_add(&core->committed_bytes[class_], bytes) + bytes;
 
 	total += atomic_load(&core->committed_bytes[!class_]);
-	if (core->overcommit || total <= capacity(core))
+	if (core->overcommit || total <= capacity(core, NULL))
 		return 0;
 	atomic_fetch_sub(&core->committed_bytes[class_], bytes);
 	return -ENOMEM;
@@ -96,6 +107,9 @@ int gmem_mmap(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args *
 	err = commit_charge(core, class_, bytes);
 	if (err)
 		goto out;
+	err = check_quotas(core, session->account, bytes);
+	if (err)
+		goto uncharge;
 	err = gmem_range_alloc(&core->va[class_], bytes, align, &va);
 	if (err)
 		goto uncharge;

@@ -262,14 +262,15 @@ static int get_frame(struct gmem_page *page, struct gmem_hnode *hnode)
 {
 	int err = gmem_hnode_frame_alloc(hnode, page->object, page->index);
 
-	for (int tries = 0; err == -ENOMEM && tries < RECLAIM_TRIES; tries++) {
-		int reclaimed = gmem_reclaim(hnode, page->bytes);
+	for (int tries = 0; (err == -ENOMEM || err == -EDQUOT) && tries < RECLAIM_TRIES; tries++) {
+		int reclaimed = err == -ENOMEM ? gmem_reclaim(hnode, page->bytes) :
+						 gmem_reclaim_own(hnode, page->object->account, page->bytes);
 
 		if (reclaimed)
 			return reclaimed;
 		err = gmem_hnode_frame_alloc(hnode, page->object, page->index);
 	}
-	return err == -ENOMEM ? -EAGAIN : err; /* others were quicker every time: come back */
+	return err == -ENOMEM || err == -EDQUOT ? -EAGAIN : err; /* others were quicker every time: come back */
 }
 
 int gmem_copy_by_engine(struct gmem_hnode *engine, void *dst, const void *src, uint64_t bytes)

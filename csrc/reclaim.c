@@ -13,6 +13,7 @@
 #define TELL_NS 1000000000ull   /* how often an hnode under pressure says so */
 #define BATCH_BYTES (4ull << 20)
 #define EMPTY_TRIES 16
+#define OTHERS_TRIES 256
 #define DRAIN_TRIES 20000
 #define DRAIN_PAUSE_NS 100000
 
@@ -65,14 +66,38 @@ uint32_t gmem_sieve_next(struct gmem_hnode *hnode)
 	return frame;
 }
 
+/* Whose pages are to leave: an account's own; those of its user's other accounts, if it has none there itself; anybody's
+ * (NULL). */
+struct domain {
+	struct gmem_account *account;
+	bool others;
+};
+
+static uint32_t next_locked(struct gmem_hnode *hnode, const struct domain *domain)
+{
+	uint32_t frame = GMEM_FRAME_NONE;
+
+	if (!domain)
+		return gmem_sieve_next(hnode);
+	if (!domain->others)
+		return gmem_hnode_mate_locked(hnode, domain->account);
+	for (int tries = 0; tries < OTHERS_TRIES; tries++) {
+		frame = gmem_sieve_next(hnode);
+		if (!frame || hnode->frames[frame].object->account->tenant == domain->account->tenant)
+			return frame;
+	}
+	return GMEM_FRAME_NONE;
+}
+
 /* The next candidate, with a reference on its object; false if there is none. */
-static bool candidate(struct gmem_hnode *hnode, struct gmem_object **ret_object, uint64_t *ret_index)
+static bool candidate(struct gmem_hnode *hnode, const struct domain *domain, struct gmem_object **ret_object,
+		      uint64_t *ret_index)
 {
 	bool found = false;
 	uint32_t frame;
 
 	gmem_mutex_lock(&hnode->lock);
-	frame = gmem_sieve_next(hnode);
+	frame = next_locked(hnode, domain);
 	if (frame && gmem_object_tryref(hnode->frames[frame].object)) {
 		*ret_object = hnode->frames[frame].object;
 		*ret_index = hnode->frames[frame].index;
@@ -83,7 +108,8 @@ static bool candidate(struct gmem_hnode *hnode, struct gmem_object **ret_object,
 }
 
 /* Candidates of bytes in all, locked, with references on their objects. *ret_busy: there were some not to be had. */
-static size_t gather(struct gmem_hnode *hnode, uint64_t bytes, struct gmem_page *pages, bool *ret_busy)
+static size_t gather(struct gmem_hnode *hnode, const struct domain *domain, uint64_t bytes, struct gmem_page *pages,
+		     bool *ret_busy)
 {
 	uint64_t gathered = 0;
 	size_t n = 0;
@@ -92,7 +118,7 @@ static size_t gather(struct gmem_hnode *hnode, uint64_t bytes, struct gmem_page 
 		struct gmem_object *object;
 		uint64_t index;
 
-		if (!candidate(hnode, &object, &index))
+		if (!candidate(hnode, domain, &object, &index))
 			break; /* empty, or its object is just being freed */
 		if (gmem_page_trylock(object, index, false, &pages[n])) {
 			gmem_object_unref(object);
@@ -127,27 +153,33 @@ static uint64_t frames_made(struct gmem_hnode *hnode)
 	return frames;
 }
 
-int gmem_reclaim(struct gmem_hnode *hnode, uint64_t bytes)
+static uint64_t room_of(struct gmem_hnode *hnode, const struct domain *domain)
+{
+	return domain ? gmem_account_room(domain->account, hnode->hnid) : gmem_hnode_free_bytes(hnode);
+}
+
+static int reclaim(struct gmem_hnode *hnode, struct domain *domain, uint64_t bytes)
 {
 	struct gmem_page pages[GMEM_EVICT_BATCH];
 	uint64_t tries = 0, empty = 0, room;
 	bool busy = false;
 	int last = -ENOMEM;
 
-	if (bytes > gmem_counter(&hnode->limit_bytes))
-		return -ENOMEM;
-	while ((room = gmem_hnode_free_bytes(hnode)) < bytes) {
+	while ((room = room_of(hnode, domain)) < bytes) {
 		uint64_t need = bytes - room < BATCH_BYTES ? bytes - room : BATCH_BYTES;
-		size_t count = gather(hnode, need, pages, &busy);
+		size_t count;
 		int err;
 
+		if (domain)
+			domain->others = !gmem_counter(&domain->account->shares[hnode->hnid].resident_bytes);
+		count = gather(hnode, domain, need, pages, &busy);
 		if (!count && empty++ > EMPTY_TRIES)
 			return -EAGAIN;
 		err = evict(hnode, pages, count, false);
 		if (err == -EBUSY || err == -EAGAIN)
 			busy = true;
-		else if (err == -ENOMEM)
-			return -ENOMEM; /* nowhere to put it: the others would fare no better */
+		else if (err == -ENOMEM || err == -EDQUOT)
+			return err; /* nowhere to put it: the others would fare no better */
 		else if (err && err != -EPERM)
 			last = err;
 		tries += count ? count : 1;
@@ -155,6 +187,27 @@ int gmem_reclaim(struct gmem_hnode *hnode, uint64_t bytes)
 			return busy ? -EAGAIN : last;
 	}
 	return 0;
+}
+
+int gmem_reclaim(struct gmem_hnode *hnode, uint64_t bytes)
+{
+	return bytes > gmem_counter(&hnode->limit_bytes) ? -ENOMEM : reclaim(hnode, NULL, bytes);
+}
+
+static bool can_be(const struct gmem_share *share, uint64_t bytes)
+{
+	uint64_t quota = gmem_counter(&share->quota_bytes);
+
+	return !quota || quota >= bytes;
+}
+
+int gmem_reclaim_own(struct gmem_hnode *hnode, struct gmem_account *account, uint64_t bytes)
+{
+	struct domain domain = { .account = account };
+
+	if (!can_be(&account->shares[hnode->hnid], bytes) || !can_be(&account->tenant->shares[hnode->hnid], bytes))
+		return -EDQUOT;
+	return reclaim(hnode, &domain, bytes);
 }
 
 static void pause_ns(long ns)
@@ -184,7 +237,7 @@ int gmem_reclaim_drain(struct gmem_hnode *hnode)
 
 		if (is_empty(hnode))
 			return 0;
-		if (!gather(hnode, 1, &page, &busy)) {
+		if (!gather(hnode, NULL, 1, &page, &busy)) {
 			pause_ns(DRAIN_PAUSE_NS);
 			continue;
 		}
@@ -199,35 +252,75 @@ int gmem_reclaim_drain(struct gmem_hnode *hnode)
 	return err ? err : -EBUSY;
 }
 
-/* Makes room ahead of the next allocation while the hnode is under pressure. */
+struct teller {
+	struct gmem_core *core;
+	uint64_t told_ns;
+};
+
+static void tell(struct teller *teller, uint64_t session, int hnid)
+{
+	uint64_t now = gmem_now_ns();
+
+	if (now - teller->told_ns < TELL_NS)
+		return;
+	gmem_core_post(teller->core, GMEM_EVENT_PRESSURE, session, 0, 0, hnid, 0);
+	teller->told_ns = now;
+}
+
+static bool lately(uint64_t when_ns)
+{
+	return when_ns && gmem_now_ns() - when_ns < PRESSURE_NS;
+}
+
+/* Makes room below a quota ahead of its next allocation. Called and returns with the lock held. */
+static void relieve_account_locked(struct gmem_hnode *hnode, struct teller *teller)
+{
+	struct gmem_account *account = hnode->pressed;
+	uint64_t quota = gmem_counter(&account->shares[hnode->hnid].quota_bytes);
+
+	hnode->pressed = NULL;
+	if (!lately(account->pressure_ns[hnode->hnid]))
+		account->pressure_ns[hnode->hnid] = 0;
+	gmem_mutex_unlock(&hnode->lock);
+	tell(teller, account->session_id, hnode->hnid);
+	gmem_reclaim_own(hnode, account, quota / 32); /* what can't be done now, the next allocation will have to */
+	gmem_account_unref(account);
+	gmem_mutex_lock(&hnode->lock);
+}
+
+/* The same for the whole hnode; false if there is nothing to do. */
+static bool relieve_locked(struct gmem_hnode *hnode, struct teller *teller)
+{
+	int err;
+
+	if (!lately(hnode->pressure_ns)) {
+		hnode->pressure_ns = 0;
+		return false;
+	}
+	if (gmem_hnode_free_locked(hnode) >= gmem_counter(&hnode->low_bytes))
+		return false;
+	gmem_mutex_unlock(&hnode->lock);
+	tell(teller, 0, hnode->hnid);
+	err = gmem_reclaim(hnode, gmem_counter(&hnode->high_bytes));
+	gmem_mutex_lock(&hnode->lock);
+	if (err)
+		gmem_mutex_wait(&hnode->lock, &hnode->wake, DRAIN_PAUSE_NS * 10);
+	return true;
+}
+
+/* Makes room ahead of the next allocation while there is pressure. */
 static void *reclaimer(void *arg)
 {
 	struct gmem_hnode *hnode = arg;
-	uint64_t told_ns = 0;
+	struct teller teller = { .core = hnode->core }, account_teller = teller;
 
 	pthread_setname_np(pthread_self(), "gmem-reclaim");
 	gmem_mutex_lock(&hnode->lock);
 	while (!hnode->stop) {
-		uint64_t now = gmem_now_ns();
-		uint64_t room = gmem_hnode_free_locked(hnode);
-		bool pressed = hnode->pressure_ns && now - hnode->pressure_ns < PRESSURE_NS;
-		int err;
-
-		if (!pressed || room >= hnode->low_bytes) {
-			if (!pressed)
-				hnode->pressure_ns = 0;
+		if (hnode->pressed)
+			relieve_account_locked(hnode, &account_teller);
+		else if (!relieve_locked(hnode, &teller))
 			gmem_mutex_wait(&hnode->lock, &hnode->wake, 0);
-			continue;
-		}
-		gmem_mutex_unlock(&hnode->lock);
-		if (now - told_ns > TELL_NS) {
-			gmem_core_post(hnode->core, GMEM_EVENT_PRESSURE, 0, 0, 0, hnode->hnid, 0);
-			told_ns = now;
-		}
-		err = gmem_reclaim(hnode, hnode->high_bytes);
-		gmem_mutex_lock(&hnode->lock);
-		if (err)
-			gmem_mutex_wait(&hnode->lock, &hnode->wake, DRAIN_PAUSE_NS * 10);
 	}
 	gmem_mutex_unlock(&hnode->lock);
 	return NULL;

@@ -33,7 +33,7 @@ int gmem_session_new(struct gmem_core *core, uid_t uid, pid_t pid, struct gmem_s
 	session->parent = parent ? parent->id : 0;
 	err = gmem_as_init(&session->as);
 	if (!err) {
-		err = gmem_account_create(session->id, core->window.bytes, parent ? parent->account : NULL,
+		err = gmem_account_create(core, session->id, uid, parent ? parent->account : NULL,
 					  &session->account);
 		if (err)
 			gmem_as_deinit(&session->as);
@@ -520,8 +520,10 @@ int gmem_session_stats(struct gmem_core *core, uint64_t id, struct gmem_session_
 		.host_faults = gmem_counter(&session->account->host_faults),
 		.device_faults = gmem_counter(&session->account->device_faults),
 	};
-	for (int h = 0; h < GMEM_HNODE_MAX; h++)
-		ret->resident_bytes[h] = gmem_counter(&session->account->resident_bytes[h]);
+	for (int h = 0; h < GMEM_HNODE_MAX; h++) {
+		ret->resident_bytes[h] = gmem_counter(&session->account->shares[h].resident_bytes);
+		ret->quota_bytes[h] = gmem_counter(&session->account->shares[h].quota_bytes);
+	}
 	gmem_rwlock_read(&session->as.lock);
 	ret->regions = session->as.count;
 	gmem_rwlock_unlock(&session->as.lock);

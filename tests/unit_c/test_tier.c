@@ -291,6 +291,109 @@ static void limits(void)
 	printf("limits: ok\n");
 }
 
+static struct gmem_session_stats session_stats(struct gmem_core *core, const struct client *client)
+{
+	struct gmem_session_stats stats;
+
+	CHECK_EQ(gmem_session_stats(core, client->session, &stats), 0);
+	return stats;
+}
+
+static int neighbour(struct client *client, void *arg)
+{
+	volatile uint64_t *p = client_mmap(client, BUDGET, shared->page_bytes, GMEM_FORK_SHARE);
+
+	(void)arg;
+	for (uint64_t i = 0; i < BUDGET / 8; i += 64)
+		p[i] = i;
+	step_to(1);
+	wait_step(3);
+	for (uint64_t at = 0; at < BUDGET; at += shared->page_bytes) /* nobody has pushed it out */
+		CHECK_EQ(client_query(client, (char *)p + at).valid, 1);
+	return 0;
+}
+
+static int greedy(struct client *client, void *arg)
+{
+	(void)arg;
+	wait_step(1);
+	step_to(0);
+	return write_and_wait(client, NULL);
+}
+
+/* Who has a quota makes room among his own pages, though the host has plenty. */
+static void session_quota(uint64_t page_bytes)
+{
+	struct shelf near = { .capacity = 2 * DATA, .batches = true };
+	struct gmem_core *core;
+	struct client *other, *client;
+
+	shared->page_bytes = page_bytes;
+	step_to(0);
+	core = core_start((struct gmem_core_config){ .host_limit_bytes = 4 * DATA });
+	CHECK(shelf_attach(core, &near, "near") > 0);
+	other = client_start(core, neighbour, NULL);
+	client = client_start(core, greedy, NULL);
+	CHECK_EQ(gmem_quota_session(core, client->session, 12, BUDGET), -ENODEV);
+	CHECK_EQ(gmem_quota_session(core, 12345, GMEM_HOST, BUDGET), -ENOENT);
+	CHECK_EQ(gmem_quota_session(core, client->session, GMEM_HOST, 4096), -EINVAL);
+	CHECK_EQ(gmem_quota_session(core, client->session, GMEM_HOST, BUDGET), 0);
+	while (shared->step != 1 || !near.pushes)
+		sleep_ms(1);
+	CHECK(session_stats(core, client).resident_bytes[GMEM_HOST] <= BUDGET);
+	CHECK(session_stats(core, client).resident_bytes[GMEM_HOST] >= BUDGET / 2);
+	CHECK_EQ(gmem_quota_session(core, client->session, GMEM_HOST, BUDGET / 2), 0);
+	CHECK(session_stats(core, client).resident_bytes[GMEM_HOST] <= BUDGET / 2);
+	step_to(2);
+	CHECK_EQ(client_wait(client), 0);
+	step_to(3);
+	CHECK_EQ(client_wait(other), 0);
+	gmem_core_destroy(core);
+	printf("session's quota, %llu KiB pages: ok\n", (unsigned long long)page_bytes >> 10);
+}
+
+/* A user's sessions together; what can't be within any quota is refused, what can't be moved gives SIGBUS. */
+static void user_quota(void)
+{
+	struct gmem_mmap_args args = { .bytes = DATA, .page_bytes = 65536 };
+	struct gmem_region_info region;
+	struct shelf near = { .capacity = DATA };
+	struct gmem_core_config config = { .host_limit_bytes = 4 * DATA };
+	struct gmem_core *core = core_start(config);
+	struct client *client;
+	uint64_t session;
+	int status;
+
+	gmem_quota_default(core, GMEM_HOST, 0, BUDGET);
+	CHECK_EQ(gmem_quota_uid(core, getuid() + 1, GMEM_HOST, BUDGET), -ENOENT);
+	CHECK_EQ(gmem_session_create(core, getuid(), getpid(), &session), 0);
+	CHECK_EQ(gmem_mmap(core, session, &args, &region), -EDQUOT);
+	args.bytes = BUDGET;
+	CHECK_EQ(gmem_mmap(core, session, &args, &region), 0);
+	CHECK_EQ(gmem_quota_uid(core, getuid(), GMEM_HOST, 4 * DATA), 0);
+	args.bytes = DATA;
+	CHECK_EQ(gmem_mmap(core, session, &args, &region), 0);
+	gmem_session_destroy(core, session);
+	gmem_core_destroy(core);
+
+	config.overcommit = true;
+	core = core_start(config);
+	gmem_quota_default(core, GMEM_HOST, 0, BUDGET);
+	shared->page_bytes = 65536;
+	step_to(0);
+	client = client_start(core, write_and_wait, NULL);
+	status = client_wait(client);
+	CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGBUS);
+	CHECK(shelf_attach(core, &near, "near") > 0);
+	client = client_start(core, write_and_wait, NULL);
+	wait_step(1);
+	CHECK(session_stats(core, client).resident_bytes[GMEM_HOST] <= BUDGET);
+	step_to(2);
+	CHECK_EQ(client_wait(client), 0);
+	gmem_core_destroy(core);
+	printf("user's quota: ok\n");
+}
+
 int main(void)
 {
 	const uint64_t sizes[] = { 4096, 65536, 2 * MIB };
@@ -309,6 +412,9 @@ int main(void)
 	damage(-EBADMSG, GMEM_POISONED);
 	damage(-EIO, GMEM_RESIDENT);
 	limits();
+	session_quota(4096);
+	session_quota(2 * MIB);
+	user_quota();
 	printf("tier: ok\n");
 	return 0;
 }

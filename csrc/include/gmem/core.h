@@ -122,6 +122,12 @@ int gmem_device_detach(struct gmem_core *core, int hnid, bool force);
 /* How much of its capacity may be used, from now on; what is too much leaves. -EINVAL: below 2 MiB or above the capacity;
  * -EBUSY: more is pinned; -ENOMEM, -EAGAIN: there is nowhere for the rest to go, and nothing has changed. (blocks) */
 int gmem_limit(struct gmem_core *core, int hnid, uint64_t bytes);
+/* Quotas: what one session, or all sessions of one user, may hold on an hnode; 0: no quota. Who reaches it makes room among
+ * his own pages, and if he can't, the access gets SIGBUS. A default is for everybody, now and later. -ENODEV, -ENOENT; -EINVAL: below 2 MiB. gmem_quota_session also moves away what is too much: -EAGAIN, -ENOMEM: it
+ * can't, and nothing has changed. (blocks) */
+void gmem_quota_default(struct gmem_core *core, int hnid, uint64_t session_bytes, uint64_t uid_bytes);
+int gmem_quota_session(struct gmem_core *core, uint64_t session, int hnid, uint64_t bytes);
+int gmem_quota_uid(struct gmem_core *core, uid_t uid, int hnid, uint64_t bytes);
 /* Where a tier stands in the chain below the host: the lowest rank is nearest, equal ones by hnid, new ones last. */
 int gmem_tier_rank(struct gmem_core *core, int hnid, uint32_t rank);
 const struct gmem_driver_ops *gmem_driver_builtin(const char *name); /* "simgpu"; NULL if unknown */
@@ -169,6 +175,7 @@ struct gmem_session_stats {
 	uint64_t mapped_bytes, regions, contexts;
 	uint64_t host_faults, device_faults;
 	uint64_t resident_bytes[GMEM_HNODE_MAX];
+	uint64_t quota_bytes[GMEM_HNODE_MAX]; /* its own; 0: none */
 };
 int gmem_session_stats(struct gmem_core *core, uint64_t session, struct gmem_session_stats *ret);
 

@@ -19,8 +19,10 @@ struct gmem_frame {
 	struct gmem_object *object; /* (P) NULL: free */
 	uint64_t index;             /* (P) logical page in the object */
 	uint32_t prev, next;        /* (H) reclaim list; next also chains free descriptors */
+	uint32_t mate_prev, mate_next; /* (H) ring of its account's frames */
 	uint16_t holds;             /* (P) acquires that have not been released */
 	_Atomic uint8_t visited;    /* (A, relaxed) used since the hand last passed */
+	_Atomic uint8_t used;       /* (A, relaxed) used since its account last looked for a victim */
 };
 
 struct gmem_core;
@@ -48,6 +50,7 @@ struct gmem_hnode {
 	pthread_t reclaimer;                     /* (C) */
 	bool reclaimer_runs, stop;               /* (C), (H) */
 	pthread_cond_t wake;                     /* (H) */
+	struct gmem_account *pressed;            /* (H) referenced: who is near his quota, for the reclaimer; NULL: nobody */
 	_Atomic uint64_t contexts;               /* (A) */
 	_Atomic uint64_t faults, in_bytes, out_bytes, evictions, evicted_clean, errors; /* (A) */
 	_Atomic uint64_t sequence;               /* (A) of invalidations */
@@ -70,12 +73,15 @@ void gmem_hnode_full(struct gmem_hnode *hnode, uint64_t bytes);
 void gmem_hnode_set_limit(struct gmem_hnode *hnode, uint64_t bytes);
 uint64_t gmem_hnode_free_locked(const struct gmem_hnode *hnode);
 uint64_t gmem_hnode_free_bytes(struct gmem_hnode *hnode);
-/* Charges one page and makes its descriptor. The caller owns the page's BUSY. -ENOMEM: full; -ENODEV: draining. */
+/* Charges one page and makes its descriptor. The caller owns the page's BUSY. -ENOMEM: full; -EDQUOT: its owner's quota is
+ * reached; -ENODEV: draining. */
 int gmem_hnode_frame_alloc(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index);
 void gmem_hnode_frame_free(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index);
 /* The page's descriptor, NULL if it has no copy here. The caller owns the page's BUSY. */
 struct gmem_frame *gmem_hnode_frame(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index);
 void gmem_hnode_touch(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index);
+/* The account's next candidate for leaving, GMEM_FRAME_NONE if it has no page here: CLOCK, as the list is its own. */
+uint32_t gmem_hnode_mate_locked(struct gmem_hnode *hnode, struct gmem_account *account);
 /* Makes it the next candidate of reclaim. */
 void gmem_hnode_cool(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index);
 /* Whether a fault thread should leave the waiting for a page of so many bytes to a filler. */

@@ -21,6 +21,8 @@ void gmem_sieve_next_is(struct gmem_hnode *hnode, uint32_t frame);
 /* Frees at least bytes on the hnode. 0; -EAGAIN: candidates were busy, worth another try; -ENOMEM: all that is left is
  * pinned or held, or there is nowhere to put it. Never waits for a page. */
 int gmem_reclaim(struct gmem_hnode *hnode, uint64_t bytes);
+/* The same for an account's quota, from its own pages; also -EDQUOT: so much can't be had. */
+int gmem_reclaim_own(struct gmem_hnode *hnode, struct gmem_account *account, uint64_t bytes);
 /* Moves everything off a draining hnode, waiting for pages that are in use. 0, or why one can't be moved. */
 int gmem_reclaim_drain(struct gmem_hnode *hnode);
 int gmem_reclaimer_start(struct gmem_hnode *hnode);
