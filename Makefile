@@ -86,7 +86,7 @@ asan_FLAGS := -O1 -DGMEM_DEBUG -fsanitize=address,undefined -fno-sanitize-recove
 tsan_FLAGS := -O1 -fsanitize=thread -Wno-tsan
 
 define flavour # name, directory
-$(1)_OBJECTS := $$(patsubst %.c,build/$(2)/%.o,$$(CORE_SOURCES) $$(C_HELPERS))
+$(1)_OBJECTS := $$(patsubst %.c,build/$(2)/%.o,$$(CORE_SOURCES) $$(C_HELPERS) client/src/agent.c)
 build/$(2)/%.o: %.c
 	@mkdir -p $$(@D)
 	@echo "cc $$@"; $$(CC) $$(C_FLAGS) $$($(1)_FLAGS) -MMD -MP -c $$< -o $$@

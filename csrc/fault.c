@@ -159,12 +159,13 @@ static bool defer(struct gmem_core *core, const struct gmem_fault *fault)
 	return false;
 }
 
+/* was_here: this is not the first use since it came, and counts for its hotness. */
 static void settle(struct gmem_core *core, struct gmem_page *page, const struct gmem_fault *fault,
-		   const struct gmem_place *place, int err)
+		   const struct gmem_place *place, bool was_here, int err)
 {
 	struct gmem_hnode *hnode = gmem_core_hnode(core, fault->view->hnid);
 
-	if (!err && hnode)
+	if (!err && hnode && was_here)
 		gmem_hnode_touch(hnode, page->object, page->index);
 	gmem_page_unlock(page);
 	switch (err) {
@@ -211,8 +212,10 @@ void gmem_fault_resolve(struct gmem_core *core, const struct gmem_fault *fault, 
 		gmem_page_unlock(&page);
 		gmem_fault_poison(core, view, place.range, -EIO);
 	} else {
+		bool was_here = gmem_word_valid(page.word) >> view->hnid & 1;
+
 		page.awaited = is_write(fault) ? 0 : fault->va;
-		settle(core, &page, fault, &place,
+		settle(core, &page, fault, &place, was_here,
 		       resolve_locked(&page, view, place.range, fault->flags));
 	}
 	gmem_count(&core->stats.fault_ns, gmem_now_ns() - start);

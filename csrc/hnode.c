@@ -217,7 +217,7 @@ static int take_frame_locked(struct gmem_hnode *hnode, struct gmem_object *objec
 		return -EDQUOT;
 	if (gmem_hnode_free_locked(hnode) < bytes || !(*ret = take_descriptor(hnode)))
 		return -ENOMEM;
-	hnode->frames[*ret] = (struct gmem_frame){ .object = object, .index = index };
+	hnode->frames[*ret] = (struct gmem_frame){ .object = object, .index = index, .used = 1 };
 	gmem_sieve_insert(hnode, *ret);
 	mate_insert_locked(hnode, object->account, *ret);
 	charge_locked(hnode, object->account, (int64_t)bytes);

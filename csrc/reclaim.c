@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <time.h>
 
+#include <gmem/age.h>
 #include <gmem/evict.h>
 #include <gmem/internal.h>
 #include <gmem/migrate.h>
@@ -176,6 +177,7 @@ static int reclaim(struct gmem_hnode *hnode, struct domain *domain, uint64_t byt
 		if (!count && empty++ > EMPTY_TRIES)
 			return -EAGAIN;
 		err = evict(hnode, pages, count, false);
+		gmem_age(hnode, count);
 		if (err == -EBUSY || err == -EAGAIN)
 			busy = true;
 		else if (err == -ENOMEM || err == -EDQUOT)

@@ -5,6 +5,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <gmem/agent.h>
 #include <gmem/internal.h>
 #include <gmem/pages.h>
 #include <gmem/ring.h>
@@ -247,6 +248,31 @@ int gmem_session_attach(struct gmem_core *core, uint64_t id, int uffd, int pidfd
 		err = gmem_session_watch(session, GMEM_HOST, 0, uffd, pidfd, session->pid, true, &view);
 	if (err)
 		close_pair(uffd, pidfd);
+	gmem_session_unref(session);
+	return err;
+}
+
+int gmem_view_agent(struct gmem_core *core, uint64_t id, uint64_t context, int *ret_fd)
+{
+	struct gmem_session *session = gmem_session_get(core, id);
+	struct gmem_view *view = NULL;
+	struct gmem_agent *agent, *none = NULL;
+	int err = 0;
+
+	if (session)
+		view = context ? gmem_context_find(core, context) : host_view(&session->as);
+	if (!view || view->session != session)
+		err = -ENOENT;
+	else if (!core->features.uffd_device)
+		err = -EOPNOTSUPP;
+	else if (!atomic_load(&view->agent)) {
+		err = gmem_agent_create(&agent);
+		if (!err && !atomic_compare_exchange_strong(&view->agent, &none, agent))
+			gmem_agent_destroy(agent);
+	}
+	if (!err)
+		*ret_fd = ((struct gmem_agent *)atomic_load(&view->agent))->file->fd;
+	gmem_view_unref(view);
 	gmem_session_unref(session);
 	return err;
 }

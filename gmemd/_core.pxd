@@ -135,7 +135,7 @@ cdef extern from "gmem/core.h" nogil:
     struct gmem_core_stats:
         uint64_t host_faults, device_faults, write_protect_faults, spurious_faults, first_touches
         uint64_t h2d_bytes, d2h_bytes, d2d_bytes, duplicates, invalidations, evictions, evicted_clean
-        uint64_t prefetched_pages, ahead_pages, discarded_pages, poisoned_pages, retries, parked_faults
+        uint64_t prefetched_pages, ahead_pages, discarded_pages, poisoned_pages, retries, parked_faults, aged_pages
         uint64_t migration_ns, fault_ns, sessions, contexts, regions, objects, lpt_bytes, events_lost
         uint64_t ring_requests, ring_errors
     struct gmem_session_stats:
@@ -169,6 +169,7 @@ cdef extern from "gmem/core.h" nogil:
     int gmem_session_destroy(gmem_core *, uint64_t)
     int gmem_session_files(gmem_core *, uint64_t, int *)
     int gmem_session_ring(gmem_core *, uint64_t, int *)
+    int gmem_view_agent(gmem_core *, uint64_t, uint64_t, int *)
     int gmem_session_attach(gmem_core *, uint64_t, int, int)
     int gmem_session_regions(gmem_core *, uint64_t, gmem_region_info *, size_t, size_t *)
     int gmem_session_fork(gmem_core *, uint64_t, uid_t, pid_t, uint64_t *, c_bool *)

@@ -238,6 +238,18 @@ cdef class Core:
             _raise(err)
         return fds[0], fds[1]
 
+    def view_agent(self, uint64_t session, uint64_t context):
+        """Descriptor of the file through which a process's agent is spoken to; context 0 is the session's own process."""
+        cdef gmem_core *core = self._enter()
+        cdef int fd = -1
+        cdef int err
+        with nogil:
+            err = gmem_view_agent(core, session, context, &fd)
+        self._leave()
+        if err:
+            _raise(err)
+        return fd
+
     def session_attach(self, uint64_t session, int uffd, int pidfd):
         """Takes both descriptors in every case."""
         cdef gmem_core *core = self._enter_with(uffd, pidfd)

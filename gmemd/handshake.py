@@ -219,7 +219,9 @@ class HandshakeServer:
                 uffd = await self._receive_uffd(peer)
                 admission.close = await self._in_pool(peer, admission.finish, uffd)
             if admission.ready:
-                await self._send(peer, wire.pack_ready(), [])
+                agent = await self._in_pool(peer, admission.agent) if hello.wants_agent else None
+                flags, fds = (0, []) if agent is None else (wire.HAS_AGENT, [agent])
+                await self._send(peer, wire.pack_ready(flags=flags), fds)
         except BaseException:
             await self._tear_down(peer, admission.close)
             raise
@@ -320,7 +322,8 @@ class HandshakeServer:
             if isinstance(result, Admission):
                 result.close_fds()
                 result = result.close
-            await self._tear_down(peer, result)
+            if callable(result):
+                await self._tear_down(peer, result)
             raise asyncio.CancelledError
         return result
 

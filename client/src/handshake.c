@@ -9,6 +9,7 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#include "agent.h"
 #include "link.h"
 #include "ring.h"
 
@@ -173,6 +174,11 @@ static int get_ready(struct gmem_link *link)
 	size_t count;
 
 	err = get(link, GMEM_WIRE_READY, &ready, sizeof(ready), fds, &count);
+	if (!err && !ready.status && count && (ready.flags & GMEM_WIRE_HAS_AGENT)) {
+		err = gmem_agent_start(fds[--count], link->hello.window_base, link->hello.window_bytes, &link->agent);
+		if (err)
+			failed(link, err, "agent");
+	}
 	/* To a forked child whose uffd came by event: everybody has a descriptor of his own (see struct gmem_link). */
 	if (!err && !ready.status && count && link->uffd < 0)
 		link->uffd = fds[--count];
@@ -186,12 +192,12 @@ static int get_ready(struct gmem_link *link)
 	return err;
 }
 
-/* GMEM_RING=0: every request goes over the control plane. */
-static bool wants_ring(uint32_t kind)
+/* GMEM_RING=0: every request goes over the control plane. GMEM_AGENT=0: translations stay. */
+static bool wanted(const char *variable)
 {
-	const char *chosen = secure_getenv("GMEM_RING");
+	const char *chosen = secure_getenv(variable);
 
-	return kind != GMEM_WIRE_CONTEXT && (!chosen || strcmp(chosen, "0") != 0);
+	return !chosen || strcmp(chosen, "0") != 0;
 }
 
 int gmem_link_handshake(struct gmem_link *link, uint32_t kind, const uint8_t *token, const char *device)
@@ -203,7 +209,10 @@ int gmem_link_handshake(struct gmem_link *link, uint32_t kind, const uint8_t *to
 	link->sock = link->uffd = link->uffd_dev = link->files[0] = link->files[1] = -1;
 	link->message[0] = '\0';
 	link->ring = NULL;
-	if (wants_ring(kind))
+	link->agent = NULL;
+	if (wanted("GMEM_AGENT"))
+		hello.flags |= GMEM_WIRE_WANT_AGENT;
+	if (kind != GMEM_WIRE_CONTEXT && wanted("GMEM_RING"))
 		hello.flags |= GMEM_WIRE_WANT_RING;
 	if (token)
 		memcpy(hello.token, token, sizeof(hello.token));
@@ -240,6 +249,9 @@ void gmem_link_hang_up(struct gmem_link *link)
 	if (link->ring)
 		gmem_ring_destroy(link->ring);
 	link->ring = NULL;
+	if (link->agent)
+		gmem_agent_stop(link->agent);
+	link->agent = NULL;
 	for (size_t i = 0; i < sizeof(fds) / sizeof(fds[0]); i++) {
 		if (*fds[i] >= 0)
 			close(*fds[i]);

@@ -13,6 +13,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "agent.h"
 #include "link.h"
 #include "ring.h"
 
@@ -70,6 +71,9 @@ static void rejoin(struct gmem_link *link)
 	if (link->ring)
 		gmem_ring_abandon(link->ring);
 	link->ring = NULL;
+	if (link->agent)
+		gmem_agent_abandon(link->agent);
+	link->agent = NULL;
 	gmem_link_hang_up(link);
 	link->pid = getpid();
 	if (context) { /* a context's child has none of its memory */
@@ -170,6 +174,9 @@ void gmem_link_close(struct gmem_link *link)
 	if (link->ring)
 		gmem_ring_destroy(link->ring);
 	link->ring = NULL;
+	if (link->agent)
+		gmem_agent_stop(link->agent);
+	link->agent = NULL;
 	/* If gmemd is gone, ours is the last: munmap would wait for it to read an event. */
 	if (link->uffd >= 0)
 		close(link->uffd);

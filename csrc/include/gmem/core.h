@@ -53,6 +53,9 @@ int gmem_session_destroy(struct gmem_core *core, uint64_t session); /* (blocks);
 int gmem_session_files(struct gmem_core *core, uint64_t session, int ret_fds[GMEM_CLASS_COUNT]);
 /* The session's ring (gmem_wire.h) and its doorbell, made at the first call; borrowed. */
 int gmem_session_ring(struct gmem_core *core, uint64_t session, int ret_fds[2]);
+/* The file through which the agent of a process hears of what to drop, made at the first call; borrowed. context 0: the
+ * session's own process. -ENOENT: it is not attached; -EOPNOTSUPP: its system calls would fail on what was dropped. */
+int gmem_view_agent(struct gmem_core *core, uint64_t session, uint64_t context, int *ret_fd);
 /* Takes ownership of both fds in every case. Checks that uffd is a non-blocking userfaultfd that nobody has
  * initialised; registers all committed regions of the session on it. */
 int gmem_session_attach(struct gmem_core *core, uint64_t session, int uffd, int pidfd);
@@ -159,6 +162,7 @@ struct gmem_core_stats {
 	uint64_t evictions, evicted_clean;
 	uint64_t prefetched_pages, ahead_pages, discarded_pages;
 	uint64_t poisoned_pages, retries, parked_faults;
+	uint64_t aged_pages;      /* whose translations were dropped to see whether they are used */
 	uint64_t migration_ns;    /* summed over threads */
 	uint64_t fault_ns;
 	uint64_t sessions, contexts, regions, objects, lpt_bytes;

@@ -22,7 +22,7 @@ struct gmem_frame {
 	uint32_t mate_prev, mate_next; /* (H) ring of its account's frames */
 	uint16_t holds;             /* (P) acquires that have not been released */
 	_Atomic uint8_t visited;    /* (A, relaxed) used since the hand last passed */
-	_Atomic uint8_t used;       /* (A, relaxed) used since its account last looked for a victim */
+	_Atomic uint8_t used;       /* (A, relaxed) used since its account, or ageing, last came by */
 };
 
 struct gmem_core;
@@ -50,6 +50,7 @@ struct gmem_hnode {
 	pthread_t reclaimer;                     /* (C) */
 	bool reclaimer_runs, stop;               /* (C), (H) */
 	pthread_cond_t wake;                     /* (H) */
+	uint32_t age_hand;                       /* (H) frame that was looked at last */
 	struct gmem_account *pressed;            /* (H) referenced: who is near his quota, for the reclaimer; NULL: nobody */
 	_Atomic uint64_t contexts;               /* (A) */
 	_Atomic uint64_t faults, in_bytes, out_bytes, evictions, evicted_clean, errors; /* (A) */

@@ -24,6 +24,7 @@ enum gmem_rank {
 	GMEM_RANK_SLOTS,       /* watched views */
 	GMEM_RANK_WORK,        /* work queue */
 	GMEM_RANK_RING,        /* rings and their run queue */
+	GMEM_RANK_AGENT,       /* the ring of an agent */
 	GMEM_RANK_EVENT,       /* event ring */
 };
 
