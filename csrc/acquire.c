@@ -95,6 +95,7 @@ static int acquire_range(struct gmem_request *request, struct gmem_range range, 
 		if (gmem_as_lookup(&request->session->as, va, &place))
 			return -EINVAL;
 		next = place.range.va + place.range.bytes;
+		request->hint = place.hint;
 		err = gmem_one_page(request, place.object, place.index, place.range, acquire_page);
 		gmem_object_unref(place.object);
 		if (err)
@@ -204,6 +205,7 @@ static void release_range(struct gmem_request *request, struct gmem_range range)
 			va = (va & ~4095ull) + 4096;
 			continue;
 		}
+		request->hint = place.hint;
 		gmem_one_page(request, place.object, place.index, place.range, release_page);
 		gmem_object_unref(place.object);
 		va = place.range.va + place.range.bytes;

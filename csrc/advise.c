@@ -37,19 +37,12 @@ static int prefetch_page(struct gmem_request *request, struct gmem_page *page, s
 	return err;
 }
 
-static bool place_read_mostly(const struct gmem_place *place)
-{
-	gmem_word_t word = atomic_load(&place->object->core->lpt.words[place->object->pn + place->index]);
-
-	return gmem_word_flags(word) & GMEM_PAGE_READ_MOSTLY;
-}
-
 /* As many pages from va on as are moved in one go; 0 leaves the first one to prefetch_page(). What is asked for may push
  * out what is not. */
 static int prefetch_run(struct gmem_request *request, const struct gmem_place *place, uint64_t va, uint64_t end)
 {
 	struct gmem_run_args args = { .object = place->object, .index = place->index, .hnid = request->hnid,
-				      .view = request->view, .va = va, .own = !place_read_mostly(place),
+				      .view = request->view, .va = va, .own = !place->hint.read_mostly, .hint = place->hint,
 				      .why = GMEM_WHY_PREFETCH };
 	struct gmem_hnode *hnode = gmem_core_hnode(request->core, request->hnid);
 	uint64_t page_bytes = 1ull << place->object->shift, region_end = place->region_va + place->region_bytes;
@@ -82,6 +75,7 @@ static int prefetch_range(struct gmem_request *request, uint64_t va, uint64_t en
 
 		if (gmem_as_lookup(&request->session->as, va, &place))
 			return -EINVAL;
+		request->hint = place.hint;
 		count = prefetch_run(request, &place, va, end);
 		if (count <= 0)
 			err = gmem_one_page(request, place.object, place.index, place.range, prefetch_page);
@@ -165,9 +159,6 @@ static int advise_page(struct gmem_request *request, struct gmem_page *page, str
 	case GMEM_ADVISE_UNPINNED:
 		set_pinned(page, false);
 		return 0;
-	case GMEM_ADVISE_READ_MOSTLY:
-		page->word |= GMEM_WORD_FLAG(GMEM_PAGE_READ_MOSTLY);
-		return 0;
 	case GMEM_ADVISE_NO_READ_MOSTLY:
 		page->word &= ~GMEM_WORD_FLAG(GMEM_PAGE_READ_MOSTLY);
 		return 0;
@@ -176,15 +167,32 @@ static int advise_page(struct gmem_request *request, struct gmem_page *page, str
 		if (hnode && (gmem_word_valid(page->word) >> request->hnid & 1))
 			gmem_hnode_cool(hnode, page->object, page->index);
 		return 0;
+	case GMEM_ADVISE_READ_MOSTLY:
+	case GMEM_ADVISE_PREFERRED:
+	case GMEM_ADVISE_ACCESSED_BY:
+	case GMEM_ADVISE_NOT_ACCESSED_BY:
+		return 0; /* gmem_one_page() has told the page */
 	default:
 		return -EINVAL;
 	}
 }
 
+bool gmem_advice_is_local(uint64_t advice)
+{
+	return advice == GMEM_ADVISE_PREFETCH || advice == GMEM_ADVISE_PINNED || advice == GMEM_ADVISE_COLD ||
+	       advice == GMEM_ADVISE_ACCESSED_BY || advice == GMEM_ADVISE_NOT_ACCESSED_BY;
+}
+
+static bool is_placement(enum gmem_advice advice)
+{
+	return advice == GMEM_ADVISE_READ_MOSTLY || advice == GMEM_ADVISE_NO_READ_MOSTLY ||
+	       advice == GMEM_ADVISE_PREFERRED || advice == GMEM_ADVISE_ACCESSED_BY ||
+	       advice == GMEM_ADVISE_NOT_ACCESSED_BY;
+}
+
 int gmem_advise(struct gmem_core *core, uint64_t session, int hnid, uint64_t va, uint64_t bytes,
 		enum gmem_advice advice)
 {
-	bool untouched_too = advice == GMEM_ADVISE_PINNED || advice == GMEM_ADVISE_READ_MOSTLY;
 	struct gmem_request request;
 	int err;
 
@@ -192,15 +200,17 @@ int gmem_advise(struct gmem_core *core, uint64_t session, int hnid, uint64_t va,
 		return gmem_prefetch(core, session, hnid, va, bytes);
 	if (advice == GMEM_ADVISE_DISCARD)
 		return gmem_discard(core, session, va, bytes);
-	if (advice == GMEM_ADVISE_PREFERRED)
-		return -EOPNOTSUPP;
-	if (hnid < 0 && (advice == GMEM_ADVISE_PINNED || advice == GMEM_ADVISE_COLD))
+	if (hnid < 0 && gmem_advice_is_local(advice))
 		return -EINVAL;
 	err = gmem_request_init(core, session, hnid, va, bytes, &request);
 	if (err)
 		return err;
 	request.advice = advice;
-	err = gmem_for_pages(&request, va, bytes, false, !untouched_too, advise_page);
+	if (is_placement(advice))
+		err = gmem_as_advise(&request.session->as, va, bytes, advice, hnid);
+	/* pages that are in use already hear of it now, the others when they are first touched */
+	if (!err)
+		err = gmem_for_pages(&request, va, bytes, false, advice != GMEM_ADVISE_PINNED, advise_page);
 	gmem_request_deinit(&request);
 	return err;
 }

@@ -42,7 +42,7 @@ static int age_view(struct gmem_view *view, struct gmem_range range, void *arg)
 {
 	struct gmem_agent *agent = atomic_load(&view->agent);
 
-	if (agent) {
+	if (agent && view->replayable) { /* else the next use would be its last */
 		gmem_agent_put(agent, range);
 		remember(arg, view);
 	}

@@ -15,6 +15,7 @@ int gmem_as_init(struct gmem_as *as)
 	as->count = 0;
 	as->capacity = 8;
 	as->views = NULL;
+	as->hints = (struct gmem_hints){ 0 };
 	gmem_rwlock_init(&as->lock, GMEM_RANK_AS);
 	gmem_mutex_init(&as->views_lock, GMEM_RANK_VIEWS);
 	return 0;
@@ -24,6 +25,7 @@ void gmem_as_deinit(struct gmem_as *as)
 {
 	assert(!as->count && !as->views);
 	free(as->regions);
+	gmem_hints_deinit(&as->hints);
 	gmem_rwlock_deinit(&as->lock);
 	gmem_mutex_deinit(&as->views_lock);
 }
@@ -200,6 +202,7 @@ void gmem_as_remove(struct gmem_as *as, uint64_t va, uint64_t bytes, gmem_piece_
 		gmem_rwlock_write(&as->lock);
 		at = find(as, va);
 		if (at == as->count || as->regions[at]->va >= va + bytes) {
+			gmem_hints_unmapped(&as->hints, va, va + bytes);
 			gmem_rwlock_unlock(&as->lock);
 			return;
 		}
@@ -253,9 +256,20 @@ int gmem_as_lookup(struct gmem_as *as, uint64_t va, struct gmem_place *ret)
 	ret->region_bytes = region->bytes;
 	ret->region_offset = region->offset;
 	ret->committed = region->committed;
+	ret->hint = gmem_hints_at(&as->hints, va);
 	ret->object = gmem_object_ref(region->object);
 	gmem_rwlock_unlock(&as->lock);
 	return 0;
+}
+
+int gmem_as_advise(struct gmem_as *as, uint64_t va, uint64_t bytes, enum gmem_advice advice, int hnid)
+{
+	int err;
+
+	gmem_rwlock_write(&as->lock);
+	err = gmem_hints_set(&as->hints, va, va + bytes, advice, hnid);
+	gmem_rwlock_unlock(&as->lock);
+	return err;
 }
 
 void gmem_as_add_view(struct gmem_as *as, struct gmem_view *view)

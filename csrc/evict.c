@@ -38,6 +38,10 @@ static int may_go(struct gmem_hnode *hnode, struct gmem_page *page, bool forced)
 		return -EBUSY;
 	if (!forced && (gmem_word_flags(page->word) & GMEM_PAGE_PINNED))
 		return -EPERM;
+	if (!forced && !frame->spared && gmem_word_preferred(page->word) == hnode->hnid) {
+		frame->spared = true; /* once more round before it has to leave where it is best kept */
+		return -EBUSY;
+	}
 	return 1;
 }
 
@@ -46,15 +50,25 @@ static bool is_clean(const struct gmem_hnode *hnode, const struct gmem_page *pag
 	return gmem_word_valid(page->word) != 1u << hnode->hnid;
 }
 
-/* To the nearest place that takes it. */
+/* Where it would rather be, if there is room; -1: nowhere in particular. */
+static int preferred_target(struct gmem_hnode *hnode, const struct gmem_page *page)
+{
+	int preferred = gmem_word_preferred(page->word);
+	struct gmem_hnode *to = preferred == hnode->hnid ? NULL : gmem_core_hnode(page->core, preferred);
+
+	return to && !atomic_load(&to->draining) && gmem_hnode_free_bytes(to) >= page->bytes ? preferred : -1;
+}
+
+/* To where it would rather be, or to the nearest place that takes it. */
 static int evict_one(struct gmem_hnode *hnode, struct gmem_page *page)
 {
+	int preferred = preferred_target(hnode, page);
 	bool clean = is_clean(hnode, page), mapped;
 	uint32_t refused = 0;
 	int err = 0;
 
 	while (!clean) {
-		int target = gmem_tier_next(hnode, page->bytes, refused);
+		int target = preferred >= 0 ? preferred : gmem_tier_next(hnode, page->bytes, refused);
 
 		if (target < 0)
 			return err ? err : target;
@@ -64,6 +78,7 @@ static int evict_one(struct gmem_hnode *hnode, struct gmem_page *page)
 		if (err != -ENOMEM && err != -EDQUOT && err != -EAGAIN && err != -ENODEV)
 			return err;
 		refused |= 1u << target;
+		preferred = -1;
 	}
 	err = gmem_page_drop(page, hnode->hnid);
 	if (!err)
@@ -139,7 +154,7 @@ int gmem_evict(struct gmem_hnode *hnode, struct gmem_page *pages, size_t count, 
 
 	for (size_t i = 0; i < count; i++) {
 		result = may_go(hnode, &pages[i], forced);
-		if (result > 0 && is_clean(hnode, &pages[i]))
+		if (result > 0 && (is_clean(hnode, &pages[i]) || preferred_target(hnode, &pages[i]) >= 0))
 			result = evict_one(hnode, &pages[i]);
 		else if (result > 0)
 			leaving[leaving_count++] = &pages[i];

@@ -214,6 +214,7 @@ void gmem_fault_resolve(struct gmem_core *core, const struct gmem_fault *fault, 
 	} else {
 		bool was_here = gmem_word_valid(page.word) >> view->hnid & 1;
 
+		gmem_page_hint(&page, place.hint);
 		page.awaited = is_write(fault) ? 0 : fault->va;
 		settle(core, &page, fault, &place, was_here,
 		       resolve_locked(&page, view, place.range, fault->flags));

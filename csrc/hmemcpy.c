@@ -7,6 +7,7 @@
 
 #include <gmem/internal.h>
 #include <gmem/pages.h>
+#include <gmem/prefetch.h>
 
 #define AGAIN_TRIES 2000
 #define ZERO_BYTES 65536
@@ -167,6 +168,8 @@ int gmem_hmemcpy(struct gmem_core *core, uint64_t id, int hnid, uint64_t dst, ui
 	err = gmem_range_check(session, dst, bytes);
 	if (!err)
 		err = gmem_range_check(session, src, bytes);
+	if (!err)
+		gmem_stream_cancel(core, &session->as, hnode->hnid, dst, bytes);
 	if (!err)
 		err = copy_all(session, hnode->hnid, dst, src, bytes);
 	gmem_session_unref(session);

@@ -69,6 +69,13 @@ void gmem_page_lock(struct gmem_object *object, uint64_t index, struct gmem_page
 	}
 }
 
+void gmem_page_hint(struct gmem_page *page, struct gmem_hint hint)
+{
+	page->word = gmem_word_set_preferred(page->word, hint.preferred);
+	if (hint.read_mostly)
+		page->word |= GMEM_WORD_FLAG(GMEM_PAGE_READ_MOSTLY);
+}
+
 bool gmem_page_poisoned(const struct gmem_page *page)
 {
 	return gmem_word_state(page->word) == GMEM_POISONED;

@@ -1,10 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
+#include <time.h>
+
 #include <gmem/fault.h>
 #include <gmem/internal.h>
 #include <gmem/prefetch.h>
 #include <gmem/run.h>
 
 #define PIECE_BYTES (128ull << 10) /* a thread that catches up waits for so much at most, or for one page */
+#define HELP_WAITS 100     /* for a filler's piece; across a slow link it may come late all the same */
+#define HELP_WAIT_NS 200000
 #define HELPED_BYTES (64ull << 10) /* with smaller pages two threads mostly wait for each other in the kernel */
 
 static uint64_t first_window(uint64_t page_bytes)
@@ -64,6 +68,8 @@ void gmem_stream_fault(struct gmem_core *core, struct gmem_view *view, const str
 	uint64_t region_end = place->region_va + place->region_bytes, window, end;
 	struct gmem_stream *stream = find(view, place->range.va);
 
+	bool all = place->hint.accessed_by >> view->hnid & 1;
+
 	if (!stream) {
 		stream = &view->streams[atomic_fetch_add_explicit(&view->stream_hand, 1, memory_order_relaxed) %
 					GMEM_STREAMS];
@@ -72,9 +78,10 @@ void gmem_stream_fault(struct gmem_core *core, struct gmem_view *view, const str
 		store(&stream->begin, behind);
 		store(&stream->end, behind);
 		store(&stream->next, behind);
-		return;
+		if (!all)
+			return;
 	}
-	window = load(&stream->window) * 2;
+	window = all ? last_window(page_bytes) : load(&stream->window) * 2;
 	if (window < first_window(page_bytes))
 		window = first_window(page_bytes);
 	if (window > last_window(page_bytes))
@@ -121,6 +128,7 @@ static bool fetch_ahead(struct gmem_core *core, struct gmem_view *view, struct g
 			return false;
 		page_bytes = 1ull << place.object->shift;
 		args.object = place.object;
+		args.hint = place.hint;
 		args.index = place.index;
 		args.count = range.bytes >> place.object->shift;
 		/* pieces begin and end with whole pages, unless the region was cut meanwhile */
@@ -192,4 +200,52 @@ void gmem_stream_help(struct gmem_core *core, struct gmem_view *view)
 		atomic_store(&view->helped, false);
 		/* what was asked for after the last look, and before others could ask again */
 	} while (gmem_stream_pending(view) && !atomic_exchange(&view->helped, true));
+}
+
+static bool forget(struct gmem_view *view, uint64_t va, uint64_t end)
+{
+	bool found = false;
+
+	for (int i = 0; i < GMEM_STREAMS; i++) {
+		struct gmem_stream *stream = &view->streams[i];
+
+		if (load(&stream->begin) >= end || load(&stream->end) <= va)
+			continue;
+		store(&stream->next, load(&stream->end));
+		store(&stream->begin, 0);
+		store(&stream->end, 0);
+		found = true;
+	}
+	return found;
+}
+
+/* The view after the one of that address; referenced. Views that come and go meanwhile may be missed. */
+static struct gmem_view *next_view(struct gmem_as *as, const struct gmem_view *behind)
+{
+	struct gmem_view *view;
+
+	gmem_mutex_lock(&as->views_lock);
+	for (view = as->views; view && behind && view != behind; view = view->next)
+		;
+	view = behind && view ? view->next : behind ? NULL : as->views;
+	if (view)
+		gmem_view_ref(view);
+	gmem_mutex_unlock(&as->views_lock);
+	return view;
+}
+
+void gmem_stream_cancel(struct gmem_core *core, struct gmem_as *as, int hnid, uint64_t va, uint64_t bytes)
+{
+	struct gmem_view *view = next_view(as, NULL), *next;
+
+	while (view) {
+		if (view->hnid != hnid && forget(view, va, va + bytes)) {
+			gmem_faults_quiesce(core, view);
+			for (int i = 0; atomic_load(&view->helped) && i < HELP_WAITS; i++)
+				nanosleep(&(struct timespec){ 0, HELP_WAIT_NS }, NULL);
+		}
+		next = next_view(as, view);
+		gmem_view_unref(view);
+		view = next;
+	}
 }

@@ -71,9 +71,7 @@ static enum gmem_ring_blame check_form(const struct gmem_ring_sqe *sqe)
 
 static enum gmem_ring_blame check_hnid(struct gmem_core *core, const struct gmem_ring_sqe *sqe)
 {
-	bool anywhere = sqe->op == GMEM_RING_HMEMCPY ||
-			(sqe->op == GMEM_RING_ADVISE && sqe->arg != GMEM_ADVISE_PREFETCH &&
-			 sqe->arg != GMEM_ADVISE_PINNED && sqe->arg != GMEM_ADVISE_COLD);
+	bool anywhere = sqe->op == GMEM_RING_HMEMCPY || (sqe->op == GMEM_RING_ADVISE && !gmem_advice_is_local(sqe->arg));
 
 	if (sqe->op != GMEM_RING_ADVISE && sqe->op != GMEM_RING_PREFETCH && sqe->op != GMEM_RING_HMEMCPY)
 		return GMEM_RING_BLAME_NONE;
@@ -134,6 +132,8 @@ static enum gmem_ring_blame check_advice(const struct gmem_ring_sqe *sqe)
 	case GMEM_ADVISE_NO_READ_MOSTLY:
 	case GMEM_ADVISE_PREFERRED:
 	case GMEM_ADVISE_COLD:
+	case GMEM_ADVISE_ACCESSED_BY:
+	case GMEM_ADVISE_NOT_ACCESSED_BY:
 		return GMEM_RING_BLAME_NONE;
 	default:
 		return GMEM_RING_BLAME_ADVICE;

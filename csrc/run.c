@@ -57,6 +57,7 @@ static void lock_pages(struct run *run)
 		if (gmem_page_trylock(args->object, args->index + run->count, false, page))
 			return;
 		run->count++;
+		gmem_page_hint(page, args->hint);
 		if (gmem_page_poisoned(page) || !is_free(page) || (run->count > 1 && !alike(page, &run->pages[0]))) {
 			shorten(run, run->count - 1);
 			return;

@@ -320,6 +320,8 @@ static int inherit_regions(struct gmem_session *parent, struct gmem_session *chi
 			err = gmem_as_insert_private(&child->as, r->object, r->va, r->offset, r->bytes, r->fork,
 						     committed);
 	}
+	if (!err)
+		err = gmem_hints_copy(&parent->as.hints, &child->as.hints);
 	gmem_rwlock_unlock(&parent->as.lock);
 	return err;
 }

@@ -30,6 +30,8 @@ cdef extern from "gmem/types.h" nogil:
         GMEM_ADVISE_NO_READ_MOSTLY
         GMEM_ADVISE_PREFERRED
         GMEM_ADVISE_COLD
+        GMEM_ADVISE_ACCESSED_BY
+        GMEM_ADVISE_NOT_ACCESSED_BY
     enum gmem_class:
         pass
     enum gmem_fork:

@@ -26,6 +26,7 @@ _ADVICE = {
     "discard": GMEM_ADVISE_DISCARD, "prefetch": GMEM_ADVISE_PREFETCH, "pinned": GMEM_ADVISE_PINNED,
     "unpinned": GMEM_ADVISE_UNPINNED, "read_mostly": GMEM_ADVISE_READ_MOSTLY,
     "no_read_mostly": GMEM_ADVISE_NO_READ_MOSTLY, "preferred": GMEM_ADVISE_PREFERRED, "cold": GMEM_ADVISE_COLD,
+    "accessed_by": GMEM_ADVISE_ACCESSED_BY, "not_accessed_by": GMEM_ADVISE_NOT_ACCESSED_BY,
 }
 _FORK = {"share": GMEM_FORK_SHARE, "none": GMEM_FORK_NONE}
 _FORK_NAMES = {number: name for name, number in _FORK.items()}

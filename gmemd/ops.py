@@ -27,7 +27,7 @@ _BLAME: dict[str, dict[int, str]] = {
     "mmap": {errno.ENOMEM: "bytes", errno.EINVAL: "bytes"},
     "mmap_commit": {errno.EINVAL: "va", errno.ENOMEM: "va"},
     "munmap": {errno.EINVAL: "va"},
-    "advise": {**_RANGE, errno.EOPNOTSUPP: "advice"},
+    "advise": _RANGE,
     "prefetch": _RANGE,
     "discard": {errno.EINVAL: "va"},
     "hmemcpy": {errno.EINVAL: "dst", errno.ENODEV: "hnid", errno.EOPNOTSUPP: "hnid", errno.ENOMEM: "bytes"},
@@ -44,7 +44,6 @@ _MEANING: dict[tuple[str, int], str] = {
     ("query", errno.EINVAL): "the range is not within one region of this session",
     ("hmemcpy", errno.EINVAL): "source or destination is not mapped by this session, or they overlap",
     ("hmemcpy", errno.EOPNOTSUPP): "this device can't be copied to directly",
-    ("advise", errno.EOPNOTSUPP): "this advice is not supported yet",
 }
 _MEANING_OF_ANY: dict[int, str] = {
     errno.EINVAL: "the range is not mapped by this session",
@@ -130,7 +129,7 @@ class Operations:
 
     def _op_advise(self, session: Session, args: Args) -> Reply:
         # -1 is "no hnode": advice that holds wherever the pages are needs none.
-        least = 0 if args["advice"] in ("prefetch", "pinned", "cold") else -1
+        least = 0 if args["advice"] in ("prefetch", "pinned", "cold", "accessed_by", "not_accessed_by") else -1
         self._devices.check_hnid(args["hnid"], least)
         self._check_window("va", args["va"], args["bytes"])
         self._core.advise(session.core_id, args["hnid"], args["va"], args["bytes"], args["advice"])

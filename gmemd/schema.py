@@ -36,7 +36,10 @@ _PAGE_BYTES = (0, 4096, 65536, 2 << 20)
 # Who may ask: ANY token, a SESSION that has memory, an ADMIN.
 ANY, SESSION, ADMIN = "any", "session", "admin"
 
-ADVICE = ("discard", "prefetch", "pinned", "unpinned", "read_mostly", "no_read_mostly", "preferred", "cold")
+ADVICE = (
+    "discard", "prefetch", "pinned", "unpinned", "read_mostly", "no_read_mostly", "preferred", "cold", "accessed_by",
+    "not_accessed_by",
+)  # fmt: skip
 
 Check = Callable[[str, Any], Any]
 

@@ -175,7 +175,7 @@ def test_bad_requests_of_a_real_session(daemon, run_client):
         ("discard", {"va": foreign, "bytes": 4096}, ("EINVAL", "va")),
         ("query", {"va": foreign, "bytes": 1}, ("EINVAL", "va")),
         ("hmemcpy", {"hnid": 0, "dst": mine, "src": foreign, "bytes": 10}, ("EINVAL", "dst")),
-        ("advise", {"hnid": 0, "va": mine, "bytes": 1, "advice": "preferred"}, ("EOPNOTSUPP", "advice")),
+        ("advise", {"hnid": -1, "va": mine, "bytes": 1, "advice": "accessed_by"}, ("EINVAL", "hnid")),
         ("attach", {"driver": "simgpu", "name": "simgpu0"}, ("EEXIST", "name")),
         ("attach", {"driver": "simgpu", "name": "tiny", "config": {"capacity": "100"}}, ("EINVAL", "config")),
         ("attach", {"driver": "simgpu", "name": "x", "config": {"colour": "red"}}, ("EINVAL", "config")),

@@ -218,6 +218,81 @@ static void test_options(void)
 	CHECK(strstr(message, "colour"));
 }
 
+/* Random advice against one hint for each unit of a small space. */
+#define UNITS 64
+
+static void advise_units(struct gmem_hint *units, uint64_t va, uint64_t end, enum gmem_advice advice, int hnid)
+{
+	for (uint64_t at = va; at < end; at++) {
+		struct gmem_hint *hint = &units[at];
+
+		if (advice == GMEM_ADVISE_PREFERRED)
+			hint->preferred = (int8_t)hnid;
+		else if (advice == GMEM_ADVISE_ACCESSED_BY)
+			hint->accessed_by |= (uint16_t)(1 << hnid);
+		else if (advice == GMEM_ADVISE_NOT_ACCESSED_BY)
+			hint->accessed_by &= (uint16_t)~(1 << hnid);
+		else
+			hint->read_mostly = advice == GMEM_ADVISE_READ_MOSTLY;
+	}
+}
+
+static void check_hints(const struct gmem_hints *hints, const struct gmem_hint *units)
+{
+	for (uint64_t at = 0; at < UNITS; at++) {
+		struct gmem_hint hint = gmem_hints_at(hints, at);
+
+		CHECK_EQ(hint.preferred, units[at].preferred);
+		CHECK_EQ(hint.read_mostly, units[at].read_mostly);
+		CHECK_EQ(hint.accessed_by, units[at].accessed_by);
+	}
+	for (size_t i = 0; i < hints->count; i++) {
+		CHECK(hints->ranges[i].va < hints->ranges[i].end);
+		CHECK(!i || hints->ranges[i - 1].end <= hints->ranges[i].va);
+	}
+}
+
+static void test_hints(void)
+{
+	static const enum gmem_advice advices[] = { GMEM_ADVISE_PREFERRED, GMEM_ADVISE_READ_MOSTLY,
+						    GMEM_ADVISE_NO_READ_MOSTLY, GMEM_ADVISE_ACCESSED_BY,
+						    GMEM_ADVISE_NOT_ACCESSED_BY };
+	struct gmem_hints hints = { 0 }, copy = { 0 };
+	struct gmem_hint units[UNITS];
+	unsigned seed = 7;
+
+	for (int i = 0; i < UNITS; i++)
+		units[i] = GMEM_NO_HINT;
+	CHECK_EQ(gmem_hints_set(&hints, 0, 4, GMEM_ADVISE_COLD, 0), -EINVAL);
+	CHECK_EQ(hints.count, 0);
+	for (int round = 0; round < 20000; round++) {
+		uint64_t va = (uint64_t)rand_r(&seed) % UNITS, end = va + 1 + (uint64_t)rand_r(&seed) % (UNITS - va);
+		enum gmem_advice advice = advices[rand_r(&seed) % 5];
+		int hnid = advice == GMEM_ADVISE_PREFERRED ? rand_r(&seed) % 4 - 1 : rand_r(&seed) % 3;
+
+		CHECK_EQ(gmem_hints_set(&hints, va, end, advice, hnid), 0);
+		advise_units(units, va, end, advice, hnid);
+		check_hints(&hints, units);
+	}
+	CHECK_EQ(gmem_hints_copy(&hints, &copy), 0);
+	check_hints(&copy, units);
+	gmem_hints_deinit(&copy);
+	CHECK_EQ(gmem_hints_set(&hints, 0, UNITS, GMEM_ADVISE_PREFERRED, -1), 0);
+	gmem_hints_deinit(&hints);
+	/* a hint outlives mappings in it, and goes with the last of its range */
+	CHECK_EQ(gmem_hints_set(&hints, 10, 20, GMEM_ADVISE_PREFERRED, 1), 0);
+	CHECK_EQ(gmem_hints_set(&hints, 30, 32, GMEM_ADVISE_PREFERRED, 2), 0);
+	gmem_hints_unmapped(&hints, 12, 31);
+	CHECK_EQ(gmem_hints_at(&hints, 15).preferred, 1);
+	CHECK_EQ(gmem_hints_at(&hints, 31).preferred, 2);
+	gmem_hints_unmapped(&hints, 10, 31);
+	CHECK_EQ(gmem_hints_at(&hints, 15).preferred, -1);
+	CHECK_EQ(gmem_hints_at(&hints, 30).preferred, 2);
+	gmem_hints_unmapped(&hints, 0, 100);
+	CHECK_EQ(hints.count, 0);
+	gmem_hints_deinit(&hints);
+}
+
 /* Bad requests: each refused, with nothing left behind. */
 static void test_refusals(struct gmem_core *core)
 {
@@ -272,6 +347,7 @@ int main(void)
 #endif
 	test_uffd_check();
 	test_options();
+	test_hints();
 	core = core_start((struct gmem_core_config){ .hugepages = false });
 	test_sieve(core);
 	test_refusals(core);

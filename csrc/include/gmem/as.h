@@ -5,6 +5,7 @@
 #ifndef GMEM_AS_H
 #define GMEM_AS_H
 
+#include <gmem/hints.h>
 #include <gmem/lockrank.h>
 #include <gmem/view.h>
 #include <gmem/vm_object.h>
@@ -23,6 +24,7 @@ struct gmem_as {
 	struct gmem_rwlock lock;
 	struct gmem_region **regions; /* (R) sorted by va */
 	size_t count, capacity;       /* (R) */
+	struct gmem_hints hints;      /* (R) */
 	struct gmem_mutex views_lock;
 	struct gmem_view *views;      /* views_lock */
 };
@@ -52,8 +54,12 @@ struct gmem_place {
 	struct gmem_range range; /* the part of that page this region maps, in the as's addresses */
 	uint64_t region_va, region_bytes, region_offset;
 	bool committed;
+	struct gmem_hint hint;
 };
 int gmem_as_lookup(struct gmem_as *as, uint64_t va, struct gmem_place *ret);
+
+/* Placement advice for a range; see hints.h. */
+int gmem_as_advise(struct gmem_as *as, uint64_t va, uint64_t bytes, enum gmem_advice advice, int hnid);
 
 void gmem_as_add_view(struct gmem_as *as, struct gmem_view *view);
 /* Drops the as's reference. False if it was not there. */

@@ -21,6 +21,7 @@ struct gmem_frame {
 	uint32_t prev, next;        /* (H) reclaim list; next also chains free descriptors */
 	uint32_t mate_prev, mate_next; /* (H) ring of its account's frames */
 	uint16_t holds;             /* (P) acquires that have not been released */
+	bool spared;                /* (P) reclaim has passed it over once, because it is best kept here */
 	_Atomic uint8_t visited;    /* (A, relaxed) used since the hand last passed */
 	_Atomic uint8_t used;       /* (A, relaxed) used since its account, or ageing, last came by */
 };

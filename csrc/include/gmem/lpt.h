@@ -12,6 +12,7 @@
  *   bit 31     WAITERS: someone faulted while the page was BUSY or held, and must be woken when that ends
  *   bit 32-39  flags (GMEM_PAGE_*)
  *   bit 40-43  why (enum gmem_why)
+ *   bit 44-48  preferred + 1, or 0: the hnode it is best kept on
  *
  * BUSY is the page's lock: one thread owns it and alone changes the word, except that anyone may set WAITERS.
  * NOMAP is valid == 0. What recovery does with a BUSY word is decided by its direction alone:
@@ -43,6 +44,8 @@ static inline int gmem_word_writer(gmem_word_t w) { return (int)(w >> 26 & 31) -
 static inline uint8_t gmem_word_flags(gmem_word_t w) { return (uint8_t)(w >> 32); }
 static inline enum gmem_why gmem_word_why(gmem_word_t w) { return (enum gmem_why)(w >> 40 & 15); }
 
+static inline int gmem_word_preferred(gmem_word_t w) { return (int)(w >> 44 & 31) - 1; }
+
 static inline gmem_word_t gmem_word_set(gmem_word_t w, int shift, uint64_t mask, uint64_t value)
 {
 	return (w & ~(mask << shift)) | (value & mask) << shift;
@@ -58,6 +61,11 @@ static inline gmem_word_t gmem_word_set_writer(gmem_word_t w, int hnid)
 	return gmem_word_set(w, 26, 31, (uint64_t)(hnid + 1));
 }
 static inline gmem_word_t gmem_word_set_why(gmem_word_t w, enum gmem_why y) { return gmem_word_set(w, 40, 15, y); }
+
+static inline gmem_word_t gmem_word_set_preferred(gmem_word_t w, int hnid)
+{
+	return gmem_word_set(w, 44, 31, (uint64_t)(hnid + 1));
+}
 
 struct gmem_lpt {
 	struct gmem_file *file;             /* (C) */

@@ -7,6 +7,7 @@
 #ifndef GMEM_MIGRATE_H
 #define GMEM_MIGRATE_H
 
+#include <gmem/hints.h>
 #include <gmem/hnode.h>
 
 struct gmem_page {
@@ -24,6 +25,8 @@ int gmem_page_trylock(struct gmem_object *object, uint64_t index, bool wait_flag
 /* Waits. Only for threads that own no page and serve no faults. */
 void gmem_page_lock(struct gmem_object *object, uint64_t index, struct gmem_page *ret);
 void gmem_page_unlock(struct gmem_page *page);
+/* What its range was advised. */
+void gmem_page_hint(struct gmem_page *page, struct gmem_hint hint);
 bool gmem_page_poisoned(const struct gmem_page *page);
 
 /* Makes valid contain hnid, reclaiming there as needed. view: if not NULL and the content is copied, it may be mapped

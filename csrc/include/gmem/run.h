@@ -19,6 +19,7 @@ struct gmem_run_args {
 	uint64_t va;            /* of the first page in the view */
 	bool own;               /* the only copy, writable */
 	enum gmem_why why;
+	struct gmem_hint hint;
 };
 
 /* How many pages, from the first, are at hnid and mapped now; 0 if the first one is not for a run. Never reclaims.
