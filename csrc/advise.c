@@ -37,6 +37,12 @@ static int prefetch_page(struct gmem_request *request, struct gmem_page *page, s
 	return err;
 }
 
+/* The pages of a run are alike. */
+static bool is_there(const struct gmem_place *place, int hnid)
+{
+	return gmem_word_valid(atomic_load(&place->object->core->lpt.words[place->object->pn + place->index])) >> hnid & 1;
+}
+
 /* As many pages from va on as are moved in one go; 0 leaves the first one to prefetch_page(). What is asked for may push
  * out what is not. */
 static int prefetch_run(struct gmem_request *request, const struct gmem_place *place, uint64_t va, uint64_t end)
@@ -56,7 +62,7 @@ static int prefetch_run(struct gmem_request *request, const struct gmem_place *p
 		args.count = GMEM_RUN_PAGES;
 	if (args.count * page_bytes > RUN_BYTES)
 		args.count = RUN_BYTES / page_bytes;
-	if (gmem_hnode_free_bytes(hnode) < args.count * page_bytes)
+	if (!is_there(place, request->hnid) && gmem_hnode_free_bytes(hnode) < args.count * page_bytes)
 		gmem_reclaim(hnode, args.count * page_bytes); /* as far as it goes */
 	count = gmem_run_move(&args);
 	for (int i = 0; i < count; i++)
