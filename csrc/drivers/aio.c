@@ -84,8 +84,11 @@ static int ring_init(struct gmem_lane *lane)
 	return 0;
 }
 
+/* The kernel takes rings apart some time later; the file is to be let go now: it has a lock, and takes room. */
 static void ring_deinit(struct gmem_lane *lane)
 {
+	if (lane->fixed_file)
+		io_uring_unregister_files(&lane->ring);
 	io_uring_queue_exit(&lane->ring);
 }
 
@@ -304,7 +307,7 @@ struct gmem_aio_op *gmem_lane_wait(struct gmem_lane *lane)
 int gmem_aio_create(int fd, enum gmem_aio_engine engine, unsigned depth, struct gmem_aio **ret)
 {
 	struct gmem_aio *aio = calloc(1, sizeof(*aio));
-	int err;
+	int err = 0;
 
 	if (!aio)
 		return -ENOMEM;

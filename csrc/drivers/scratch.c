@@ -294,5 +294,6 @@ void gmem_scratch_close(struct gmem_scratch *scratch)
 	if (scratch->made)
 		unlink(scratch->made); /* before the lock goes with the descriptor: whoever is next makes a new one */
 	free(scratch->made);
+	flock(scratch->fd, LOCK_UN); /* a child that is being forked may have the descriptor for a moment longer */
 	close(scratch->fd);
 }
