@@ -24,8 +24,9 @@ struct gmem_lane {
 	struct gmem_aio_op *ops;      /* (C) depth of them */
 	/* whoever has the lane */
 	struct gmem_aio_op *free_ops;
-	struct gmem_aio_op *done;     /* sync: submitted and so done */
+	struct gmem_aio_op *done;     /* by system calls: submitted and so done */
 	unsigned in_flight;
+	bool by_ring;
 	struct gmem_lane *next;       /* aio's lock: of those not taken */
 #ifdef GMEM_LIBURING
 	struct io_uring ring;
@@ -218,7 +219,7 @@ static int lane_create(struct gmem_aio *aio, struct gmem_lane **ret)
 	return 0;
 }
 
-struct gmem_lane *gmem_lane_get(struct gmem_aio *aio)
+struct gmem_lane *gmem_lane_get(struct gmem_aio *aio, size_t count)
 {
 	struct gmem_lane *lane;
 
@@ -237,6 +238,7 @@ struct gmem_lane *gmem_lane_get(struct gmem_aio *aio)
 		gmem_mutex_wait(&aio->lock, &aio->returned, 0);
 	}
 	gmem_mutex_unlock(&aio->lock);
+	lane->by_ring = aio->engine == GMEM_AIO_URING && count > 1;
 	return lane;
 }
 
@@ -274,7 +276,7 @@ void gmem_lane_op_free(struct gmem_lane *lane, struct gmem_aio_op *op)
 void gmem_lane_submit(struct gmem_lane *lane, struct gmem_aio_op *op)
 {
 	lane->in_flight++;
-	if (lane->aio->engine == GMEM_AIO_URING) {
+	if (lane->by_ring) {
 		ring_submit(lane, op);
 		return;
 	}
@@ -290,7 +292,7 @@ struct gmem_aio_op *gmem_lane_wait(struct gmem_lane *lane)
 
 	if (!lane->in_flight)
 		return NULL;
-	if (lane->aio->engine == GMEM_AIO_URING) {
+	if (lane->by_ring) {
 		op = ring_wait(lane);
 	} else {
 		op = lane->done;

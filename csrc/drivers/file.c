@@ -98,7 +98,7 @@ static int io_once(struct gmem_lane *lane, uint64_t offset, uint32_t bytes, bool
 static int measure(struct gmem_device *device)
 {
 	uint64_t capacity = device->store.scratch.capacity, bytes = capacity < MEASURE_BYTES ? capacity : MEASURE_BYTES;
-	struct gmem_lane *lane = gmem_lane_get(device->store.aio);
+	struct gmem_lane *lane = gmem_lane_get(device->store.aio, 1);
 	uint64_t begin = 0, took, best = UINT64_MAX;
 	int err = 0;
 

@@ -3,7 +3,8 @@
  * Pages go through buffers of our own in both directions. What is pushed lies in memory of a client, who may change it
  * while it is read: a checksum taken before or after the write would be of something else. What is pulled is checked
  * before anybody can see it, and hands the client's pages to no I/O: one that is punched under a DMA is a page that the
- * kernel keeps for as long as that takes. The copy costs 2 MiB 0.1 ms or less, a tenth of what a fast NVMe takes.
+ * kernel keeps for as long as that takes. The copy costs 0.1 ms for 2 MiB and so does the checksum, and both are done
+ * while other pages are read or written: a batch is bounded by the disk all the same.
  */
 #include <errno.h>
 #include <stdarg.h>
@@ -290,7 +291,7 @@ static void finish(struct gmem_store *store, struct gmem_lane *lane, struct gmem
 static void run(struct gmem_store *store, struct gmem_peer_io *io, size_t count,
 		int (*start)(struct gmem_store *store, struct gmem_lane *lane, struct gmem_peer_io *io))
 {
-	struct gmem_lane *lane = gmem_lane_get(store->aio);
+	struct gmem_lane *lane = gmem_lane_get(store->aio, count);
 	struct gmem_aio_op *op;
 	size_t next = 0;
 
