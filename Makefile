@@ -54,7 +54,7 @@ $(VENV)/.dev: $(VENV)/.test
 # ---- Python extensions ----
 
 CORE_SOURCES := $(wildcard csrc/*.c csrc/drivers/*.c)
-CORE_HEADERS := $(wildcard csrc/*.h csrc/include/gmem/*.h client/include/*.h)
+CORE_HEADERS := $(wildcard csrc/*.h csrc/drivers/*.h csrc/include/gmem/*.h client/include/*.h)
 CLIENT_SOURCES := $(wildcard client/src/*.c)
 CLIENT_HEADERS := $(wildcard client/src/*.h client/include/*.h)
 CYTHON_SOURCES := $(wildcard gmemd/*.pyx gmemd/*.pxd client/gmem/*.pyx)
@@ -81,6 +81,10 @@ C_TESTS := $(notdir $(basename $(wildcard tests/unit_c/test_*.c)))
 C_HELPERS := $(filter-out tests/unit_c/test_%,$(wildcard tests/unit_c/*.c))
 C_FLAGS := -std=gnu11 -g -Wall -Wextra -Werror -pthread -fno-omit-frame-pointer \
 	-Icsrc/include -Iclient/include -Itests/unit_c
+# liburing is used where it is; found out once, by the first recipe that asks
+URING = $(eval URING := $(shell printf '\043include <liburing.h>\nint main(void) { return io_uring_queue_init(1, 0, 0); }' | \
+	$(CC) -x c - -luring -o /dev/null 2>/dev/null && echo -luring))$(URING)
+URING_FLAG = $(URING:-luring=-DGMEM_LIBURING)
 plain_FLAGS := -O2
 asan_FLAGS := -O1 -DGMEM_DEBUG -fsanitize=address,undefined -fno-sanitize-recover=all
 tsan_FLAGS := -O1 -fsanitize=thread -Wno-tsan
@@ -89,9 +93,9 @@ define flavour # name, directory
 $(1)_OBJECTS := $$(patsubst %.c,build/$(2)/%.o,$$(CORE_SOURCES) $$(C_HELPERS) client/src/agent.c)
 build/$(2)/%.o: %.c
 	@mkdir -p $$(@D)
-	@echo "cc $$@"; $$(CC) $$(C_FLAGS) $$($(1)_FLAGS) -MMD -MP -c $$< -o $$@
+	@echo "cc $$@"; $$(CC) $$(C_FLAGS) $$(URING_FLAG) $$($(1)_FLAGS) -MMD -MP -c $$< -o $$@
 build/$(2)/test_%: build/$(2)/tests/unit_c/test_%.o $$($(1)_OBJECTS)
-	@echo "ld $$@"; $$(CC) $$(C_FLAGS) $$($(1)_FLAGS) $$^ -o $$@
+	@echo "ld $$@"; $$(CC) $$(C_FLAGS) $$($(1)_FLAGS) $$^ $$(URING) -o $$@
 c-$(1): $$(C_TESTS:%=build/$(2)/%)
 -include $$($(1)_OBJECTS:.o=.d) $$(C_TESTS:%=build/$(2)/tests/unit_c/%.d)
 endef
@@ -122,7 +126,7 @@ lint: $(VENV)/.dev build ## ruff, mypy, gcc's warnings
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	@for f in $(CORE_SOURCES) $(CLIENT_SOURCES); do \
-		$(CC) $(C_FLAGS) -DGMEM_LIBEXECDIR='""' -fsyntax-only $$f || exit 1; done
+		$(CC) $(C_FLAGS) $(URING_FLAG) -DGMEM_LIBEXECDIR='""' -fsyntax-only $$f || exit 1; done
 
 fmt: $(VENV)/.dev ## sort imports and remove unused ones
 	$(BIN)/ruff check --fix-only --select I,F401 .

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Extensions and package layout; everything else is in pyproject.toml."""
 
+import os
+import subprocess
+import tempfile
 from glob import glob
 from pathlib import Path
 
@@ -15,13 +18,28 @@ def c_files(*patterns: str) -> list[str]:
     return sorted(name for pattern in patterns for name in glob(pattern, root_dir=ROOT))
 
 
+def has_liburing() -> bool:
+    """Whether a program with it compiles and links. The file tier does without, by pread and pwrite."""
+    source = "#include <liburing.h>\nint main(void) { return io_uring_queue_init(1, 0, 0); }"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*os.environ.get("CC", "gcc").split(), "-xc", "-", "-luring", "-o", f"{folder}/probe"]
+        try:
+            return subprocess.run(command, input=source, text=True, capture_output=True).returncode == 0
+        except OSError:
+            return False
+
+
+URING = has_liburing()
+
 core = Extension(
     "gmemd._core",
     sources=["gmemd/_core.pyx", *c_files("csrc/*.c", "csrc/drivers/*.c")],
-    depends=c_files("gmemd/*.pxd", "csrc/include/gmem/*.h", "csrc/*.h", "client/include/*.h"),
+    depends=c_files("gmemd/*.pxd", "csrc/include/gmem/*.h", "csrc/*.h", "csrc/drivers/*.h", "client/include/*.h"),
     include_dirs=["csrc/include", "client/include"],
     # Cython's own output trips these two; csrc is compiled with -Werror by the Makefile's C rules.
     extra_compile_args=[*C_FLAGS, "-Wno-unused-parameter", "-Wno-missing-field-initializers"],
+    define_macros=[("GMEM_LIBURING", None)] if URING else [],
+    libraries=["uring"] if URING else [],
     extra_link_args=["-pthread"],
 )
 

@@ -8,9 +8,9 @@
 #include <gmem/core.h>
 #include <gmem/driver.h>
 
-extern const struct gmem_driver_ops gmem_simgpu_ops;
+extern const struct gmem_driver_ops gmem_simgpu_ops, gmem_file_ops;
 
-static const struct gmem_driver_ops *const builtin[] = { &gmem_simgpu_ops };
+static const struct gmem_driver_ops *const builtin[] = { &gmem_simgpu_ops, &gmem_file_ops };
 
 const struct gmem_driver_ops *gmem_driver_builtin(const char *name)
 {
