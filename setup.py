@@ -17,7 +17,7 @@ def c_files(*patterns: str) -> list[str]:
 
 core = Extension(
     "gmemd._core",
-    sources=["gmemd/_core.pyx", *c_files("csrc/*.c", "csrc/drivers/*.c")],
+    sources=["gmemd/_core.pyx", *c_files("csrc/*.c", "csrc/drivers/*.c", "csrc/policies/*.c")],
     depends=c_files("gmemd/*.pxd", "csrc/include/gmem/*.h", "csrc/*.h", "client/include/*.h"),
     include_dirs=["csrc/include", "client/include"],
     # Cython's own output trips these two; csrc is compiled with -Werror by the Makefile's C rules.

@@ -13,55 +13,6 @@
 #define DRAIN_TRIES 20000
 #define DRAIN_PAUSE_NS 100000
 
-/* The list: head is newest, next leads towards older pages, prev towards newer ones. */
-void gmem_sieve_insert(struct gmem_hnode *hnode, uint32_t frame)
-{
-	struct gmem_frame *frames = hnode->frames;
-
-	frames[frame].prev = GMEM_FRAME_NONE;
-	frames[frame].next = hnode->head;
-	if (hnode->head)
-		frames[hnode->head].prev = frame;
-	else
-		hnode->tail = frame;
-	hnode->head = frame;
-}
-
-void gmem_sieve_remove(struct gmem_hnode *hnode, uint32_t frame)
-{
-	struct gmem_frame *frames = hnode->frames;
-
-	if (hnode->hand == frame)
-		hnode->hand = frames[frame].prev;
-	if (frames[frame].prev)
-		frames[frames[frame].prev].next = frames[frame].next;
-	else
-		hnode->head = frames[frame].next;
-	if (frames[frame].next)
-		frames[frames[frame].next].prev = frames[frame].prev;
-	else
-		hnode->tail = frames[frame].prev;
-}
-
-void gmem_sieve_next_is(struct gmem_hnode *hnode, uint32_t frame)
-{
-	hnode->hand = frame;
-}
-
-uint32_t gmem_sieve_next(struct gmem_hnode *hnode)
-{
-	uint32_t frame = hnode->hand ? hnode->hand : hnode->tail;
-
-	/* Each step clears a mark, so the second round ends at the latest. */
-	while (frame && atomic_exchange_explicit(&hnode->frames[frame].visited, 0, memory_order_relaxed)) {
-		frame = hnode->frames[frame].prev;
-		if (!frame)
-			frame = hnode->tail;
-	}
-	hnode->hand = frame ? hnode->frames[frame].prev : GMEM_FRAME_NONE;
-	return frame;
-}
-
 /* Where what leaves this hnode goes: a device's pages to the host, the host's to a tier with room. */
 static int next_tier(struct gmem_hnode *hnode, uint64_t bytes)
 {
@@ -102,10 +53,13 @@ static int evict_locked(struct gmem_hnode *hnode, struct gmem_page *page, bool f
 			return target;
 		err = gmem_page_fetch(page, target, NULL, (struct gmem_range){ 0, 0 }, GMEM_WHY_EVICTED, &mapped);
 	}
+	frame->evicted = true;
 	if (!err)
 		err = gmem_page_drop(page, hnode->hnid);
-	if (err)
+	if (err) {
+		frame->evicted = false;
 		return err;
+	}
 	gmem_count(&hnode->evictions, 1);
 	gmem_count(&hnode->core->stats.evictions, 1);
 	if (clean) {
@@ -135,7 +89,7 @@ static bool candidate(struct gmem_hnode *hnode, struct gmem_object **ret_object,
 	uint32_t frame;
 
 	gmem_mutex_lock(&hnode->lock);
-	frame = gmem_sieve_next(hnode);
+	frame = gmem_policy_next(&hnode->policy);
 	if (frame && gmem_object_tryref(hnode->frames[frame].object)) {
 		*ret_object = hnode->frames[frame].object;
 		*ret_index = hnode->frames[frame].index;
