@@ -53,7 +53,7 @@ $(VENV)/.dev: $(VENV)/.test
 
 # ---- Python extensions ----
 
-CORE_SOURCES := $(wildcard csrc/*.c csrc/drivers/*.c)
+CORE_SOURCES := $(wildcard csrc/*.c csrc/drivers/*.c csrc/policies/*.c)
 CORE_HEADERS := $(wildcard csrc/*.h csrc/drivers/*.h csrc/include/gmem/*.h client/include/*.h)
 CLIENT_SOURCES := $(wildcard client/src/*.c)
 CLIENT_HEADERS := $(wildcard client/src/*.h client/include/*.h)

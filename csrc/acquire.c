@@ -31,7 +31,7 @@ static int acquire_page(struct gmem_request *request, struct gmem_page *page, st
 	if (!frame || frame->holds == UINT16_MAX)
 		return -EOVERFLOW;
 	frame->holds++;
-	atomic_store_explicit(&frame->visited, 1, memory_order_relaxed);
+	gmem_hnode_touch(hnode, page->object, page->index);
 	return 0;
 }
 

@@ -49,7 +49,7 @@ static int prefetch_run(struct gmem_request *request, const struct gmem_place *p
 {
 	struct gmem_run_args args = { .object = place->object, .index = place->index, .hnid = request->hnid,
 				      .view = request->view, .va = va, .own = !place->hint.read_mostly, .hint = place->hint,
-				      .why = GMEM_WHY_PREFETCH };
+				      .why = GMEM_WHY_PREFETCH, .wanted = true };
 	struct gmem_hnode *hnode = gmem_core_hnode(request->core, request->hnid);
 	uint64_t page_bytes = 1ull << place->object->shift, region_end = place->region_va + place->region_bytes;
 	int count;
@@ -65,8 +65,6 @@ static int prefetch_run(struct gmem_request *request, const struct gmem_place *p
 	if (!is_there(place, request->hnid) && gmem_hnode_free_bytes(hnode) < args.count * page_bytes)
 		gmem_reclaim(hnode, args.count * page_bytes); /* as far as it goes */
 	count = gmem_run_move(&args);
-	for (int i = 0; i < count; i++)
-		gmem_hnode_touch(hnode, place->object, place->index + (uint64_t)i);
 	gmem_count(&request->core->stats.prefetched_pages, count > 0 ? (uint64_t)count : 0);
 	return count;
 }

@@ -131,11 +131,12 @@ int gmem_core_create(const struct gmem_core_config *config, struct gmem_core **r
 	if (!core)
 		return -ENOMEM;
 	core->overcommit = config->overcommit;
+	core->policy = gmem_policy_find(config->policy);
 	core->next_id = 1;
 	gmem_mutex_init(&core->devices_lock, GMEM_RANK_DEVICES);
 	gmem_rwlock_init(&core->sessions_lock, GMEM_RANK_SESSIONS);
 	gmem_mutex_init(&core->tenants_lock, GMEM_RANK_TENANTS);
-	err = threads > GMEM_THREADS_MAX ? -EINVAL : gmem_copy_guard_init();
+	err = threads > GMEM_THREADS_MAX || !core->policy ? -EINVAL : gmem_copy_guard_init();
 	if (!err)
 		err = probe(core, config);
 	if (!err)

@@ -334,6 +334,7 @@ static void fill_stats(struct gmem_hnode *hnode, struct gmem_hnode_stats *ret)
 		.faults = gmem_counter(&hnode->faults), .in_bytes = gmem_counter(&hnode->in_bytes),
 		.out_bytes = gmem_counter(&hnode->out_bytes), .evictions = gmem_counter(&hnode->evictions),
 		.evicted_clean = gmem_counter(&hnode->evicted_clean), .errors = gmem_counter(&hnode->errors),
+		.policy = hnode->policy.ops->name,
 	};
 	ret->info.capacity_bytes = gmem_counter(&hnode->limit_bytes);
 	memcpy(ret->name, hnode->name, sizeof(ret->name));

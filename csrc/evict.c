@@ -27,6 +27,20 @@ static void count_eviction(struct gmem_hnode *hnode, bool clean)
 	gmem_count(&hnode->core->stats.evicted_clean, 1);
 }
 
+static int drop(struct gmem_hnode *hnode, struct gmem_page *page, bool clean)
+{
+	struct gmem_frame *frame = gmem_hnode_frame(hnode, page->object, page->index);
+	int err;
+
+	frame->evicted = true; /* the policy may remember it */
+	err = gmem_page_drop(page, hnode->hnid);
+	if (err)
+		frame->evicted = false;
+	else
+		count_eviction(hnode, clean);
+	return err;
+}
+
 /* 1: it may go; 0: it has gone by itself. */
 static int may_go(struct gmem_hnode *hnode, struct gmem_page *page, bool forced)
 {
@@ -80,10 +94,7 @@ static int evict_one(struct gmem_hnode *hnode, struct gmem_page *page)
 		refused |= 1u << target;
 		preferred = -1;
 	}
-	err = gmem_page_drop(page, hnode->hnid);
-	if (!err)
-		count_eviction(hnode, clean);
-	return err;
+	return drop(hnode, page, clean);
 }
 
 /* Readers only, and a place in the tier. */
@@ -114,11 +125,9 @@ static int push(struct batch *batch)
 			gmem_page_forget(page, batch->to);
 		} else {
 			gmem_page_arrived(page, batch->from, batch->to, GMEM_WHY_EVICTED);
-			result = gmem_page_drop(page, batch->from->hnid);
+			result = drop(batch->from, page, false);
 		}
-		if (!result)
-			count_eviction(batch->from, false);
-		else
+		if (result)
 			err = result;
 	}
 	return err;

@@ -159,13 +159,12 @@ static bool defer(struct gmem_core *core, const struct gmem_fault *fault)
 	return false;
 }
 
-/* was_here: this is not the first use since it came, and counts for its hotness. */
 static void settle(struct gmem_core *core, struct gmem_page *page, const struct gmem_fault *fault,
-		   const struct gmem_place *place, bool was_here, int err)
+		   const struct gmem_place *place, int err)
 {
 	struct gmem_hnode *hnode = gmem_core_hnode(core, fault->view->hnid);
 
-	if (!err && hnode && was_here)
+	if (!err && hnode)
 		gmem_hnode_touch(hnode, page->object, page->index);
 	gmem_page_unlock(page);
 	switch (err) {
@@ -212,11 +211,9 @@ void gmem_fault_resolve(struct gmem_core *core, const struct gmem_fault *fault, 
 		gmem_page_unlock(&page);
 		gmem_fault_poison(core, view, place.range, -EIO);
 	} else {
-		bool was_here = gmem_word_valid(page.word) >> view->hnid & 1;
-
 		gmem_page_hint(&page, place.hint);
 		page.awaited = is_write(fault) ? 0 : fault->va;
-		settle(core, &page, fault, &place, was_here,
+		settle(core, &page, fault, &place,
 		       resolve_locked(&page, view, place.range, fault->flags));
 	}
 	gmem_count(&core->stats.fault_ns, gmem_now_ns() - start);

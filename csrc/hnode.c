@@ -4,24 +4,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #include <gmem/internal.h>
-#include <gmem/reclaim.h>
+#include <gmem/sparse.h>
 
 #define SLOW_NS 150000 /* what a fault thread may wait for a driver: some wake-ups' time */
 #define FRAMES_MAX (1ull << 28) /* 1 TiB of 4 KiB pages */
-
-/* A sparse array: costs what is touched. NORESERVE so that its size is no commitment. */
-static void *sparse_map(uint64_t bytes)
-{
-	void *at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-
-	if (at == MAP_FAILED)
-		return NULL;
-	madvise(at, bytes, MADV_DONTDUMP);
-	return at;
-}
 
 int gmem_hnode_create(struct gmem_core *core, int hnid, const char *name, uint64_t capacity_bytes,
 		      struct gmem_hnode **ret)
@@ -38,15 +26,16 @@ int gmem_hnode_create(struct gmem_core *core, int hnid, const char *name, uint64
 	gmem_hnode_set_limit(hnode, capacity_bytes);
 	hnode->frame_count = (uint32_t)(frames < FRAMES_MAX ? frames : FRAMES_MAX);
 	hnode->frames_bumped = 1;
-	hnode->frames = sparse_map((uint64_t)hnode->frame_count * sizeof(*hnode->frames));
-	hnode->frame_of = sparse_map(core->lpt.pages * sizeof(*hnode->frame_of));
-	if (!hnode->frames || !hnode->frame_of) {
+	hnode->frames = gmem_sparse_map((uint64_t)hnode->frame_count * sizeof(*hnode->frames));
+	hnode->frame_of = gmem_sparse_map(core->lpt.pages * sizeof(*hnode->frame_of));
+	gmem_mutex_init(&hnode->lock, GMEM_RANK_HNODE);
+	pthread_cond_init(&hnode->wake, NULL);
+	if (!hnode->frames || !hnode->frame_of ||
+	    gmem_policy_init(&hnode->policy, core->policy, hnode->frame_count)) {
 		gmem_hnode_destroy(hnode);
 		return -ENOMEM;
 	}
-	gmem_mutex_init(&hnode->lock, GMEM_RANK_HNODE);
 	gmem_mutex_init(&hnode->relay_lock, GMEM_RANK_RELAY);
-	pthread_cond_init(&hnode->wake, NULL);
 	*ret = hnode;
 	return 0;
 }
@@ -60,13 +49,11 @@ void gmem_hnode_set_limit(struct gmem_hnode *hnode, uint64_t bytes)
 
 void gmem_hnode_destroy(struct gmem_hnode *hnode)
 {
-	if (hnode->frames)
-		munmap(hnode->frames, (uint64_t)hnode->frame_count * sizeof(*hnode->frames));
-	if (hnode->frame_of)
-		munmap((void *)hnode->frame_of, hnode->core->lpt.pages * sizeof(*hnode->frame_of));
+	gmem_policy_deinit(&hnode->policy);
+	gmem_sparse_unmap(hnode->frames, (uint64_t)hnode->frame_count * sizeof(*hnode->frames));
+	gmem_sparse_unmap((void *)hnode->frame_of, hnode->core->lpt.pages * sizeof(*hnode->frame_of));
+	gmem_sparse_unmap(hnode->relay, GMEM_HUGE_BYTES);
 	gmem_account_unref(hnode->pressed);
-	if (hnode->relay)
-		munmap(hnode->relay, GMEM_HUGE_BYTES);
 	gmem_mutex_deinit(&hnode->lock);
 	gmem_mutex_deinit(&hnode->relay_lock);
 	pthread_cond_destroy(&hnode->wake);
@@ -75,7 +62,7 @@ void gmem_hnode_destroy(struct gmem_hnode *hnode)
 
 int gmem_hnode_relay_create(struct gmem_hnode *hnode)
 {
-	hnode->relay = sparse_map(GMEM_HUGE_BYTES);
+	hnode->relay = gmem_sparse_map(GMEM_HUGE_BYTES);
 	return hnode->relay ? 0 : -ENOMEM;
 }
 
@@ -217,8 +204,8 @@ static int take_frame_locked(struct gmem_hnode *hnode, struct gmem_object *objec
 		return -EDQUOT;
 	if (gmem_hnode_free_locked(hnode) < bytes || !(*ret = take_descriptor(hnode)))
 		return -ENOMEM;
-	hnode->frames[*ret] = (struct gmem_frame){ .object = object, .index = index, .used = 1 };
-	gmem_sieve_insert(hnode, *ret);
+	hnode->frames[*ret] = (struct gmem_frame){ .object = object, .index = index, .fresh = true, .used = 1 };
+	gmem_policy_insert(&hnode->policy, *ret, object->pn + index);
 	mate_insert_locked(hnode, object->account, *ret);
 	charge_locked(hnode, object->account, (int64_t)bytes);
 	return 0;
@@ -251,7 +238,8 @@ void gmem_hnode_frame_free(struct gmem_hnode *hnode, struct gmem_object *object,
 		return;
 	atomic_store_explicit(&hnode->frame_of[object->pn + index], GMEM_FRAME_NONE, memory_order_relaxed);
 	gmem_mutex_lock(&hnode->lock);
-	gmem_sieve_remove(hnode, frame);
+	gmem_policy_remove(&hnode->policy, frame, object->pn + index,
+			   hnode->frames[frame].evicted ? GMEM_LEAVE_EVICTED : GMEM_LEAVE_FREED);
 	mate_remove_locked(hnode, object->account, frame);
 	hnode->frames[frame].object = NULL;
 	hnode->frames[frame].next = hnode->free_head;
@@ -272,12 +260,21 @@ struct gmem_frame *gmem_hnode_frame(struct gmem_hnode *hnode, struct gmem_object
 
 void gmem_hnode_touch(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index)
 {
-	struct gmem_frame *frame = gmem_hnode_frame(hnode, object, index);
+	uint32_t frame = atomic_load_explicit(&hnode->frame_of[object->pn + index], memory_order_relaxed);
+	bool locks = hnode->policy.ops->touch_locks;
 
 	if (!frame)
 		return;
-	atomic_store_explicit(&frame->visited, 1, memory_order_relaxed);
-	atomic_store_explicit(&frame->used, 1, memory_order_relaxed);
+	atomic_store_explicit(&hnode->frames[frame].used, 1, memory_order_relaxed);
+	if (hnode->frames[frame].fresh) {
+		hnode->frames[frame].fresh = false;
+		return;
+	}
+	if (locks)
+		gmem_mutex_lock(&hnode->lock);
+	gmem_policy_touch(&hnode->policy, frame);
+	if (locks)
+		gmem_mutex_unlock(&hnode->lock);
 }
 
 void gmem_hnode_cool(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index)
@@ -287,8 +284,7 @@ void gmem_hnode_cool(struct gmem_hnode *hnode, struct gmem_object *object, uint6
 	if (!frame)
 		return;
 	gmem_mutex_lock(&hnode->lock);
-	atomic_store_explicit(&hnode->frames[frame].visited, 0, memory_order_relaxed);
-	gmem_sieve_next_is(hnode, frame);
+	gmem_policy_cool(&hnode->policy, frame);
 	gmem_mutex_unlock(&hnode->lock);
 }
 

@@ -18,55 +18,6 @@
 #define DRAIN_TRIES 20000
 #define DRAIN_PAUSE_NS 100000
 
-/* The list: head is newest, next leads towards older pages, prev towards newer ones. */
-void gmem_sieve_insert(struct gmem_hnode *hnode, uint32_t frame)
-{
-	struct gmem_frame *frames = hnode->frames;
-
-	frames[frame].prev = GMEM_FRAME_NONE;
-	frames[frame].next = hnode->head;
-	if (hnode->head)
-		frames[hnode->head].prev = frame;
-	else
-		hnode->tail = frame;
-	hnode->head = frame;
-}
-
-void gmem_sieve_remove(struct gmem_hnode *hnode, uint32_t frame)
-{
-	struct gmem_frame *frames = hnode->frames;
-
-	if (hnode->hand == frame)
-		hnode->hand = frames[frame].prev;
-	if (frames[frame].prev)
-		frames[frames[frame].prev].next = frames[frame].next;
-	else
-		hnode->head = frames[frame].next;
-	if (frames[frame].next)
-		frames[frames[frame].next].prev = frames[frame].prev;
-	else
-		hnode->tail = frames[frame].prev;
-}
-
-void gmem_sieve_next_is(struct gmem_hnode *hnode, uint32_t frame)
-{
-	hnode->hand = frame;
-}
-
-uint32_t gmem_sieve_next(struct gmem_hnode *hnode)
-{
-	uint32_t frame = hnode->hand ? hnode->hand : hnode->tail;
-
-	/* Each step clears a mark, so the second round ends at the latest. */
-	while (frame && atomic_exchange_explicit(&hnode->frames[frame].visited, 0, memory_order_relaxed)) {
-		frame = hnode->frames[frame].prev;
-		if (!frame)
-			frame = hnode->tail;
-	}
-	hnode->hand = frame ? hnode->frames[frame].prev : GMEM_FRAME_NONE;
-	return frame;
-}
-
 /* Whose pages are to leave: an account's own; those of its user's other accounts, if it has none there itself; anybody's
  * (NULL). */
 struct domain {
@@ -79,11 +30,11 @@ static uint32_t next_locked(struct gmem_hnode *hnode, const struct domain *domai
 	uint32_t frame = GMEM_FRAME_NONE;
 
 	if (!domain)
-		return gmem_sieve_next(hnode);
+		return gmem_policy_next(&hnode->policy);
 	if (!domain->others)
 		return gmem_hnode_mate_locked(hnode, domain->account);
 	for (int tries = 0; tries < OTHERS_TRIES; tries++) {
-		frame = gmem_sieve_next(hnode);
+		frame = gmem_policy_next(&hnode->policy);
 		if (!frame || hnode->frames[frame].object->account->tenant == domain->account->tenant)
 			return frame;
 	}

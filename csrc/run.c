@@ -294,6 +294,9 @@ int gmem_run_move(const struct gmem_run_args *args)
 	if (!err && run.count && args->view)
 		err = map(&run);
 	count = (int)run.count;
+	if (!err && args->wanted)
+		for (int i = 0; i < count; i++)
+			gmem_hnode_touch(gmem_core_hnode(run.core, args->hnid), args->object, run.pages[i].index);
 	shorten(&run, 0);
 	if (err)
 		return err == -ESRCH ? err : 0;

@@ -109,6 +109,7 @@ cdef extern from "gmem/core.h" nogil:
         uint64_t window_base, window_bytes, host_limit_bytes, feature_mask
         uint32_t fault_threads
         c_bool hugepages, overcommit, event_fork
+        const char *policy
     struct gmem_core_features:
         uint64_t uffd
         c_bool event_fork, continue_wp, poison, hugepages, uffd_device
@@ -134,6 +135,7 @@ cdef extern from "gmem/core.h" nogil:
         uint64_t used_bytes, peak_bytes, pinned_bytes, contexts, faults, in_bytes, out_bytes, evictions
         uint64_t evicted_clean, errors
         int health
+        const char *policy
     struct gmem_core_stats:
         uint64_t host_faults, device_faults, write_protect_faults, spurious_faults, first_touches
         uint64_t h2d_bytes, d2h_bytes, d2d_bytes, duplicates, invalidations, evictions, evicted_clean

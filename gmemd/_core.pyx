@@ -102,9 +102,10 @@ cdef class Core:
     def __cinit__(
         self, *, uint64_t window_base=0, uint64_t window_bytes=0, uint64_t host_limit_bytes=0,
         uint64_t feature_mask=0xFFFFFFFFFFFFFFFF, uint32_t fault_threads=0, bint hugepages=True, bint overcommit=False,
-        bint event_fork=True,
+        bint event_fork=True, str policy=None,
     ):
         cdef gmem_core_config config
+        cdef bytes policy_name = policy.encode() if policy else None
         cdef int err
         memset(&config, 0, sizeof(config))
         config.window_base = window_base
@@ -115,6 +116,8 @@ cdef class Core:
         config.hugepages = hugepages
         config.overcommit = overcommit
         config.event_fork = event_fork
+        if policy_name is not None:
+            config.policy = policy_name
         self._idle = threading.Event()
         self._tables = []
         with nogil:
@@ -569,6 +572,7 @@ cdef class Core:
                 "pinned_bytes": s.pinned_bytes, "contexts": s.contexts, "faults": s.faults, "in_bytes": s.in_bytes,
                 "out_bytes": s.out_bytes, "evictions": s.evictions, "evicted_clean": s.evicted_clean,
                 "errors": s.errors, "health": s.health,
+                "policy": (<bytes>s.policy).decode(),
             })
         return found
 

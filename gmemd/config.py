@@ -16,6 +16,7 @@ from typing import Any
 from gmemd.sizes import parse_size
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
+POLICIES = ("acme", "s3fifo", "sieve", "clock", "lfu", "lru")  # of csrc/policy.c, the default first
 SYSTEM_RUNTIME_DIR = Path("/run/gmem")
 WINDOW_ALIGN = 4 << 20  # two parts, each of whole 2 MiB pages
 # sun_path holds 107 bytes and the longest name in the directory is control.sock; the endpoint travels with "ipc://"
@@ -58,6 +59,7 @@ class Config:
     hugepages: bool = True
     overcommit: bool = False
     event_fork: bool = True
+    policy: str = POLICIES[0]
     log_level: str = "info"
     host_limit_bytes: int = 0
     limits: Limits = Limits()
@@ -106,10 +108,13 @@ def _window_part(value: Any) -> int:
     return size
 
 
-def _log_level(value: Any) -> str:
-    if value not in LOG_LEVELS:
-        raise ValueError(f"must be one of {', '.join(LOG_LEVELS)}")
-    return value
+def _one_of(*words: str) -> Check:
+    def check(value: Any) -> str:
+        if value not in words:
+            raise ValueError(f"must be one of {', '.join(words)}")
+        return value
+
+    return check
 
 
 def _directory(value: Any) -> Path:
@@ -129,7 +134,8 @@ _TABLES: dict[str, dict[str, tuple[str, Check]]] = {
         "hugepages": ("hugepages", _boolean),
         "overcommit": ("overcommit", _boolean),
         "event_fork": ("event_fork", _boolean),
-        "log_level": ("log_level", _log_level),
+        "policy": ("policy", _one_of(*POLICIES)),
+        "log_level": ("log_level", _one_of(*LOG_LEVELS)),
     },
     "host": {"limit": ("host_limit_bytes", _size)},
 }

@@ -158,5 +158,6 @@ def _describe(hnode: Mapping[str, Any]) -> dict[str, Any]:
         "bandwidth_bytes_per_s": hnode["bandwidth_bytes_per_s"],
         "latency_ns": hnode["latency_ns"],
         **{name: hnode[name] for name in _COUNTERS},
+        "policy": hnode["policy"],
         "health": hnode["health"],
     }

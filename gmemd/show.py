@@ -40,14 +40,15 @@ def _plural(value: int, noun: str) -> str:
 def devices_table(hnodes: list[Reply]) -> Table:
     table = _table(
         "hnid", "<name", "<driver", "used", "peak", "capacity", "pinned", "contexts", "faults", "in", "out",
-        "evictions", "errors", "<health",
+        "evictions", "<policy", "errors", "<health",
     )  # fmt: skip
     for h in hnodes:
         table.add_row(
             str(h["hnid"]), Text(h["name"]), Text(h["driver"]), format_size(h["used_bytes"]),
             format_size(h["peak_bytes"]), format_size(h["capacity_bytes"]), format_size(h["pinned_bytes"]),
             _count(h["contexts"]), _count(h["faults"]), format_size(h["in_bytes"]), format_size(h["out_bytes"]),
-            _count(h["evictions"]), _count(h["errors"]), "ok" if not h["health"] else f"errno {-h['health']}",
+            _count(h["evictions"]), h["policy"], _count(h["errors"]),
+            "ok" if not h["health"] else f"errno {-h['health']}",
         )  # fmt: skip
     return table
 

@@ -232,7 +232,7 @@ class FakeCore:
              "evicted_clean", "errors", "health", "bandwidth_bytes_per_s", "latency_ns"), 0)  # fmt: skip
         return [
             {"hnid": h, "name": name, "driver": driver, "capacity_bytes": 1 << 20, "page_bytes_mask": 1 << 12,
-             "caps": 0x041, **zero}
+             "caps": 0x041, "policy": "acme", **zero}
             for h, (name, driver) in sorted(self.devices.items())
         ]  # fmt: skip
 

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The core's parts by themselves: ranges, LPT words and extents, events, SIEVE, guarded copies, options, uffd checks.
+ * The core's parts by themselves: ranges, LPT words and extents, events, guarded copies, options, uffd checks.
  */
 #define _GNU_SOURCE
 #include "harness.h"
@@ -14,7 +14,6 @@
 
 #include <gmem/event.h>
 #include <gmem/internal.h>
-#include <gmem/reclaim.h>
 #include <gmem/uffd.h>
 
 #define PIECES 512
@@ -125,34 +124,6 @@ static void test_events(void)
 	CHECK_EQ(got[GMEM_EVENT_RING - 4].value, GMEM_EVENT_RING - 1);
 	CHECK_EQ(read(events.fd, &signals, 8), -1); /* empty: nothing to wake up for */
 	gmem_events_deinit(&events);
-}
-
-/* SIEVE evicts what was not used, keeps what was, and survives removals under its hand. */
-static void test_sieve(struct gmem_core *core)
-{
-	struct gmem_hnode *hnode;
-
-	CHECK_EQ(gmem_hnode_create(core, 3, "t", 1 << 20, &hnode), 0);
-	for (uint32_t i = 1; i <= 8; i++)
-		gmem_sieve_insert(hnode, i);
-	hnode->frames[1].visited = hnode->frames[2].visited = 1;
-	CHECK_EQ(gmem_sieve_next(hnode), 3);
-	gmem_sieve_remove(hnode, 3);
-	CHECK_EQ(gmem_sieve_next(hnode), 4);
-	CHECK_EQ(hnode->hand, 5);
-	gmem_sieve_remove(hnode, 5);
-	CHECK_EQ(gmem_sieve_next(hnode), 6);
-	for (uint32_t i = 1; i <= 8; i++)
-		hnode->frames[i].visited = 1;
-	CHECK_EQ(gmem_sieve_next(hnode), 7); /* all used: one round clears, the second takes */
-	gmem_sieve_next_is(hnode, 2);
-	CHECK_EQ(gmem_sieve_next(hnode), 2);
-	for (uint32_t i = 1; i <= 8; i++)
-		if (i != 3 && i != 5)
-			gmem_sieve_remove(hnode, i);
-	CHECK_EQ(gmem_sieve_next(hnode), GMEM_FRAME_NONE);
-	CHECK(!hnode->head && !hnode->tail && !hnode->hand);
-	gmem_hnode_destroy(hnode);
 }
 
 /* A client can punch its memfd, or there may be no page to be had: an error, not a dead daemon. */
@@ -293,6 +264,14 @@ static void test_hints(void)
 	gmem_hints_deinit(&hints);
 }
 
+static void test_policy_names(void)
+{
+	struct gmem_core_config config = { .feature_mask = ~0ull, .policy = "random" };
+	struct gmem_core *core;
+
+	CHECK_EQ(gmem_core_create(&config, &core), -EINVAL);
+}
+
 /* Bad requests: each refused, with nothing left behind. */
 static void test_refusals(struct gmem_core *core)
 {
@@ -348,8 +327,8 @@ int main(void)
 	test_uffd_check();
 	test_options();
 	test_hints();
+	test_policy_names();
 	core = core_start((struct gmem_core_config){ .hugepages = false });
-	test_sieve(core);
 	test_refusals(core);
 	gmem_core_destroy(core);
 	printf("parts: ok\n");

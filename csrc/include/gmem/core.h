@@ -23,6 +23,7 @@ struct gmem_core_config {
 	bool hugepages;             /* use hugetlb where it can be had */
 	bool overcommit;            /* mmap does not check that everything could be held */
 	bool event_fork;            /* ask for EVENT_FORK (needs CAP_SYS_PTRACE; falls back by itself) */
+	const char *policy;         /* who leaves a full hnode: a name of gmem_policy_name(); NULL: default */
 };
 
 struct gmem_core_features {
@@ -45,6 +46,9 @@ struct gmem_window {
 	uint64_t part_base[GMEM_CLASS_COUNT], part_bytes[GMEM_CLASS_COUNT];
 };
 void gmem_core_window(struct gmem_core *core, struct gmem_window *ret);
+
+/* Names of the policies, the default first; NULL beyond the last. */
+const char *gmem_policy_name(size_t index);
 
 /* ---- sessions: one client process each ---- */
 int gmem_session_create(struct gmem_core *core, uid_t uid, pid_t pid, uint64_t *ret_session);
@@ -149,6 +153,7 @@ struct gmem_hnode_stats {
 	uint64_t evicted_clean;  /* of these, without a copy */
 	uint64_t errors;
 	int health;
+	const char *policy;      /* who leaves next: constant for the life of the core */
 };
 /* Fills at most GMEM_HNODE_MAX entries. */
 void gmem_hnodes(struct gmem_core *core, struct gmem_hnode_stats *hnodes, size_t *ret_count);

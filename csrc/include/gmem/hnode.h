@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * hnode: the host's memory or one device's. Memory is counted in bytes against the capacity; each resident copy has a
- * frame descriptor, found from the page through frame_of[pn] and by reclaim through the hnode's list.
+ * frame descriptor, found from the page through frame_of[pn] and by reclaim through the hnode's policy.
  */
 #ifndef GMEM_HNODE_H
 #define GMEM_HNODE_H
@@ -11,18 +11,18 @@
 #include <gmem/driver.h>
 #include <gmem/lockrank.h>
 #include <gmem/stats.h>
+#include <gmem/policy.h>
 #include <gmem/vm_object.h>
-
-#define GMEM_FRAME_NONE 0u
 
 struct gmem_frame {
 	struct gmem_object *object; /* (P) NULL: free */
 	uint64_t index;             /* (P) logical page in the object */
-	uint32_t prev, next;        /* (H) reclaim list; next also chains free descriptors */
+	uint32_t next;              /* (H) chains free descriptors */
 	uint32_t mate_prev, mate_next; /* (H) ring of its account's frames */
 	uint16_t holds;             /* (P) acquires that have not been released */
+	bool fresh;                 /* (P) not used yet: its first use is the one it was brought for */
+	bool evicted;               /* (P) leaves to make room */
 	bool spared;                /* (P) reclaim has passed it over once, because it is best kept here */
-	_Atomic uint8_t visited;    /* (A, relaxed) used since the hand last passed */
 	_Atomic uint8_t used;       /* (A, relaxed) used since its account, or ageing, last came by */
 };
 
@@ -45,7 +45,7 @@ struct gmem_hnode {
 	struct gmem_frame *frames;               /* (C) array, mapped sparse; [0] is unused */
 	uint32_t frame_count, frames_bumped, free_head; /* (C), (H), (H) */
 	_Atomic uint32_t *frame_of;              /* (C) by pn, mapped sparse */
-	uint32_t head, tail, hand;               /* (H) SIEVE's list */
+	struct gmem_policy policy;               /* (H) who leaves next; (C) its ops */
 	_Atomic uint64_t limit_bytes;            /* (A) what it may hold: its capacity, or the operator's limit */
 	_Atomic uint64_t low_bytes, high_bytes;  /* (A) watermarks: free bytes */
 	pthread_t reclaimer;                     /* (C) */
@@ -81,6 +81,7 @@ int gmem_hnode_frame_alloc(struct gmem_hnode *hnode, struct gmem_object *object,
 void gmem_hnode_frame_free(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index);
 /* The page's descriptor, NULL if it has no copy here. The caller owns the page's BUSY. */
 struct gmem_frame *gmem_hnode_frame(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index);
+/* It was used. The caller owns the page's BUSY. */
 void gmem_hnode_touch(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index);
 /* The account's next candidate for leaving, GMEM_FRAME_NONE if it has no page here: CLOCK, as the list is its own. */
 uint32_t gmem_hnode_mate_locked(struct gmem_hnode *hnode, struct gmem_account *account);

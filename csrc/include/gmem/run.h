@@ -20,6 +20,7 @@ struct gmem_run_args {
 	bool own;               /* the only copy, writable */
 	enum gmem_why why;
 	struct gmem_hint hint;
+	bool wanted;            /* no guess: it counts as used */
 };
 
 /* How many pages, from the first, are at hnid and mapped now; 0 if the first one is not for a run. Never reclaims.
