@@ -63,6 +63,8 @@ void gmem_stream_fault(struct gmem_core *core, struct gmem_view *view, const str
 	uint64_t region_end = place->region_va + place->region_bytes, window, end;
 	struct gmem_stream *stream = find(view, place->range.va);
 
+	if (!core->fault_ahead)
+		return;
 	if (!stream) {
 		stream = &view->streams[atomic_fetch_add_explicit(&view->stream_hand, 1, memory_order_relaxed) %
 					GMEM_STREAMS];

@@ -106,7 +106,7 @@ cdef extern from "gmem/core.h" nogil:
     struct gmem_core_config:
         uint64_t window_base, window_bytes, host_limit_bytes, feature_mask
         uint32_t fault_threads
-        c_bool hugepages, overcommit, event_fork
+        c_bool hugepages, overcommit, event_fork, no_fault_ahead
     struct gmem_core_features:
         uint64_t uffd
         c_bool event_fork, continue_wp, poison, hugepages, uffd_device

@@ -101,7 +101,7 @@ cdef class Core:
     def __cinit__(
         self, *, uint64_t window_base=0, uint64_t window_bytes=0, uint64_t host_limit_bytes=0,
         uint64_t feature_mask=0xFFFFFFFFFFFFFFFF, uint32_t fault_threads=0, bint hugepages=True, bint overcommit=False,
-        bint event_fork=True,
+        bint event_fork=True, bint fault_ahead=True,
     ):
         cdef gmem_core_config config
         cdef int err
@@ -114,6 +114,7 @@ cdef class Core:
         config.hugepages = hugepages
         config.overcommit = overcommit
         config.event_fork = event_fork
+        config.no_fault_ahead = not fault_ahead
         self._idle = threading.Event()
         self._tables = []
         with nogil:

@@ -58,6 +58,7 @@ class Config:
     hugepages: bool = True
     overcommit: bool = False
     event_fork: bool = True
+    fault_ahead: bool = True
     log_level: str = "info"
     host_limit_bytes: int = 0
     limits: Limits = Limits()
@@ -129,6 +130,7 @@ _TABLES: dict[str, dict[str, tuple[str, Check]]] = {
         "hugepages": ("hugepages", _boolean),
         "overcommit": ("overcommit", _boolean),
         "event_fork": ("event_fork", _boolean),
+        "fault_ahead": ("fault_ahead", _boolean),
         "log_level": ("log_level", _log_level),
     },
     "host": {"limit": ("host_limit_bytes", _size)},

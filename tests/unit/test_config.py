@@ -21,6 +21,7 @@ fault_threads = 3
 hugepages = false
 overcommit = true
 event_fork = false
+fault_ahead = false
 log_level = "debug"
 [host]
 limit = "2G"
@@ -52,6 +53,7 @@ def test_every_key(write):
     assert str(got.runtime_dir) == "/run/other"
     assert got.window_base == 0x650000000000 and got.window_bytes == 1 << 40
     assert (got.fault_threads, got.hugepages, got.overcommit, got.event_fork) == (3, False, True, False)
+    assert got.fault_ahead is False and Config().fault_ahead is True
     assert got.log_level == "debug" and got.host_limit_bytes == 2 << 30
     assert got.limits.sessions_per_uid == 5 and got.limits.handshake_timeout_s == 1.0
     assert got.limits.workers == config.Limits().workers

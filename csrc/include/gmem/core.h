@@ -23,6 +23,7 @@ struct gmem_core_config {
 	bool hugepages;             /* use hugetlb where it can be had */
 	bool overcommit;            /* mmap does not check that everything could be held */
 	bool event_fork;            /* ask for EVENT_FORK (needs CAP_SYS_PTRACE; falls back by itself) */
+	bool no_fault_ahead;        /* a fault brings its own page only */
 };
 
 struct gmem_core_features {
