@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plain memory for the jobs written by hand: mapped in full, in huge pages where they can be had, and shared with the process
-that runs the kernels."""
+"""Plain memory for the jobs written by hand: mapped in full, in huge pages where they can be had, and shared with the
+process that runs the kernels."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The same job written by hand: a host buffer with all the data, a device buffer of the given capacity, and copies between
-them while the kernel before still runs."""
+"""The same job written by hand: a host buffer with all the data, a device buffer of the given capacity, and copies
+between them while the kernel before still runs."""
 
 from __future__ import annotations
 

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pointer chase: each place is known only when the one before has been read. Nothing can be fetched ahead, nothing is hot."""
+"""Pointer chase: each place is known only when the one before has been read. Nothing can be fetched ahead, nothing is
+hot."""
 
 from __future__ import annotations
 
 import socket
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -19,9 +21,13 @@ PAGE_NODES = 4096 // NODE
 _slots: dict[str, list[int]] = {}  # in the process that runs kernels: where each page is, -1 for nowhere
 
 
+def _words(nodes: Array) -> Any:
+    return memoryview(nodes.reshape(-1))  # type: ignore[arg-type]
+
+
 def chase(nodes: Array, out: Array, hops: int) -> None:
     """Plain Python: tens of nanoseconds a hop beside microseconds of a fault."""
-    following, at, total = memoryview(nodes.reshape(-1)), 0, 0
+    following, at, total = _words(nodes), 0, 0
     for _ in range(hops):
         at = following[at * (NODE // 8)]
         total += at
@@ -30,7 +36,7 @@ def chase(nodes: Array, out: Array, hops: int) -> None:
 
 def chase_asking(device: Array, nodes: int, hops: int, address: str) -> tuple[int, int]:
     """The same where the device holds some pages: the kernel keeps their table, and asks the host for the others."""
-    following, at, total = memoryview(device.reshape(-1)), 0, 0
+    following, at, total = _words(device), 0, 0
     slots = _slots.setdefault(address, [-1] * (nodes // PAGE_NODES))
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as link:
         link.connect(address)
@@ -50,6 +56,7 @@ def chase_asking(device: Array, nodes: int, hops: int, address: str) -> tuple[in
 
 class Chase(Workload):
     name, kind, foresight, hints = "chase", "random", 0, False
+    result = "out"
 
     def __init__(self, quick: bool = False) -> None:
         self.nodes, self.hops = (1 << 16, 500) if quick else (1 << 20, 6000)
@@ -69,8 +76,9 @@ class Chase(Workload):
         arrays["nodes"][:, 0] = self.following
 
     def steps(self, round: int) -> list[Step]:
-        accesses = [Access(whole(name, spec), mode) for (name, spec), mode in zip(self.specs.items(), (READ, WRITE))]
-        return [Step(chase, tuple(accesses), (self.hops,))]
+        specs = self.specs
+        accesses = (Access(whole("nodes", specs["nodes"]), READ), Access(whole("out", specs["out"]), WRITE))
+        return [Step(chase, accesses, (self.hops,))]
 
     def check(self, arrays: Arrays, round: int) -> str | None:
         """From the permutation that the cycle was made of."""

@@ -50,6 +50,7 @@ class Engine(abc.ABC):
     def launch(self, step: Step, moves: Moves | None) -> Fence:
         """Starts one step."""
 
+    @abc.abstractmethod
     def finish(self) -> None:
         """After the last round: the results are in `arrays` then."""
 
@@ -57,6 +58,7 @@ class Engine(abc.ABC):
         """What was counted so far."""
         return {}
 
+    @abc.abstractmethod
     def close(self) -> None:
         """Gives the memory back."""
 

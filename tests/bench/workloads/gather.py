@@ -10,6 +10,7 @@ import gmem
 import numpy as np
 
 from workloads.byhand import ByHand, on
+from workloads.launcher import Fence
 from workloads.managed import Managed
 from workloads.workload import READ, WRITE, Access, Array, Arrays, Spec, Step, Tile, Workload, whole
 
@@ -28,6 +29,7 @@ def lookup(table: Array, out: Array, ids: Array) -> None:
 
 class Gather(Workload):
     name, kind, foresight = "gather", "skewed", 2
+    result = "out"
 
     def __init__(self, quick: bool = False) -> None:
         self.rows, self.batch, batches = (24576, 128, 4) if quick else (389120, 4096, 24)
@@ -82,7 +84,7 @@ class Gather(Workload):
             return [all_ranges[at : at + RANGES_MAX] for at in range(0, len(all_ranges), RANGES_MAX)]
 
         def one_round(number: int) -> None:
-            before: tuple[gmem.Fence | None, list[list[tuple[int, int]]]] = (None, [])
+            before: tuple[Fence | None, list[list[tuple[int, int]]]] = (None, [])
             for step in managed.steps[number]:
                 held = ranges(step.args[0])
                 for part in held:
@@ -119,7 +121,7 @@ class Gather(Workload):
         cache = hand.device.window(0, rows.shape, np.float32)
 
         def one_round(number: int) -> None:
-            fences = []
+            fences: list[Fence] = []
             for batch, ids in enumerate(self.ids):
                 slots, base = where[ids], kept + batch % 2 * self.batch
                 missing, back = np.unique(ids[slots < 0], return_inverse=True)
@@ -129,11 +131,12 @@ class Gather(Workload):
                 if len(missing):
                     hand.copy(rows[base : base + len(missing)], table[missing])
                 at = (kept + staged) * row + self.out(batch).first * row
-                fences.append(on(hand, lookup, [cache, hand.device.window(at, (self.batch // BAG, WIDTH), "f4")], slots))
+                out = hand.device.window(at, (self.batch // BAG, WIDTH), np.float32)
+                fences.append(on(hand, lookup, [cache, out], slots))
             for fence in fences[-2:]:
                 fence.wait()
-            out = hand.arrays["out"]
-            hand.copy(out, hand.device.array((kept + staged) * row, out.shape, np.float32), inwards=False)
+            home = hand.arrays["out"]
+            hand.copy(home, hand.device.array((kept + staged) * row, home.shape, np.float32), inwards=False)
 
         return one_round
 
@@ -149,7 +152,7 @@ def _runs(numbers: Array) -> list[tuple[int, int]]:
     return [(int(numbers[first]), int(numbers[last - 1]) + 1) for first, last in bounds]
 
 
-def _end(context: gmem.Context, fence: gmem.Fence | None, held: list[list[tuple[int, int]]]) -> None:
+def _end(context: gmem.Context, fence: Fence | None, held: list[list[tuple[int, int]]]) -> None:
     if fence:
         fence.wait()
     for part in held:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A key-value cache of many conversations, as an inference server has it: at each step one of them, some far more often than
-others, gets new tokens appended and is read whole for attention."""
+"""A key-value cache of many conversations, as an inference server has it: at each step one of them, some far more
+often than others, gets new tokens appended and is read whole for attention."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def tokens(seed: int) -> tuple[Array, Array]:
 
 class KvCache(Workload):
     name, kind, foresight = "kvcache", "skewed", 2
+    result = "out"
 
     def __init__(self, quick: bool = False) -> None:
         self.conversations, visits = (6, 12) if quick else (48, 192)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The link of csrc/drivers/simgpu.c, for copies made by hand: each takes latency + bytes / bandwidth, one after the other."""
+"""The link of csrc/drivers/simgpu.c, for copies made by hand: each takes latency + bytes / bandwidth, one after the
+other."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The job on gmem. Without hints it is kernels over arrays and nothing else. With them the program says what it knows, in
-the calls that docs/user.md has: what is never written, what comes next, what is no longer needed."""
+"""The job on gmem. Without hints it is kernels over arrays and nothing else. With them the program says what it
+knows, in the calls that docs/user.md has: what is never written, what comes next, what is no longer needed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import gmem
 
+from workloads import pins
 from workloads.engine import Engine
 from workloads.launcher import Fence, Launcher, Thread
 from workloads.plan import Move, Moves, Plan
@@ -19,6 +20,7 @@ COUNTERS = (
     "host_faults", "device_faults", "h2d_bytes", "d2h_bytes", "evictions", "evicted_clean", "ahead_pages",
     "prefetched_pages", "discarded_pages", "migration_ns", "fault_ns",
 )  # fmt: skip
+TOLD_BYTES = 256 << 10  # a request for less costs as much as its fault
 KEPT_FREE = 32  # a part in so many that is left to reclaim, which makes room ahead
 
 
@@ -29,7 +31,8 @@ class Managed(Engine):
         self, workload: Workload, capacity: int, rounds: int, session: gmem.Session, device: str | None, hints: bool
     ) -> None:
         super().__init__(workload, capacity, rounds)
-        self.session, self.hints, self.place = session, hints, device or "host"
+        self.session, self.hints = session, hints
+        self.place = session.hnid(device or "host")  # a name would be looked up in each call
         self._stack = ExitStack()
         self.arrays = {
             name: gmem.empty(spec.shape, spec.dtype, page_size=spec.page_bytes, session=session)
@@ -55,8 +58,17 @@ class Managed(Engine):
             if spec.constant and self.context:
                 gmem.advise(self.arrays[name], "read_mostly", session=self.session)
         if not own:
-            capacity = self.capacity - self.capacity // KEPT_FREE
-            self.planned = Plan(self.all_steps(), self.workload.specs, capacity, self.workload.foresight).moves
+            self._plan()
+
+    def _plan(self) -> None:
+        """Pins what pays, and schedules prefetches of the rest. A program that can't see far pins nothing."""
+        specs, capacity = self.workload.specs, self.capacity - self.capacity // KEPT_FREE
+        kept = pins.choose(self.steps[0], specs, capacity) if self.workload.foresight is None else []
+        for tile in kept:
+            gmem.advise(self.tile(tile), "pinned", self.place, session=self.session)
+        rest = capacity - sum(pins.nbytes(tile, specs) for tile in kept)
+        steps = [pins.others(step, kept) for step in self.all_steps()]
+        self.planned = Plan(steps, specs, rest, self.workload.foresight).moves
 
     def tile(self, tile: Tile) -> Array:
         return self.arrays[tile.array][tile.first : tile.last]
@@ -68,16 +80,17 @@ class Managed(Engine):
             super().round(number)
 
     def move(self, queue: Sequence[Move], moves: Moves) -> None:
-        if queue is moves.early:
-            for tile in moves.gone:
-                gmem.advise_async(self.tile(tile), "cold", self.place, session=self.session)
-        for move in queue:
-            if move.inwards:
-                gmem.prefetch(self.tile(move.tile), self.place, session=self.session)
+        tiles = [move.tile for move in queue if move.inwards]
+        for tile in tiles + (moves.fresh if queue is moves.early else []):
+            if pins.nbytes(tile, self.workload.specs) >= TOLD_BYTES:
+                gmem.prefetch(self.tile(tile), self.place, session=self.session)
 
     def launch(self, step: Step, moves: Moves | None = None) -> Fence:
         views = [_readable(self.tile(access.tile), access.mode) for access in step.accesses]
         return self._launcher.launch(step.kernel, *views, *step.args)
+
+    def finish(self) -> None:
+        """Nothing: memory is where it is, and the CPU reads it."""
 
     def counters(self) -> dict[str, float]:
         stats: dict[str, Any] = self.session.stats()

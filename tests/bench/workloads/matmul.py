@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocked matrix multiplication, stored block by block: pieces of a matrix are used again and again, in a known order."""
+"""Blocked matrix multiplication, stored block by block: pieces of a matrix are used again and again, in a known
+order."""
 
 from __future__ import annotations
 
@@ -20,6 +21,7 @@ def further(a: Array, b: Array, c: Array) -> None:
 
 class Matmul(Workload):
     name = "matmul"
+    result = "c"
 
     def __init__(self, quick: bool = False) -> None:
         self.blocks = 2 if quick else 4
@@ -54,7 +56,7 @@ class Matmul(Workload):
         return steps
 
     def check(self, arrays: Arrays, round: int) -> str | None:
-        """Freivalds, "Probabilistic machines can use less running time" (1977): C x = A (B x), exact in small integers."""
+        """C x = A (B x), exactly (Freivalds, Probabilistic machines can use less running time, 1977)."""
         x = np.random.default_rng(2).integers(-8, 9, (self.blocks * BLOCK, 4)).astype(np.float64)
         a, b, c = (self._dense(arrays[name]) for name in "abc")
         wrong = int(np.count_nonzero(c @ x != a @ (b @ x)))

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NumPy on arrays larger than the DRAM it may use: passes over a matrix in order, and random pages of 4 KiB. On the CPU."""
+"""NumPy on arrays larger than the DRAM it may use: passes over a matrix in order, and random pages of 4 KiB. On the
+CPU."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from workloads.byhand import ByHand, on
+from workloads.launcher import Fence
 from workloads.workload import READ, UPDATE, WRITE, Access, Array, Arrays, Spec, Step, Tile, Workload, differs, whole
 
 TOLERANCE = 1e-4
@@ -33,6 +35,7 @@ class Sequential(Workload):
     """Columns brought to mean 0 and variance 1: one pass that reads, one that reads and writes."""
 
     name, where = "numpy", "host"
+    result = "out"
 
     def __init__(self, quick: bool = False) -> None:
         self.rows, self.columns, self.tiles = (1 << 14, 64, 4) if quick else (98304, 128, 24)
@@ -87,6 +90,7 @@ class Random(Workload):
     """Sums of pages of 4 KiB, each as likely as any other."""
 
     name, kind, where, foresight = "numpy_random", "random", "host", 2
+    result = "out"
     hints = False  # a prefetch of one page costs what a fault does, also where the page is there already
 
     def __init__(self, quick: bool = False) -> None:
@@ -137,7 +141,7 @@ class Random(Workload):
         window, at_out = hand.device.window(0, near.shape, np.int64), near.nbytes
 
         def one_round(number: int) -> None:
-            fences: list = []
+            fences: list[Fence] = []
             for batch, numbers in enumerate(self.numbers):
                 base = kept + batch % 2 * self.batch
                 missing = np.flatnonzero(numbers >= kept)
@@ -150,7 +154,7 @@ class Random(Workload):
                 fences.append(on(hand, add_pages, [window, out], slots))
             for fence in fences[-2:]:
                 fence.wait()
-            out = hand.arrays["out"]
-            hand.copy(out, hand.device.array(at_out, out.shape, np.int64), inwards=False)
+            home = hand.arrays["out"]
+            hand.copy(home, hand.device.array(at_out, home.shape, np.int64), inwards=False)
 
         return one_round

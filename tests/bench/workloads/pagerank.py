@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PageRank (Page et al., 1999) by power iteration on a graph whose degrees follow a power law: edges are streamed, and the small
-vector of shares is hit all over with each of them."""
+"""PageRank (Page et al., 1999) by power iteration on a graph whose degrees follow a power law: edges are streamed,
+and the small vector of shares is hit all over with each of them."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ def gather(edges: Array, first: Array, share: Array, out: Array, start: int) -> 
 
 class PageRank(Workload):
     name, kind = "pagerank", "skewed"
+    result = "ranks"
 
     def __init__(self, quick: bool = False) -> None:
         self.vertices, self.edges, self.blocks = (1 << 14, 1 << 20, 4) if quick else (1 << 18, 1 << 24, 32)

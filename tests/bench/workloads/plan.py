@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a careful programmer would copy, and when: a schedule of moves for a sequence of steps that is known.
 
-Before a step the pieces it needs are brought in, while the step before it still runs (double buffering). What is replaced is
-what is needed again last (Belady, "A study of replacement algorithms for a virtual-storage computer", IBM Systems Journal
-5(2), 1966), as far as the workload's foresight reaches, and what was used longest ago beyond that.
+Before a step the pieces it needs are brought in, while the step before it still runs (double buffering). What is
+replaced is what is needed again last (Belady, "A study of replacement algorithms for a virtual-storage computer", IBM
+Systems Journal 5(2), 1966), as far as the workload's foresight reaches, and what was used longest ago beyond that.
 """
 
 from __future__ import annotations
@@ -30,11 +30,12 @@ class View(NamedTuple):
 
 
 class Moves(NamedTuple):
-    """early: while the step before still runs; late: after its end. gone: what is given up without a copy."""
+    """early: while the step before still runs; late: after its end. fresh: what takes room without being copied in,
+    because all of it is written."""
 
     early: list[Move]
     late: list[Move]
-    gone: list[Tile]
+    fresh: list[Tile]
     views: list[View]
 
 
@@ -75,7 +76,7 @@ class Plan:
         slots = self._bring_all(now, moves)
         if slots is None:  # there is room, but in pieces: once more, from the start of empty memory
             for slot in list(self._slots):
-                self._evict(slot, moves.late, moves)
+                self._evict(slot, moves.late)
             slots = self._bring_all(now, moves, late=True)
         if slots is None:
             raise ValueError(f"step {now} needs more than {self._capacity} bytes at once")
@@ -89,7 +90,7 @@ class Plan:
         """A slot for each access. Once one of them has to wait for the end of the step before, all others do."""
         slots = []
         for access in self._steps[now].accesses:
-            slot = next((slot for slot in self._slots if slot.tile.contains(access.tile)), None)
+            slot = self._slot(access.tile)
             if slot is None:
                 late = late or not self._can_be_early(access, now)
                 slot = self._bring(access, now, moves, late)
@@ -102,26 +103,31 @@ class Plan:
             slots.append(slot)
         return slots
 
+    def _slot(self, tile: Tile) -> Slot | None:
+        return next((slot for slot in self._slots if slot.tile.contains(tile)), None)
+
     def _can_be_early(self, access: Access, now: int) -> bool:
         """Not if the step before still works on a part of it."""
         return not any(slot.used >= now - 1 and slot.tile.overlaps(access.tile) for slot in self._slots)
 
     def _bring(self, access: Access, now: int, moves: Moves, late: bool) -> Slot | None:
         queue = moves.late if late else moves.early
-        for slot in [slot for slot in self._slots if slot.tile.overlaps(access.tile)]:
-            self._evict(slot, queue, moves)
-        slot = self._room(access.tile, now, now if late else now - 1, queue, moves)
-        if slot and access.mode != WRITE:
+        for other in [slot for slot in self._slots if slot.tile.overlaps(access.tile)]:
+            self._evict(other, queue)
+        slot = self._room(access.tile, now, now if late else now - 1, queue)
+        if slot and access.mode == WRITE:
+            moves.fresh.append(access.tile)
+        elif slot:
             queue.append(Move(True, access.tile, slot.offset))
         return slot
 
-    def _room(self, tile: Tile, now: int, kept_from: int, queue: list[Move], moves: Moves) -> Slot | None:
+    def _room(self, tile: Tile, now: int, kept_from: int, queue: list[Move]) -> Slot | None:
         nbytes = -(-(tile.last - tile.first) * self._specs[tile.array].row_bytes // ALIGN) * ALIGN
         while (offset := self._gap(nbytes)) is None:
             victims = [slot for slot in self._slots if slot.used < kept_from]
             if not victims:
                 return None
-            self._evict(max(victims, key=lambda slot: (self._next_use(slot, now), -slot.used)), queue, moves)
+            self._evict(max(victims, key=lambda slot: (self._next_use(slot, now), -slot.used)), queue)
         slot = Slot(tile, offset, nbytes, now)
         self._slots.append(slot)
         self._slots.sort(key=lambda slot: slot.offset)
@@ -135,9 +141,8 @@ class Plan:
             at = slot.offset + slot.nbytes
         return at if self._capacity - at >= nbytes else None
 
-    def _evict(self, slot: Slot, queue: list[Move], moves: Moves) -> None:
+    def _evict(self, slot: Slot, queue: list[Move]) -> None:
         queue.extend(Move(False, *self._place(slot, part)) for part in slot.dirty)
-        moves.gone.append(slot.tile)
         self._slots.remove(slot)
 
     def _next_use(self, slot: Slot, now: int) -> int:

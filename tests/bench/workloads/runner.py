@@ -52,8 +52,9 @@ class Measured:
 
 
 class Daemons:
-    """Private daemons for workloads on devices: one as it comes, one that brings single pages on demand. huge: there are huge
-    pages for everything; a daemon that counts on some and finds none left can't do without."""
+    """Private daemons for workloads on devices: one as it comes, one that brings single pages on demand.
+
+    huge: there are huge pages for everything. A daemon that counts on some and finds none left can't do without."""
 
     def __init__(self, huge: bool) -> None:
         self._stack = contextlib.ExitStack()

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from gmemd.drivers import Driver, Info
 
 
 class Shelf(Driver):
     options = {"capacity": "bytes it may hold"}
 
-    def probe(self, name: str, config: dict[str, str]) -> None:
+    def probe(self, name: str, config: Mapping[str, str]) -> None:
         self.check_options(config)
         self.capacity = int(config.get("capacity", 1 << 30))
         self.pages: dict[int, bytes] = {}

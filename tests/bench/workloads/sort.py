@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""External sort (Knuth, TAOCP vol. 3, 5.4): sorted runs first, then one merge of all of them. The merge reads a slice of every
-run for each piece of the result."""
+"""External sort (Knuth, TAOCP vol. 3, 5.4): sorted runs first, then one merge of all of them. The merge reads a slice
+of every run for each piece of the result."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def merge(*views: Array) -> None:
 
 class Sort(Workload):
     name = "sort"
+    result = "sorted"
 
     def __init__(self, quick: bool = False) -> None:
         self.run, self.runs = (1 << 17, 4) if quick else (1 << 19, 8)

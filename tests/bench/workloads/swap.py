@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel's way with arrays that are larger than memory: swap to compressed RAM (zram), under a memory cgroup of the same
-budget. Needs root; set up for one measurement, and taken down after it. Run as a module it is the process in the cgroup.
-"""
+"""The kernel's way with arrays that are larger than memory: swap to compressed RAM (zram), under a memory cgroup of
+the same budget. Needs root; set up for one measurement, and taken down after it. Run as a module it is the process in
+the cgroup."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from workloads.workload import Workload
 
 CONTROL = Path("/sys/class/zram-control")
 BENCH = Path(__file__).resolve().parent.parent
-SLACK_BYTES = 8 << 20  # for the kernels' temporaries, which are not in unified memory either
+SLACK_BYTES = 6 << 20  # for the kernels' temporaries, which are not in unified memory either
 FIRST = "32767"  # before any swap the machine may have
 TIMEOUT_S = 300
 ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""STREAM triad, a = b + s * c (McCalpin, "Memory bandwidth and machine balance in current high performance computers", 1995):
-every byte once, in order."""
+"""STREAM triad, a = b + s * c (McCalpin, "Memory bandwidth and machine balance in current high performance
+computers", 1995): every byte once, in order."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ def triad(b: Array, c: Array, a: Array, s: float) -> None:
 
 class Triad(Workload):
     name = "triad"
+    result = "a"
 
     def __init__(self, quick: bool = False) -> None:
         self.tile, self.tiles = (1 << 19, 4) if quick else (1 << 20, 8)

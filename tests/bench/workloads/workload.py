@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a workload is: arrays, and steps that run kernels on pieces of them. Every engine runs the same steps on the same
-data and knows nothing else of the job, so the engines differ in how they manage memory, and in nothing else."""
+"""What a workload is: arrays, and steps that run kernels on pieces of them. Every engine runs the same steps on the
+same data and knows nothing else of the job, so the engines differ in how they manage memory, and in nothing else."""
 
 from __future__ import annotations
 
@@ -74,6 +74,7 @@ class Workload(ABC):
 
     name = ""
     kind = "regular"  # regular: steps are known and walk in order; skewed: some pages are hot; random: none is
+    result = ""  # the array that the job is done for
     where = "device"  # whose memory it overflows: device, or host
     foresight: int | None = None  # how many steps ahead a program can know what it will need; None: all
     hints = True  # False: nothing could be told ahead
