@@ -59,7 +59,7 @@ class Chase(Workload):
     result = "out"
 
     def __init__(self, quick: bool = False) -> None:
-        self.nodes, self.hops = (1 << 16, 500) if quick else (1 << 20, 6000)
+        self.nodes, self.hops = (1 << 16, 1500) if quick else (1 << 20, 6000)
         order = np.random.default_rng(0).permutation(self.nodes)
         self.following = np.empty(self.nodes, np.int64)
         self.following[order] = np.roll(order, -1)  # one cycle through all

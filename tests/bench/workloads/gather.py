@@ -32,7 +32,7 @@ class Gather(Workload):
     result = "out"
 
     def __init__(self, quick: bool = False) -> None:
-        self.rows, self.batch, batches = (24576, 128, 4) if quick else (389120, 4096, 24)
+        self.rows, self.batch, batches = (24576, 256, 16) if quick else (389120, 4096, 24)
         rng = np.random.default_rng(0)
         heat = 1 / np.arange(1, self.rows // TOGETHER + 1) ** ZIPF
         self.pages = rng.permutation(self.rows // TOGETHER)  # hottest first
