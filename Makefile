@@ -16,7 +16,7 @@ MAKEFLAGS += --no-builtin-rules
 .SUFFIXES:
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 run: build ## semantic search with a transformer that does not fit its device; RUN_FLAGS="--query TEXT --hbm 32M"
 	@$(BIN)/python client/examples/search $(RUN_FLAGS)
@@ -49,6 +49,10 @@ $(VENV)/.test: $(VENV)/.run
 
 $(VENV)/.dev: $(VENV)/.test
 	@$(PIP) install --no-build-isolation -e '.[demo,test,dev]'
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.test
+	@$(PIP) install --no-build-isolation -e '.[demo,test,bench]'
 	@touch $@
 
 # ---- Python extensions ----
@@ -115,6 +119,9 @@ tsan: $(VENV)/.test c-tsan ## the C tests under ThreadSanitizer
 bench: $(VENV)/.test build ## measure beside the floors; build/bench/results.json; ONLY=id takes some rows (a prefix)
 	$(BIN)/python tests/bench $(addprefix --only ,$(ONLY)) $(BENCH_FLAGS)
 
+bench-workloads: $(VENV)/.bench build ## jobs on memory that is too small for them; build/bench/workloads.json and .png; BENCH_FLAGS=--quick
+	$(BIN)/python tests/bench/workloads $(addprefix --only ,$(ONLY)) $(BENCH_FLAGS)
+
 soak: $(VENV)/.test build c-plain ## the coherence tests for SOAK_SECONDS=60 each
 	build/c/test_coherence $(SOAK_SECONDS)
 	GMEM_SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest --timeout $$((60 + 10 * $(SOAK_SECONDS))) \
@@ -166,4 +173,4 @@ clean: ## remove everything that was built, the environment as well
 	rm -rf build dist *.egg-info $(VENV) client/gmem/_*.so client/gmem/_client.c gmemd/_*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help run test check build lib c-plain c-asan c-tsan asan tsan bench soak lint fmt dist install uninstall clean
+.PHONY: help run test check build lib c-plain c-asan c-tsan asan tsan bench bench-workloads soak lint fmt dist install uninstall clean

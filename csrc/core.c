@@ -132,6 +132,7 @@ int gmem_core_create(const struct gmem_core_config *config, struct gmem_core **r
 		return -ENOMEM;
 	core->overcommit = config->overcommit;
 	core->policy = gmem_policy_find(config->policy);
+	core->fault_ahead = !config->no_fault_ahead;
 	core->next_id = 1;
 	gmem_mutex_init(&core->devices_lock, GMEM_RANK_DEVICES);
 	gmem_rwlock_init(&core->sessions_lock, GMEM_RANK_SESSIONS);

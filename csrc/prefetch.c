@@ -70,6 +70,8 @@ void gmem_stream_fault(struct gmem_core *core, struct gmem_view *view, const str
 
 	bool all = place->hint.accessed_by >> view->hnid & 1;
 
+	if (!core->fault_ahead)
+		return;
 	if (!stream) {
 		stream = &view->streams[atomic_fetch_add_explicit(&view->stream_hand, 1, memory_order_relaxed) %
 					GMEM_STREAMS];

@@ -108,7 +108,7 @@ cdef extern from "gmem/core.h" nogil:
     struct gmem_core_config:
         uint64_t window_base, window_bytes, host_limit_bytes, feature_mask
         uint32_t fault_threads
-        c_bool hugepages, overcommit, event_fork
+        c_bool hugepages, overcommit, event_fork, no_fault_ahead
         const char *policy
     struct gmem_core_features:
         uint64_t uffd

@@ -102,7 +102,7 @@ cdef class Core:
     def __cinit__(
         self, *, uint64_t window_base=0, uint64_t window_bytes=0, uint64_t host_limit_bytes=0,
         uint64_t feature_mask=0xFFFFFFFFFFFFFFFF, uint32_t fault_threads=0, bint hugepages=True, bint overcommit=False,
-        bint event_fork=True, str policy=None,
+        bint event_fork=True, bint fault_ahead=True, str policy=None,
     ):
         cdef gmem_core_config config
         cdef bytes policy_name = policy.encode() if policy else None
@@ -118,6 +118,7 @@ cdef class Core:
         config.event_fork = event_fork
         if policy_name is not None:
             config.policy = policy_name
+        config.no_fault_ahead = not fault_ahead
         self._idle = threading.Event()
         self._tables = []
         with nogil:

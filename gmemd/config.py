@@ -60,6 +60,7 @@ class Config:
     overcommit: bool = False
     event_fork: bool = True
     policy: str = POLICIES[0]
+    fault_ahead: bool = True
     log_level: str = "info"
     host_limit_bytes: int = 0
     limits: Limits = Limits()
@@ -136,6 +137,7 @@ _TABLES: dict[str, dict[str, tuple[str, Check]]] = {
         "event_fork": ("event_fork", _boolean),
         "policy": ("policy", _one_of(*POLICIES)),
         "log_level": ("log_level", _one_of(*LOG_LEVELS)),
+        "fault_ahead": ("fault_ahead", _boolean),
     },
     "host": {"limit": ("host_limit_bytes", _size)},
 }

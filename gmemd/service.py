@@ -126,7 +126,7 @@ def make_core(config: Config) -> Any:
     return Core(
         window_base=config.window_base, window_bytes=config.window_bytes, host_limit_bytes=config.host_limit_bytes,
         fault_threads=config.fault_threads, hugepages=config.hugepages, overcommit=config.overcommit,
-        event_fork=config.event_fork, policy=config.policy,
+        event_fork=config.event_fork, fault_ahead=config.fault_ahead, policy=config.policy,
     )  # fmt: skip
 
 

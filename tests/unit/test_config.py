@@ -22,6 +22,7 @@ hugepages = false
 overcommit = true
 event_fork = false
 policy = "sieve"
+fault_ahead = false
 log_level = "debug"
 [host]
 limit = "2G"
@@ -54,6 +55,7 @@ def test_every_key(write):
     assert got.window_base == 0x650000000000 and got.window_bytes == 1 << 40
     assert (got.fault_threads, got.hugepages, got.overcommit, got.event_fork) == (3, False, True, False)
     assert got.policy == "sieve" and Config().policy == config.POLICIES[0]
+    assert got.fault_ahead is False and Config().fault_ahead is True
     assert got.log_level == "debug" and got.host_limit_bytes == 2 << 30
     assert got.limits.sessions_per_uid == 5 and got.limits.handshake_timeout_s == 1.0
     assert got.limits.workers == config.Limits().workers

@@ -24,6 +24,7 @@ struct gmem_core_config {
 	bool overcommit;            /* mmap does not check that everything could be held */
 	bool event_fork;            /* ask for EVENT_FORK (needs CAP_SYS_PTRACE; falls back by itself) */
 	const char *policy;         /* who leaves a full hnode: a name of gmem_policy_name(); NULL: default */
+	bool no_fault_ahead;        /* a fault brings its own page only */
 };
 
 struct gmem_core_features {

@@ -19,7 +19,7 @@
 struct gmem_core {
 	struct gmem_core_features features;      /* (C) */
 	struct gmem_window window;               /* (C) */
-	bool hugepages, overcommit;              /* (C) */
+	bool hugepages, overcommit, fault_ahead; /* (C) */
 	const struct gmem_policy_ops *policy;    /* (C) of all hnodes */
 	atomic_bool stopping;                    /* (A) clients keep their memory: objects are forgotten, not freed */
 	struct gmem_hnode *retired;              /* devices_lock; detached, kept because a late reader may look */
