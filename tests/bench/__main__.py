@@ -45,12 +45,11 @@ def build() -> Path:
     """The C program: this folder's sources, the core's and the C tests' harness, compiled again where older."""
     sources = [
         *(source for source in sorted(HERE.glob("*.c")) if source.name != "heap.c"),  # that is a client
-        *sorted(ROOT.glob("csrc/*.c")),
-        *sorted(ROOT.glob("csrc/drivers/*.c")),
+        *sorted(ROOT.glob("csrc/**/*.c")),
         ROOT / "tests/unit_c/harness.c",
     ]
-    headers = [*HERE.glob("*.h"), *ROOT.glob("csrc/include/gmem/*.h"), *ROOT.glob("client/include/*.h")]
-    headers += [ROOT / "tests/unit_c/harness.h", *ROOT.glob("csrc/drivers/*.h")]
+    headers = [*HERE.glob("*.h"), *ROOT.glob("csrc/**/*.h"), *ROOT.glob("client/include/*.h")]
+    headers += [ROOT / "tests/unit_c/harness.h"]
     newest_header = max(header.stat().st_mtime for header in headers)
     compiler = os.environ.get("CC", "gcc")
     uring = has_liburing(compiler)
