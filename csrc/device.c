@@ -344,6 +344,8 @@ static void fill_stats(struct gmem_hnode *hnode, struct gmem_hnode_stats *ret)
 	ret->peak_bytes = hnode->peak_bytes;
 	ret->pinned_bytes = hnode->pinned_bytes;
 	gmem_mutex_unlock(&hnode->lock);
+	if (hnode->ops && hnode->ops->peer_usage && hnode->ops->peer_usage(hnode->device, &ret->usage))
+		ret->usage = (struct gmem_device_usage){ 0 };
 	if (hnode->ops && hnode->ops->health)
 		ret->health = hnode->ops->health(hnode->device);
 }

@@ -66,6 +66,14 @@ cdef extern from "gmem/driver.h" nogil:
         uint32_t caps
         uint64_t bandwidth_bytes_per_s
         uint64_t latency_ns
+        uint64_t assured_bytes
+    struct gmem_device_usage:
+        uint64_t pages, page_bytes, stored_bytes, raw_pages
+    struct gmem_peer_io:
+        uint64_t key
+        void *memory
+        size_t bytes
+        int result
     struct gmem_sg:
         void *dst
         const void *src
@@ -100,6 +108,9 @@ cdef extern from "gmem/driver.h" nogil:
         int (*peer_free)(gmem_device *, uint64_t, size_t) noexcept
         int (*peer_hmemcpy)(gmem_device *, uint64_t, size_t, void *, size_t, c_bool) noexcept
         void (*invalidate)(gmem_device *, uint64_t, gmem_range, gmem_cause, uint64_t) noexcept
+        int (*peer_map_batch)(gmem_device *, gmem_peer_io *, size_t) noexcept
+        int (*peer_unmap_batch)(gmem_device *, gmem_peer_io *, size_t) noexcept
+        int (*peer_usage)(gmem_device *, gmem_device_usage *) noexcept
 
 
 cdef extern from "gmem/core.h" nogil:
@@ -132,6 +143,7 @@ cdef extern from "gmem/core.h" nogil:
         char name[32]
         char driver[32]
         gmem_device_info info
+        gmem_device_usage usage
         uint64_t used_bytes, peak_bytes, pinned_bytes, contexts, faults, in_bytes, out_bytes, evictions
         uint64_t evicted_clean, errors
         int health
@@ -148,6 +160,7 @@ cdef extern from "gmem/core.h" nogil:
         pid_t pid
         uint64_t mapped_bytes, regions, contexts, host_faults, device_faults
         uint64_t resident_bytes[16]
+        uint64_t quota_bytes[16]
     struct gmem_event:
         uint32_t type
         int32_t hnid
@@ -194,6 +207,11 @@ cdef extern from "gmem/core.h" nogil:
     int gmem_release(gmem_core *, uint64_t, const gmem_range *, size_t)
     int gmem_device_attach(gmem_core *, const gmem_driver_ops *, const gmem_driver_config *, int *)
     int gmem_device_detach(gmem_core *, int, c_bool)
+    int gmem_limit(gmem_core *, int, uint64_t)
+    int gmem_tier_rank(gmem_core *, int, uint32_t)
+    void gmem_quota_default(gmem_core *, int, uint64_t, uint64_t)
+    int gmem_quota_session(gmem_core *, uint64_t, int, uint64_t)
+    int gmem_quota_uid(gmem_core *, uid_t, int, uint64_t)
     const gmem_driver_ops *gmem_driver_builtin(const char *)
     void gmem_hnodes(gmem_core *, gmem_hnode_stats *, size_t *)
     int gmem_event_fd(gmem_core *)

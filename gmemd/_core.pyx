@@ -325,6 +325,7 @@ cdef class Core:
             "session": s.session, "uid": s.uid, "pid": s.pid, "mapped_bytes": s.mapped_bytes, "regions": s.regions,
             "contexts": s.contexts, "host_faults": s.host_faults, "device_faults": s.device_faults,
             "resident_bytes": {h: s.resident_bytes[h] for h in range(GMEM_HNODE_MAX) if s.resident_bytes[h]},
+            "quota_bytes": {h: s.quota_bytes[h] for h in range(GMEM_HNODE_MAX) if s.quota_bytes[h]},
         }
 
     # ---- contexts ----
@@ -553,6 +554,48 @@ cdef class Core:
         if err:
             _raise(err)
 
+    def limit(self, int hnid, uint64_t size):
+        cdef gmem_core *core = self._enter()
+        cdef int err
+        with nogil:
+            err = gmem_limit(core, hnid, size)
+        self._leave()
+        if err:
+            _raise(err)
+
+    def tier_rank(self, int hnid, uint32_t rank):
+        cdef gmem_core *core = self._enter()
+        cdef int err
+        with nogil:
+            err = gmem_tier_rank(core, hnid, rank)
+        self._leave()
+        if err:
+            _raise(err)
+
+    def quota_default(self, int hnid, uint64_t session_bytes, uint64_t uid_bytes):
+        cdef gmem_core *core = self._enter()
+        with nogil:
+            gmem_quota_default(core, hnid, session_bytes, uid_bytes)
+        self._leave()
+
+    def quota_session(self, uint64_t session, int hnid, uint64_t size):
+        cdef gmem_core *core = self._enter()
+        cdef int err
+        with nogil:
+            err = gmem_quota_session(core, session, hnid, size)
+        self._leave()
+        if err:
+            _raise(err)
+
+    def quota_uid(self, uid_t uid, int hnid, uint64_t size):
+        cdef gmem_core *core = self._enter()
+        cdef int err
+        with nogil:
+            err = gmem_quota_uid(core, uid, hnid, size)
+        self._leave()
+        if err:
+            _raise(err)
+
     def hnodes(self):
         cdef gmem_core *core = self._enter()
         cdef gmem_hnode_stats stats[16]
@@ -567,6 +610,9 @@ cdef class Core:
             found.append({
                 "hnid": s.hnid, "name": (<bytes>s.name).decode("utf-8", "replace"),
                 "driver": (<bytes>s.driver).decode("utf-8", "replace"),
+                "assured_bytes": s.info.assured_bytes or s.info.capacity_bytes,
+                "stored_pages": s.usage.pages, "stored_page_bytes": s.usage.page_bytes,
+                "stored_bytes": s.usage.stored_bytes, "raw_pages": s.usage.raw_pages,
                 "capacity_bytes": s.info.capacity_bytes, "page_bytes_mask": s.info.page_bytes_mask,
                 "caps": s.info.caps, "bandwidth_bytes_per_s": s.info.bandwidth_bytes_per_s,
                 "latency_ns": s.info.latency_ns, "used_bytes": s.used_bytes, "peak_bytes": s.peak_bytes,

@@ -17,6 +17,7 @@ from gmemd import __version__
 from gmemd.config import LOG_LEVELS, Config, ConfigError, load, override
 from gmemd.control import Control, socket_path
 from gmemd.errors import RequestError
+from gmemd.sizes import parse_size
 
 EXIT_FAILURE, EXIT_USAGE = 1, 2
 # Bringing home what a large device holds takes as long as the link takes.
@@ -148,6 +149,15 @@ def gmemctl_parser() -> argparse.ArgumentParser:
     detach = command("detach", "bring every page of a device home and detach it")
     detach.add_argument("name")
     detach.add_argument("--force", action="store_true", help="end the contexts that are open on it")
+    limit = command("limit", "how much of an hnode's capacity may be used, from now on")
+    limit.add_argument("name", help="host, or a device")
+    limit.add_argument("size", help="for example 2G")
+    quota = command("quota", "how much of an hnode a session or a user may hold")
+    quota.add_argument("name", help="host, or a device")
+    quota.add_argument("size", help="for example 512M; 0: no quota")
+    whose = quota.add_mutually_exclusive_group(required=True)
+    whose.add_argument("--session", type=int, metavar="ID")
+    whose.add_argument("--uid", type=int, metavar="UID")
     command("drivers", "drivers that can be attached")
     command("sessions", "client processes")
     command("stats", "counters")
@@ -178,6 +188,22 @@ def _detach(control: Control, args: argparse.Namespace) -> dict[str, Any]:
     return control.request("detach", _DETACH_TIMEOUT_S, name=args.name, force=args.force)
 
 
+def _bytes(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise ConfigError(f"size: {error}") from None
+
+
+def _limit(control: Control, args: argparse.Namespace) -> dict[str, Any]:
+    return control.request("limit", _DETACH_TIMEOUT_S, name=args.name, bytes=_bytes(args.size))
+
+
+def _quota(control: Control, args: argparse.Namespace) -> dict[str, Any]:
+    whose = {"session": args.session} if args.uid is None else {"uid": args.uid}
+    return control.request("quota", _DETACH_TIMEOUT_S, name=args.name, bytes=_bytes(args.size), **whose)
+
+
 def _status(control: Control, args: argparse.Namespace) -> dict[str, Any]:
     return {
         **control.request("ping"),
@@ -200,6 +226,8 @@ _COMMANDS: dict[str, Callable[[Control, argparse.Namespace], dict[str, Any]]] = 
     "devices": lambda control, args: control.request("devices"),
     "attach": _attach,
     "detach": _detach,
+    "limit": _limit,
+    "quota": _quota,
     "drivers": lambda control, args: control.request("drivers"),
     "sessions": _sessions,
     "stats": lambda control, args: control.request("stats"),

@@ -64,6 +64,7 @@ class Config:
     log_level: str = "info"
     host_limit_bytes: int = 0
     limits: Limits = Limits()
+    quotas: dict[str, dict[str, int]] = field(default_factory=dict)  # "session" and "user": bytes by hnode name
     devices: tuple[Device, ...] = ()
 
 
@@ -98,6 +99,13 @@ def _size(value: Any) -> int:
     if not isinstance(value, (int, str)):
         raise ValueError('must be a size, for example 4096, "48M" or "1.5G"')
     return parse_size(value)
+
+
+def _quota(value: Any) -> int:
+    size = _size(value)
+    if size < 2 << 20:
+        raise ValueError("must be 2 MiB or more")
+    return size
 
 
 def _window_part(value: Any) -> int:
@@ -141,6 +149,7 @@ _TABLES: dict[str, dict[str, tuple[str, Check]]] = {
     },
     "host": {"limit": ("host_limit_bytes", _size)},
 }
+_QUOTAS = ("session", "user")
 _LIMITS: dict[str, Check] = {
     "connections_per_uid": _between(1, 65536),
     "handshakes_per_uid": _between(1, 65536),
@@ -151,7 +160,7 @@ _LIMITS: dict[str, Check] = {
     "handshake_timeout_s": _seconds(0.1, 600),
     "stop_timeout_s": _seconds(0.1, 600),
 }
-_SECTIONS = (*_TABLES, "limits", "devices")
+_SECTIONS = (*_TABLES, "limits", "quotas", "devices")
 
 
 def load(path: Path | str) -> Config:
@@ -181,8 +190,25 @@ def parse(tables: Mapping[str, Any], source: str) -> Config:
     limits = tables.get("limits", {})
     _known(limits, _LIMITS, source, "limits")
     values["limits"] = Limits(**{k: _checked(_LIMITS[k], v, source, "limits", k) for k, v in limits.items()})
+    values["quotas"] = _quotas(tables.get("quotas", {}), source)
     values["devices"] = tuple(_device(name, table, source) for name, table in tables.get("devices", {}).items())
     return Config(**values)
+
+
+def _quotas(table: Mapping[str, Any], source: str) -> dict[str, dict[str, int]]:
+    """Bytes by hnode name, for each session and for each user. The names are of the host, and of devices that may be
+    attached later."""
+    _known(table, _QUOTAS, source, "quotas")
+    quotas: dict[str, dict[str, int]] = {}
+    for whose, sizes in table.items():
+        if not isinstance(sizes, dict):
+            raise ConfigError(f"{source}: [quotas.{whose}]: must be a table of sizes by hnode name")
+        quotas[whose] = {}
+        for name, size in sizes.items():
+            if not DEVICE_NAME.fullmatch(name):
+                raise ConfigError(f"{source}: quotas.{whose}.{name}: is no name of a device, nor host")
+            quotas[whose][name] = _checked(_quota, size, source, f"quotas.{whose}", name)
+    return quotas
 
 
 def _known(table: Mapping[str, Any], keys: Iterable[str], source: str, section: str) -> None:

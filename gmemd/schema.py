@@ -211,6 +211,16 @@ OPS: dict[str, Op] = {
     "drivers": Op(ANY, {}),
     "attach": Op(ADMIN, {"driver": _DRIVER, "name": _DEVICE, "config": optional(string_map, {})}),
     "detach": Op(ADMIN, {"name": _DEVICE, "force": optional(boolean, False)}),
+    "limit": Op(ADMIN, {"name": _DEVICE, "bytes": _BYTES}),
+    "quota": Op(
+        ANY,
+        {
+            "name": _DEVICE,
+            "bytes": Field(uint(_BYTES_LIMIT - 1)),
+            "session": optional(uint()),
+            "uid": optional(uint((1 << 32) - 2)),
+        },
+    ),
     "contexts": Op(SESSION, {}, inline=True),
     "context_close": Op(SESSION, {"context": _CONTEXT}),
     "sessions": Op(ANY, {}),

@@ -197,7 +197,7 @@ class Service:
             self.core, sessions_per_uid=config.limits.sessions_per_uid,
             contexts_per_session=config.limits.contexts_per_session, publish=publisher.publish,
         )  # fmt: skip
-        self.devices = DeviceTable(self.core, drivers, self.sessions, publisher.publish)
+        self.devices = DeviceTable(self.core, drivers, self.sessions, publisher.publish, config.quotas)
         self._start_events(stack, publisher)
         self._warn_of_what_is_missing()
         for device in config.devices:

@@ -65,11 +65,11 @@ def _advise_args(session: Session, array: Any, advice: str, device: Any) -> Args
 def advise(array: Any, advice: str, device: Any = None, session: Session | None = None) -> None:
     """One of ADVICE.
 
-    "prefetch" ("will_need") and "pinned" need the device to move to, "cold" the one where it shall be the first to leave,
-    "accessed_by" the one that will use all of it and shall fetch far ahead. "preferred" ("preferred_location") says where
-    it is best kept, None takes that back: it leaves there last, and goes there when it has to leave elsewhere.
-    "read_mostly" keeps a copy wherever it is read. "discard" ("dont_need") drops the content. What "preferred",
-    "read_mostly" and "accessed_by" say holds for pages that are first touched later, too."""
+    "prefetch" ("will_need") and "pinned" need the device to move to, "cold" the one where it shall be the first to
+    leave, "accessed_by" the one that will use all of it and shall fetch far ahead. "preferred" ("preferred_location")
+    says where it is best kept, None takes that back: it leaves there last, and goes there when it has to leave
+    elsewhere. "read_mostly" keeps a copy wherever it is read. "discard" ("dont_need") drops the content. What
+    "preferred", "read_mostly" and "accessed_by" say holds for pages that are first touched later, too."""
     session = session if session is not None else default()
     session.request("advise", **_advise_args(session, array, advice, device))
 

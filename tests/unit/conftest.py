@@ -33,6 +33,9 @@ class FakeCore:
         self.sessions: dict[int, dict[str, Any]] = {}
         self.contexts: dict[int, tuple[int, int]] = {}
         self.devices: dict[int, tuple[str, str]] = {0: ("host", "host")}
+        self.tiers: set[str] = set()  # drivers that only store pages
+        self.ranks: dict[int, int] = {}
+        self.quotas: dict[int, dict[int, int]] = {}
         self.fds: dict[int, int] = {}
         self.events: list[dict[str, Any]] = []
         self.closed = False
@@ -156,6 +159,7 @@ class FakeCore:
         return {
             "session": session, "uid": known["uid"], "pid": known["pid"], "mapped_bytes": 4096, "regions": 1,
             "contexts": 0, "host_faults": 2, "device_faults": 3, "resident_bytes": {0: 4096},
+            "quota_bytes": dict(self.quotas.get(session, {})),
         }  # fmt: skip
 
     def do_context_files(self, session: int, hnid: int) -> tuple[int, int]:
@@ -226,10 +230,29 @@ class FakeCore:
             raise OSError(errno.ENOENT, "no such device")
         del self.devices[hnid]
 
+    def do_tier_rank(self, hnid: int, rank: int) -> None:
+        if self.devices[hnid][1] not in self.tiers:
+            raise OSError(errno.EINVAL, "no tier")
+        self.ranks[hnid] = rank
+
+    def do_limit(self, hnid: int, size: int) -> None:
+        pass
+
+    def do_quota_default(self, hnid: int, session_bytes: int, uid_bytes: int) -> None:
+        pass
+
+    def do_quota_session(self, session: int, hnid: int, size: int) -> None:
+        self._known(session)
+        self.quotas.setdefault(session, {})[hnid] = size
+
+    def do_quota_uid(self, uid: int, hnid: int, size: int) -> None:
+        pass
+
     def do_hnodes(self) -> list[dict[str, Any]]:
         zero = dict.fromkeys(
             ("used_bytes", "peak_bytes", "pinned_bytes", "contexts", "faults", "in_bytes", "out_bytes", "evictions",
-             "evicted_clean", "errors", "health", "bandwidth_bytes_per_s", "latency_ns"), 0)  # fmt: skip
+             "evicted_clean", "errors", "health", "bandwidth_bytes_per_s", "latency_ns", "assured_bytes",
+             "stored_pages", "stored_page_bytes", "stored_bytes", "raw_pages"), 0)  # fmt: skip
         return [
             {"hnid": h, "name": name, "driver": driver, "capacity_bytes": 1 << 20, "page_bytes_mask": 1 << 12,
              "caps": 0x041, "policy": "acme", **zero}

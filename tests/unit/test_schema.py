@@ -34,6 +34,8 @@ GOOD = {
     "drivers": {},
     "attach": {"driver": "simgpu", "name": "simgpu0", "config": {"capacity": "48M"}},
     "detach": {"name": "simgpu0", "force": True},
+    "limit": {"name": "host", "bytes": 1 << 30},
+    "quota": {"name": "host", "bytes": 1 << 30, "session": 4, "uid": 1000},
     "contexts": {},
     "context_close": {"context": 1},
     "sessions": {},

@@ -131,8 +131,9 @@ int gmem_device_detach(struct gmem_core *core, int hnid, bool force);
  * -EBUSY: more is pinned; -ENOMEM, -EAGAIN: there is nowhere for the rest to go, and nothing has changed. (blocks) */
 int gmem_limit(struct gmem_core *core, int hnid, uint64_t bytes);
 /* Quotas: what one session, or all sessions of one user, may hold on an hnode; 0: no quota. Who reaches it makes room among
- * his own pages, and if he can't, the access gets SIGBUS. A default is for everybody, now and later. -ENODEV, -ENOENT; -EINVAL: below 2 MiB. gmem_quota_session also moves away what is too much: -EAGAIN, -ENOMEM: it
- * can't, and nothing has changed. (blocks) */
+ * his own pages, and if he can't, the access gets SIGBUS. A default is for everybody, now and later. -ENODEV, -ENOENT;
+ * -EINVAL: below 2 MiB. gmem_quota_session also moves away what is too much: -EAGAIN, -ENOMEM: it can't, and nothing has
+ * changed. (blocks) */
 void gmem_quota_default(struct gmem_core *core, int hnid, uint64_t session_bytes, uint64_t uid_bytes);
 int gmem_quota_session(struct gmem_core *core, uint64_t session, int hnid, uint64_t bytes);
 int gmem_quota_uid(struct gmem_core *core, uid_t uid, int hnid, uint64_t bytes);
@@ -154,6 +155,7 @@ struct gmem_hnode_stats {
 	uint64_t evicted_clean;  /* of these, without a copy */
 	uint64_t errors;
 	int health;
+	struct gmem_device_usage usage; /* of tiers; zeros where the driver does not say */
 	const char *policy;      /* who leaves next: constant for the life of the core */
 };
 /* Fills at most GMEM_HNODE_MAX entries. */
