@@ -58,8 +58,17 @@ static void put_tenant(struct gmem_tenant *tenant)
 	gmem_mutex_unlock(&core->tenants_lock);
 }
 
+static int write_record(struct gmem_account *account)
+{
+	struct gmem_record record = { .kind = GMEM_RECORD_ACCOUNT, .id = account->session_id };
+
+	record.account.parent = account->parent ? account->parent->session_id : 0;
+	record.account.uid = account->tenant->uid;
+	return gmem_record_put(&account->core->keep, &record, &account->record);
+}
+
 int gmem_account_create(struct gmem_core *core, uint64_t session_id, uid_t uid, struct gmem_account *parent,
-			struct gmem_account **ret)
+			uint32_t record, struct gmem_account **ret)
 {
 	struct gmem_account *account = calloc(1, sizeof(*account));
 	int err = account ? get_tenant(core, uid, &account->tenant) : -ENOMEM;
@@ -69,20 +78,36 @@ int gmem_account_create(struct gmem_core *core, uint64_t session_id, uid_t uid, 
 		return err;
 	}
 	account->refs = 1;
+	account->core = core;
+	account->record = record;
 	account->session_id = session_id;
 	account->file_bytes = core->window.bytes;
 	for (int h = 0; h < GMEM_HNODE_MAX; h++)
 		atomic_init(&account->shares[h].quota_bytes, gmem_counter(&core->session_quota[h]));
 	account->parent = parent ? gmem_account_ref(parent) : NULL;
 	gmem_mutex_init(&account->lock, GMEM_RANK_ACCOUNT);
-	*ret = account;
-	return 0;
+	err = record ? 0 : write_record(account);
+	if (err)
+		gmem_account_unref(account);
+	else
+		*ret = account;
+	return err;
 }
 
 struct gmem_account *gmem_account_ref(struct gmem_account *account)
 {
 	atomic_fetch_add(&account->refs, 1);
 	return account;
+}
+
+static void drop_file(struct gmem_account *account, int hnid, int class_)
+{
+	struct gmem_file *file = atomic_load(&account->files[hnid][class_]);
+
+	if (!file)
+		return;
+	gmem_keep_forget(&account->core->keep, "file.%llu.%d.%d", (unsigned long long)account->session_id, hnid, class_);
+	gmem_file_unref(file);
 }
 
 void gmem_account_unref(struct gmem_account *account)
@@ -92,7 +117,8 @@ void gmem_account_unref(struct gmem_account *account)
 
 		for (int h = 0; h < GMEM_HNODE_MAX; h++)
 			for (int c = 0; c < GMEM_CLASS_COUNT; c++)
-				gmem_file_unref(atomic_load(&account->files[h][c]));
+				drop_file(account, h, c);
+		gmem_record_drop(&account->core->keep, &account->record);
 		gmem_mutex_deinit(&account->lock);
 		put_tenant(account->tenant);
 		free(account);
@@ -100,18 +126,36 @@ void gmem_account_unref(struct gmem_account *account)
 	}
 }
 
+/* The predecessor's, or a new one. */
+static int make_file(struct gmem_account *account, int hnid, enum gmem_class class_, struct gmem_file **ret)
+{
+	struct gmem_keep *keep = &account->core->keep;
+	unsigned long long id = account->session_id;
+	int fd = gmem_keep_take(keep, "file.%llu.%d.%d", id, hnid, class_), err;
+	char name[64];
+
+	if (fd >= 0)
+		return gmem_file_adopt(fd, class_, account->file_bytes, id, ret);
+	snprintf(name, sizeof(name), "gmem-%llu-%d", id, hnid);
+	err = gmem_file_create(name, class_, account->file_bytes, id, ret);
+	if (err)
+		return err;
+	err = gmem_keep_fd(keep, (*ret)->fd, "file.%llu.%d.%d", id, hnid, class_);
+	if (err)
+		gmem_file_unref(*ret);
+	return err;
+}
+
 int gmem_account_file(struct gmem_account *account, int hnid, enum gmem_class class_, struct gmem_file **ret)
 {
 	struct gmem_file *file = atomic_load(&account->files[hnid][class_]);
-	char name[64];
 	int err = 0;
 
 	if (!file) {
 		gmem_mutex_lock(&account->lock);
 		file = atomic_load(&account->files[hnid][class_]);
 		if (!file) {
-			snprintf(name, sizeof(name), "gmem-%llu-%d", (unsigned long long)account->session_id, hnid);
-			err = gmem_file_create(name, class_, account->file_bytes, account->session_id, &file);
+			err = make_file(account, hnid, class_, &file);
 			if (!err)
 				atomic_store(&account->files[hnid][class_], file);
 		}

@@ -130,13 +130,22 @@ static int context_request(struct gmem_core *core, uint64_t context, const struc
 	return err;
 }
 
-static int add_hold(struct gmem_view *view, struct gmem_range range)
+static int add_hold(struct gmem_view *view, struct gmem_range range, uint32_t known)
 {
+	struct gmem_record record = { .kind = GMEM_RECORD_HOLD, .id = view->id };
 	struct gmem_hold *hold = malloc(sizeof(*hold));
+	int err = hold ? 0 : -ENOMEM;
 
-	if (!hold)
-		return -ENOMEM;
-	hold->range = range;
+	record.hold.va = range.va;
+	record.hold.bytes = range.bytes;
+	if (!err) {
+		*hold = (struct gmem_hold){ .range = range, .record = known };
+		err = known ? 0 : gmem_record_put(&view->session->core->keep, &record, &hold->record);
+	}
+	if (err) {
+		free(hold);
+		return err;
+	}
 	gmem_mutex_lock(&view->as->views_lock);
 	hold->next = view->holds;
 	view->holds = hold;
@@ -159,6 +168,8 @@ static bool take_hold(struct gmem_view *view, const struct gmem_range *range, st
 		*ret = hold->range;
 	}
 	gmem_mutex_unlock(&view->as->views_lock);
+	if (hold)
+		gmem_record_drop(&view->session->core->keep, &hold->record);
 	free(hold);
 	return hold != NULL;
 }
@@ -177,7 +188,7 @@ static int acquire(struct gmem_core *core, uint64_t context, const struct gmem_r
 	request.tries = tries;
 	for (size_t i = 0; !err && i < count; i++) {
 		err = acquire_range(&request, ranges[i], &upto);
-		if (!err && (err = add_hold(request.view, ranges[i])))
+		if (!err && (err = add_hold(request.view, ranges[i], 0)))
 			upto = ranges[i].va + ranges[i].bytes;
 		if (err) {
 			undo_acquire(&request, ranges, i, upto);
@@ -229,6 +240,27 @@ int gmem_release(struct gmem_core *core, uint64_t context, const struct gmem_ran
 			err = -EINVAL; /* never acquired, or released before: the others are released all the same */
 	}
 	gmem_view_unref(view);
+	return err;
+}
+
+static int hold_page(struct gmem_request *request, struct gmem_page *page, struct gmem_range range)
+{
+	struct gmem_frame *frame = gmem_hnode_frame(gmem_core_hnode(request->core, request->hnid), page->object, page->index);
+
+	(void)range;
+	if (frame && frame->holds < UINT16_MAX)
+		frame->holds++;
+	return 0;
+}
+
+int gmem_hold_adopt(struct gmem_view *view, struct gmem_range range, uint32_t record)
+{
+	struct gmem_request request = { .core = view->session->core, .session = view->session, .view = view,
+					.hnid = view->hnid, .hint = GMEM_NO_HINT };
+	int err = add_hold(view, range, record);
+
+	if (!err)
+		gmem_for_pages(&request, range.va, range.bytes, false, true, hold_page);
 	return err;
 }
 

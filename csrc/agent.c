@@ -12,16 +12,18 @@
 
 #include <gmem/agent.h>
 
-int gmem_agent_create(struct gmem_agent **ret)
+int gmem_agent_create(int fd, struct gmem_agent **ret)
 {
 	struct gmem_agent *agent = calloc(1, sizeof(*agent));
 	void *at;
-	int err;
+	int err = -ENOMEM;
 
-	if (!agent)
-		return -ENOMEM;
-	err = gmem_file_create("gmem-agent", GMEM_CLASS_SMALL, GMEM_AGENT_BYTES, 0, &agent->file);
+	if (agent)
+		err = fd >= 0 ? gmem_file_adopt(fd, GMEM_CLASS_SMALL, GMEM_AGENT_BYTES, 0, &agent->file) :
+				gmem_file_create("gmem-agent", GMEM_CLASS_SMALL, GMEM_AGENT_BYTES, 0, &agent->file);
 	if (err) {
+		if (fd >= 0)
+			close(fd);
 		free(agent);
 		return err;
 	}
@@ -34,6 +36,7 @@ int gmem_agent_create(struct gmem_agent **ret)
 	}
 	agent->shared = at;
 	agent->shared->magic = GMEM_AGENT_MAGIC;
+	agent->head = __atomic_load_n(&agent->shared->head, __ATOMIC_RELAXED);
 	gmem_mutex_init(&agent->lock, GMEM_RANK_AGENT);
 	*ret = agent;
 	return 0;

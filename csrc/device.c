@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <signal.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -22,16 +23,17 @@ static int refuse(const struct gmem_driver_config *config, int err, const char *
 	return err;
 }
 
-static int free_hnid_locked(struct gmem_core *core, const char *name)
+/* wanted: 0: any. */
+static int free_hnid_locked(struct gmem_core *core, const char *name, int wanted)
 {
-	int free_hnid = -ENOSPC;
+	int free_hnid = wanted ? -EEXIST : -ENOSPC;
 
 	for (int h = GMEM_HNODE_MAX - 1; h >= 0; h--) {
 		struct gmem_hnode *hnode = gmem_core_hnode(core, h);
 
 		if (hnode && !strcmp(hnode->name, name))
 			return -EEXIST;
-		if (!hnode && h != GMEM_HOST)
+		if (!hnode && h != GMEM_HOST && (!wanted || h == wanted))
 			free_hnid = h;
 	}
 	return free_hnid;
@@ -89,10 +91,11 @@ static int make_hnode(struct gmem_core *core, int hnid, const struct gmem_driver
 	return 0;
 }
 
-int gmem_device_attach(struct gmem_core *core, const struct gmem_driver_ops *ops,
-		       const struct gmem_driver_config *config, int *ret_hnid)
+static int attach(struct gmem_core *core, const struct gmem_driver_ops *ops, const struct gmem_driver_config *config,
+		  int wanted, int *ret_hnid)
 {
 	struct gmem_driver_config known = *config;
+	struct gmem_driver_keep *keep = NULL;
 	struct gmem_hnode *hnode;
 	struct gmem_device *device;
 	int hnid, err;
@@ -104,12 +107,15 @@ int gmem_device_attach(struct gmem_core *core, const struct gmem_driver_ops *ops
 	if (!config->name || !config->name[0] || strlen(config->name) >= GMEM_NAME_MAX)
 		return refuse(config, -EINVAL, "name: empty or too long");
 	gmem_mutex_lock(&core->devices_lock);
-	hnid = free_hnid_locked(core, config->name);
+	hnid = free_hnid_locked(core, config->name, wanted);
 	if (hnid < 0) {
 		err = refuse(config, hnid, hnid == -EEXIST ? "name: already attached" : "too many devices");
 		goto out;
 	}
 	known.key_count = core->lpt.pages;
+	known.keep = keep = gmem_keeps(&core->keep) ? calloc(1, sizeof(*keep)) : NULL;
+	if (keep)
+		*keep = (struct gmem_driver_keep){ .keep = &core->keep, .hnid = hnid };
 	err = ops->probe(&known, &device);
 	if (err) {
 		refuse(config, err, "the driver's probe failed");
@@ -122,11 +128,28 @@ int gmem_device_attach(struct gmem_core *core, const struct gmem_driver_ops *ops
 			ops->remove(device);
 		goto out;
 	}
+	hnode->keep = keep;
 	atomic_store(&core->hnodes[hnid], hnode);
 	*ret_hnid = hnid;
 out:
+	if (err && keep && !core->recovering)
+		gmem_driver_forget(keep);
+	if (err)
+		free(keep);
 	gmem_mutex_unlock(&core->devices_lock);
 	return err;
+}
+
+int gmem_device_attach(struct gmem_core *core, const struct gmem_driver_ops *ops,
+		       const struct gmem_driver_config *config, int *ret_hnid)
+{
+	return attach(core, ops, config, 0, ret_hnid);
+}
+
+int gmem_device_attach_at(struct gmem_core *core, const struct gmem_driver_ops *ops,
+			  const struct gmem_driver_config *config, int hnid)
+{
+	return hnid > GMEM_HOST && hnid < GMEM_HNODE_MAX ? attach(core, ops, config, hnid, &hnid) : -EINVAL;
 }
 
 static struct gmem_view *context_on(struct gmem_core *core, int hnid)
@@ -184,6 +207,7 @@ int gmem_device_detach(struct gmem_core *core, int hnid, bool force)
 	atomic_store(&core->hnodes[hnid], NULL);
 	if (hnode->ops->remove)
 		hnode->ops->remove(hnode->device);
+	gmem_driver_forget(hnode->keep);
 	hnode->next_retired = core->retired;
 	core->retired = hnode;
 out:
@@ -282,7 +306,7 @@ int gmem_context_attach(struct gmem_core *core, uint64_t id, int hnid, int uffd,
 {
 	struct gmem_session *session = gmem_session_get(core, id);
 	struct gmem_hnode *hnode = gmem_core_hnode(core, hnid);
-	uint64_t context = atomic_fetch_add(&core->next_id, 1);
+	uint64_t context = gmem_keep_next_id(&core->keep, &core->next_id);
 	struct gmem_view *view;
 	int err = !session ? -ENOENT : context_device(core, hnid);
 

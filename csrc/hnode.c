@@ -54,6 +54,7 @@ void gmem_hnode_destroy(struct gmem_hnode *hnode)
 	gmem_sparse_unmap((void *)hnode->frame_of, hnode->core->lpt.pages * sizeof(*hnode->frame_of));
 	gmem_sparse_unmap(hnode->relay, GMEM_HUGE_BYTES);
 	gmem_account_unref(hnode->pressed);
+	free(hnode->keep);
 	gmem_mutex_deinit(&hnode->lock);
 	gmem_mutex_deinit(&hnode->relay_lock);
 	pthread_cond_destroy(&hnode->wake);
@@ -194,6 +195,19 @@ static void press_account_locked(struct gmem_hnode *hnode, struct gmem_account *
 	pthread_cond_signal(&hnode->wake);
 }
 
+static int make_frame_locked(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index, uint32_t *ret)
+{
+	uint64_t bytes = 1ull << object->shift;
+
+	if (!(*ret = take_descriptor(hnode)))
+		return -ENOMEM;
+	hnode->frames[*ret] = (struct gmem_frame){ .object = object, .index = index, .fresh = true, .used = 1 };
+	gmem_policy_insert(&hnode->policy, *ret, object->pn + index);
+	mate_insert_locked(hnode, object->account, *ret);
+	charge_locked(hnode, object->account, (int64_t)bytes);
+	return 0;
+}
+
 static int take_frame_locked(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index, uint32_t *ret)
 {
 	uint64_t bytes = 1ull << object->shift;
@@ -202,13 +216,22 @@ static int take_frame_locked(struct gmem_hnode *hnode, struct gmem_object *objec
 		return -ENODEV;
 	if (gmem_account_room(object->account, hnode->hnid) < bytes)
 		return -EDQUOT;
-	if (gmem_hnode_free_locked(hnode) < bytes || !(*ret = take_descriptor(hnode)))
+	if (gmem_hnode_free_locked(hnode) < bytes)
 		return -ENOMEM;
-	hnode->frames[*ret] = (struct gmem_frame){ .object = object, .index = index, .fresh = true, .used = 1 };
-	gmem_policy_insert(&hnode->policy, *ret, object->pn + index);
-	mate_insert_locked(hnode, object->account, *ret);
-	charge_locked(hnode, object->account, (int64_t)bytes);
-	return 0;
+	return make_frame_locked(hnode, object, index, ret);
+}
+
+int gmem_hnode_frame_adopt(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index)
+{
+	uint32_t frame = GMEM_FRAME_NONE;
+	int err;
+
+	gmem_mutex_lock(&hnode->lock);
+	err = make_frame_locked(hnode, object, index, &frame);
+	gmem_mutex_unlock(&hnode->lock);
+	if (!err)
+		atomic_store_explicit(&hnode->frame_of[object->pn + index], frame, memory_order_relaxed);
+	return err;
 }
 
 int gmem_hnode_frame_alloc(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index)

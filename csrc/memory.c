@@ -150,8 +150,10 @@ int gmem_mmap_commit(struct gmem_core *core, uint64_t id, uint64_t va)
 		return -EINVAL;
 	}
 	view = gmem_as_view(&session->as, GMEM_HOST);
-	if (place.region_va != va || place.committed)
+	if (place.region_va != va)
 		err = -EINVAL;
+	else if (place.committed)
+		err = 0; /* asked again, because the answer was lost */
 	else if (!view)
 		err = -ENOTCONN;
 	else

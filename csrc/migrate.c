@@ -241,6 +241,10 @@ int gmem_page_own(struct gmem_page *page, int hnid)
 		gmem_count(&page->core->stats.invalidations, 1);
 	}
 	page->word = gmem_word_set_writer(page->word, hnid) | GMEM_WORD_FLAG(GMEM_PAGE_DIRTY);
+	/* What was filled just now is nothing to a successor before the word says that it is valid; and once it is mapped
+	 * writable, it is all there is. */
+	if (gmem_word_valid(atomic_load_explicit(word_of(page), memory_order_relaxed)) != mine)
+		gmem_page_mark(page, GMEM_DIR_UPGRADE, hnid);
 	return 0;
 }
 
@@ -480,6 +484,8 @@ static void lose(struct gmem_page *page, struct gmem_hnode *from)
 	uint32_t rest = gmem_word_valid(page->word) & ~(1u << from->hnid);
 
 	gmem_count(&from->errors, 1);
+	if (!rest)
+		page->word = gmem_word_set_why(page->word, GMEM_WHY_LOST); /* a successor, too, must not make it zeros */
 	if (drop_all_but(page, rest, rest ? GMEM_DIR_UPGRADE : GMEM_DIR_DISCARD, rest ? __builtin_ctz(rest) : 0) || rest)
 		return;
 	page->word = gmem_word_set_state(gmem_word_set_why(0, GMEM_WHY_LOST), GMEM_POISONED);

@@ -49,8 +49,16 @@ static enum gmem_ring_blame blame_of(const struct gmem_ring_sqe *sqe, int err)
 	}
 }
 
+/* What a predecessor had done, and not told any more, is done. */
+static bool was_done(const struct gmem_ring_job *job, int err)
+{
+	return job->again && job->sqe.op == GMEM_RING_RELEASE && err == -EINVAL;
+}
+
 static bool finish_op(struct gmem_ring_job *job, int err)
 {
+	if (was_done(job, err))
+		err = 0;
 	return finish(job, err, blame_of(&job->sqe, err));
 }
 

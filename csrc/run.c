@@ -252,9 +252,10 @@ static int own(struct run *run)
 		page->word = gmem_word_set_valid(page->word, 1u << hnid);
 		page->word = gmem_word_set_writer(page->word, hnid) | GMEM_WORD_FLAG(GMEM_PAGE_DIRTY);
 	}
+	/* First touches, too: what is mapped writable must be valid in the words that a successor finds. */
+	mark_all(run, GMEM_DIR_UPGRADE, hnid);
 	if (!gone)
 		return 0;
-	mark_all(run, GMEM_DIR_UPGRADE, hnid);
 	for (int h = 0; gone >> h; h++)
 		if (gone >> h & 1)
 			release_copies(run, gmem_core_hnode(run->core, h));

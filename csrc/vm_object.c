@@ -9,26 +9,48 @@
 int gmem_object_create(struct gmem_core *core, struct gmem_account *account, enum gmem_class class_, uint64_t offset,
 		       uint64_t bytes, uint8_t shift, struct gmem_object **ret)
 {
+	struct gmem_record record = { .kind = GMEM_RECORD_OBJECT };
+	uint64_t pages = (bytes + (1ull << shift) - 1) >> shift;
+	uint32_t number = 0;
+	int err = gmem_lpt_extent_alloc(&core->lpt, pages, &record.id);
+
+	if (err)
+		return err;
+	record.object.account = account->session_id;
+	record.object.pages = pages;
+	record.object.offset = offset;
+	record.object.bytes = bytes;
+	record.object.shift = shift;
+	record.object.class_ = (uint8_t)class_;
+	err = gmem_record_put(&core->keep, &record, &number);
+	if (!err)
+		err = gmem_object_adopt(core, account, &record, number, ret);
+	if (err) {
+		gmem_record_drop(&core->keep, &number);
+		gmem_lpt_extent_free(&core->lpt, record.id, pages);
+	}
+	return err;
+}
+
+int gmem_object_adopt(struct gmem_core *core, struct gmem_account *account, const struct gmem_record *known,
+		      uint32_t record, struct gmem_object **ret)
+{
 	struct gmem_object *object = calloc(1, sizeof(*object));
-	int err;
 
 	if (!object)
 		return -ENOMEM;
 	object->refs = 1;
 	object->core = core;
-	object->offset = offset;
-	object->bytes = bytes;
-	object->pages = (bytes + (1ull << shift) - 1) >> shift;
-	object->shift = shift;
-	object->class_ = class_;
-	err = gmem_lpt_extent_alloc(&core->lpt, object->pages, &object->pn);
-	if (err) {
-		free(object);
-		return err;
-	}
+	object->pn = known->id;
+	object->pages = known->object.pages;
+	object->offset = known->object.offset;
+	object->bytes = known->object.bytes;
+	object->shift = known->object.shift;
+	object->class_ = (enum gmem_class)known->object.class_;
+	object->record = record;
 	object->account = gmem_account_ref(account);
 	gmem_mutex_init(&object->lock, GMEM_RANK_OBJECT);
-	gmem_account_map(account, (int64_t)bytes);
+	gmem_account_map(account, (int64_t)object->bytes);
 	atomic_fetch_add(&core->object_count, 1);
 	*ret = object;
 	return 0;
@@ -96,6 +118,7 @@ void gmem_object_unref(struct gmem_object *object)
 		gmem_alias_unmap(atomic_load(&object->aliases[h]), object->bytes);
 	if (!atomic_load(&core->stopping))
 		free_pages(object);
+	gmem_record_drop(&core->keep, &object->record); /* before its ranges may come to be another's */
 	gmem_lpt_extent_free(&core->lpt, object->pn, object->pages);
 	gmem_account_map(object->account, -(int64_t)object->bytes);
 	atomic_fetch_sub(&core->committed_bytes[object->class_], object->bytes);

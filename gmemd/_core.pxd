@@ -113,6 +113,12 @@ cdef extern from "gmem/driver.h" nogil:
         int (*peer_usage)(gmem_device *, gmem_device_usage *) noexcept
 
 
+cdef extern from "gmem/keep.h" nogil:
+    struct gmem_kept_fd:
+        char name[64]
+        int fd
+
+
 cdef extern from "gmem/core.h" nogil:
     struct gmem_core:
         pass
@@ -121,6 +127,10 @@ cdef extern from "gmem/core.h" nogil:
         uint32_t fault_threads
         c_bool hugepages, overcommit, event_fork, no_fault_ahead
         const char *policy
+        int keep_socket
+        uint32_t keep_max_fds
+        const gmem_kept_fd *kept
+        size_t kept_count
     struct gmem_core_features:
         uint64_t uffd
         c_bool event_fork, continue_wp, poison, hugepages, uffd_device
@@ -176,6 +186,8 @@ cdef extern from "gmem/core.h" nogil:
         GMEM_EVENT_DEVICE_LOST
         GMEM_EVENT_ERROR
 
+    c_bool gmem_core_recovers(gmem_core *)
+    int gmem_core_resume(gmem_core *)
     int gmem_core_create(const gmem_core_config *, gmem_core **)
     void gmem_core_destroy(gmem_core *)
     void gmem_core_features_ "gmem_core_features"(gmem_core *, gmem_core_features *)
@@ -183,6 +195,7 @@ cdef extern from "gmem/core.h" nogil:
     void gmem_core_reap(gmem_core *)
     void gmem_core_stats_ "gmem_core_stats"(gmem_core *, gmem_core_stats *)
     int gmem_session_create(gmem_core *, uid_t, pid_t, uint64_t *)
+    void gmem_session_ids(gmem_core *, uint64_t *, size_t, size_t *)
     int gmem_session_destroy(gmem_core *, uint64_t)
     int gmem_session_files(gmem_core *, uint64_t, int *)
     int gmem_session_ring(gmem_core *, uint64_t, int *)
@@ -206,6 +219,7 @@ cdef extern from "gmem/core.h" nogil:
     int gmem_acquire(gmem_core *, uint64_t, const gmem_range *, size_t, c_bool)
     int gmem_release(gmem_core *, uint64_t, const gmem_range *, size_t)
     int gmem_device_attach(gmem_core *, const gmem_driver_ops *, const gmem_driver_config *, int *)
+    int gmem_device_attach_at(gmem_core *, const gmem_driver_ops *, const gmem_driver_config *, int)
     int gmem_device_detach(gmem_core *, int, c_bool)
     int gmem_limit(gmem_core *, int, uint64_t)
     int gmem_tier_rank(gmem_core *, int, uint32_t)

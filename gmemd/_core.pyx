@@ -15,7 +15,7 @@ import structlog
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memset
+from libc.string cimport memset, strncpy
 from posix.unistd cimport close as close_fd
 
 from gmemd._pydriver cimport Table, probing
@@ -102,9 +102,12 @@ cdef class Core:
     def __cinit__(
         self, *, uint64_t window_base=0, uint64_t window_bytes=0, uint64_t host_limit_bytes=0,
         uint64_t feature_mask=0xFFFFFFFFFFFFFFFF, uint32_t fault_threads=0, bint hugepages=True, bint overcommit=False,
-        bint event_fork=True, bint fault_ahead=True, str policy=None,
+        bint event_fork=True, bint fault_ahead=True, str policy=None, int keep_socket=0, uint32_t keep_max_fds=0,
+        list kept=None,
     ):
+        """keep_socket and the descriptors of kept, pairs of name and number, are taken over; see gmem/keep.h."""
         cdef gmem_core_config config
+        cdef gmem_kept_fd *left = NULL
         cdef bytes policy_name = policy.encode() if policy else None
         cdef int err
         memset(&config, 0, sizeof(config))
@@ -119,10 +122,24 @@ cdef class Core:
         if policy_name is not None:
             config.policy = policy_name
         config.no_fault_ahead = not fault_ahead
+        config.keep_socket = keep_socket
+        config.keep_max_fds = keep_max_fds
+        if kept:
+            left = <gmem_kept_fd *>calloc(len(kept), sizeof(gmem_kept_fd))
+            if left is NULL:
+                raise MemoryError
+            for i, (name, fd) in enumerate(kept):
+                strncpy(left[i].name, <bytes>name.encode(), 63)
+                left[i].fd = fd
+            config.kept = left
+            config.kept_count = len(kept)
         self._idle = threading.Event()
         self._tables = []
         with nogil:
             err = gmem_core_create(&config, &self._core)
+        free(left)
+        if err == -errno.EPROTO:
+            raise OSError(errno.EPROTO, "the state that another gmemd has left is of another version; it was not touched")
         if err:
             _raise(err)
 
@@ -156,6 +173,25 @@ cdef class Core:
         with nogil:
             gmem_core_destroy(core)
         self._core = NULL
+
+    def recovers(self):
+        """Whether a predecessor's state is being taken over: devices are to be attached again, then resume()."""
+        cdef gmem_core *core = self._enter()
+        cdef c_bool recovers
+        with nogil:
+            recovers = gmem_core_recovers(core)
+        self._leave()
+        return bool(recovers)
+
+    def resume(self):
+        """(blocks) Finishes or undoes what the predecessor was doing, wakes everybody and goes on."""
+        cdef gmem_core *core = self._enter()
+        cdef int err
+        with nogil:
+            err = gmem_core_resume(core)
+        self._leave()
+        if err:
+            _raise(err)
 
     # ---- what it is ----
 
@@ -209,6 +245,20 @@ cdef class Core:
         if err:
             _raise(err)
         return session
+
+    def session_ids(self):
+        cdef gmem_core *core = self._enter()
+        cdef size_t capacity = 65536, count = 0
+        cdef uint64_t *ids = <uint64_t *>malloc(capacity * sizeof(uint64_t))
+        try:
+            if ids is NULL:
+                raise MemoryError
+            with nogil:
+                gmem_session_ids(core, ids, capacity, &count)
+            return [ids[i] for i in range(min(count, capacity))]
+        finally:
+            free(ids)
+            self._leave()
 
     def session_destroy(self, uint64_t session):
         cdef gmem_core *core = self._enter()
@@ -492,8 +542,8 @@ cdef class Core:
         """Whether the core has a driver of that name."""
         return gmem_driver_builtin(name.encode()) is not NULL
 
-    def device_attach(self, str driver, str name, dict config, object py=None):
-        """hnid. With py, a Python driver object, driver is only the name it goes by."""
+    def device_attach(self, str driver, str name, dict config, object py=None, int at=0):
+        """hnid, at if that is not 0. With py, a Python driver object, driver is only the name it goes by."""
         cdef const gmem_driver_ops *ops
         cdef Table table
         cdef int hnid
@@ -501,18 +551,18 @@ cdef class Core:
             ops = gmem_driver_builtin(driver.encode())
             if ops is NULL:
                 raise OSError(errno.ENOENT, f"driver: there is no driver {driver!r}")
-            return self._attach(ops, name, config)
+            return self._attach(ops, name, config, at)
         table = Table(py, driver)
         with _probe_lock:
             probing(py)
             try:
-                hnid = self._attach(&table.ops, name, config)
+                hnid = self._attach(&table.ops, name, config, at)
                 self._tables.append(table)  # the core keeps its name, also after a detach
                 return hnid
             finally:
                 probing(None)
 
-    cdef int _attach(self, const gmem_driver_ops *ops, str name, dict config) except -1:
+    cdef int _attach(self, const gmem_driver_ops *ops, str name, dict config, int at) except -1:
         cdef gmem_driver_config c
         cdef char message[160]
         cdef list texts = [text.encode() for pair in config.items() for text in pair]
@@ -535,7 +585,11 @@ cdef class Core:
             c.message = message
             core = self._enter()
             with nogil:
-                err = gmem_device_attach(core, ops, &c, &hnid)
+                if at:
+                    hnid = at
+                    err = gmem_device_attach_at(core, ops, &c, at)
+                else:
+                    err = gmem_device_attach(core, ops, &c, &hnid)
             self._leave()
         finally:
             free(pointers)

@@ -55,6 +55,7 @@ class Admission:
     ready: bool = True
     close: Close = _nothing
     find_agent: Callable[[], int] | None = None
+    keep: Callable[[], tuple[int, int]] | None = None  # (blocks) lets it outlive the daemon; its session and context
 
     def agent(self) -> int | None:
         """(blocks) The descriptor for the process's agent, once it is attached; None where there is no use for one."""
@@ -139,6 +140,7 @@ class Admissions:
 
         admission = Admission(wire.Welcome(), close=close, finish=None if stored else finish)
         admission.find_agent = lambda: self._core.view_agent(core_id, 0)
+        admission.keep = lambda: self._sessions.note(session)
         try:
             with self._sessions.hold(session):
                 flags = self._lend(admission, *self._core.session_files(core_id))
@@ -182,6 +184,7 @@ class Admissions:
                 context_id = self._core.context_attach(session.core_id, hnid, uffd, pidfd, who.pid)
             context = Context(context_id, session, hnid, who.pid, who.on_end)
             admission.find_agent = lambda: self._core.view_agent(session.core_id, context_id)
+            admission.keep = lambda: self._sessions.note_context(context)
             try:
                 self._sessions.open_context(session, context)
             except RequestError:

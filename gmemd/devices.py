@@ -15,6 +15,7 @@ import structlog
 from gmemd.caps import cap_names, page_sizes
 from gmemd.drivers.registry import Registry
 from gmemd.errors import RequestError, as_request_error
+from gmemd.notes import Notes
 from gmemd.sessions import SessionTable
 
 log = structlog.get_logger("gmemd.devices")
@@ -36,7 +37,7 @@ class DeviceTable:
 
     def __init__(
         self, core: Any, drivers: Registry, sessions: SessionTable, publish: Callable[[str, dict[str, Any]], None],
-        quotas: Mapping[str, Mapping[str, int]] | None = None,
+        quotas: Mapping[str, Mapping[str, int]] | None = None, notes: Notes | None = None,
     ) -> None:  # fmt: skip
         self._core = core
         self._drivers = drivers
@@ -47,12 +48,13 @@ class DeviceTable:
         self._busy: set[str] = set()
         self._holds: dict[int, int] = {}
         self._quotas = quotas or {}
+        self._notes = notes or Notes()
         self._ranks = itertools.count(_RANK_FIRST)
         if self._quotas:
             self._set_quotas("host", HOST)
 
-    def attach(self, driver: str, name: str, config: Mapping[str, str]) -> int:
-        """(blocks) hnid of the new device."""
+    def attach(self, driver: str, name: str, config: Mapping[str, str], at: int = 0) -> int:
+        """(blocks) hnid of the new device; at, if that is not 0."""
         found = self._drivers.find(driver)
         with self._changed:
             if name == "host" or name in self._hnids:
@@ -62,9 +64,10 @@ class DeviceTable:
             options = dict(config)
             tier = _place(options.pop(_TIER)) if _TIER in options else None
             instance = found.load()
-            hnid = self._core.device_attach(found.name, name, options, instance)
+            hnid = self._core.device_attach(found.name, name, options, instance, at)
             self._take_place(name, hnid, tier)
             self._set_quotas(name, hnid)
+            self._notes.put("devices", name, {"driver": driver, "config": dict(config), "hnid": hnid})
             with self._changed:
                 self._hnids[name] = hnid
         except RequestError:
@@ -83,6 +86,34 @@ class DeviceTable:
             {"hnid": hnid, "name": name, "driver": driver, "capacity_bytes": stats["capacity_bytes"]},
         )
         return hnid
+
+    def attach_again(self) -> None:
+        """(blocks) A predecessor's devices, at their numbers. One that can't be attached is lost, and told of."""
+        for name, note in sorted(self._notes.table("devices").items(), key=lambda item: item[1]["hnid"]):
+            try:
+                self.attach(note["driver"], name, note["config"], note["hnid"])
+            except RequestError as error:
+                log.error("device lost: it can't be attached again", name=name, error=error.message)
+                self._notes.drop("devices", name)
+
+    def note_setting(self, op: str, key: list[Any], args: Mapping[str, Any]) -> None:
+        """A limit or a quota that was set while it ran, for a successor."""
+        self._notes.put("settings", "/".join(map(str, [op, *key])), {"op": op, **args})
+
+    def set_again(self) -> None:
+        """(blocks) Limits and quotas that a predecessor was told of."""
+        for key, note in self._notes.table("settings").items():
+            try:
+                hnid = self.hnid_of(note["name"])
+                if note["op"] == "limit":
+                    self._core.limit(hnid, note["bytes"])
+                elif note.get("uid") is not None:
+                    self._core.quota_uid(note["uid"], hnid, note["bytes"])
+                else:
+                    self._core.quota_session(note["session"], hnid, note["bytes"])
+            except OSError as error:
+                log.warning("a setting could not be made again", setting=key, error=str(error))
+                self._notes.drop("settings", key)
 
     def _take_place(self, name: str, hnid: int, tier: int | None) -> None:
         """In the chain of tiers; numbers of hnodes are used again, so the order is said for each."""
@@ -112,6 +143,7 @@ class DeviceTable:
             if contexts and not force:
                 raise RequestError(errno.EBUSY, f"name: {name} has open contexts ({len(contexts)})", "name")
             self._core.device_detach(hnid, force)
+            self._notes.drop("devices", name)
             with self._changed:
                 del self._hnids[name]
             # The core has killed their processes: whatever they touched next would have blocked them for ever.

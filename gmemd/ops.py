@@ -92,7 +92,11 @@ def _blaming(op: str) -> Iterator[None]:
 class Operations:
     """One method for each op of schema.OPS, by its name. They run on several threads at once."""
 
-    def __init__(self, core: Any, sessions: SessionTable, devices: DeviceTable, drivers: Registry) -> None:
+    def __init__(
+        self, core: Any, sessions: SessionTable, devices: DeviceTable, drivers: Registry,
+        upgrade: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
+        self._upgrade = upgrade
         self._core = core
         self._sessions = sessions
         self._devices = devices
@@ -205,6 +209,13 @@ class Operations:
 
     def _op_limit(self, session: Session, args: Args) -> Reply:
         self._core.limit(self._devices.hnid_of(args["name"]), args["bytes"])
+        self._devices.note_setting("limit", [args["name"]], args)
+        return {}
+
+    def _op_upgrade(self, session: Session, args: Args) -> Reply:
+        if self._upgrade is None:
+            raise RequestError(errno.EOPNOTSUPP, "this gmemd can't be started again")
+        self._upgrade()
         return {}
 
     def _op_quota(self, session: Session, args: Args) -> Reply:
@@ -222,6 +233,8 @@ class Operations:
                 self._core.quota_uid(uid, hnid, args["bytes"])
             else:
                 self._core.quota_session(wanted, hnid, args["bytes"])
+        whose = {"session": wanted, "uid": uid}
+        self._devices.note_setting("quota", [args["name"], wanted or 0, uid or 0], {**args, **whose})
         return {}
 
     def _check_lowers_own(self, session: Session, wanted: int | None, hnid: int, size: int) -> None:

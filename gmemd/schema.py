@@ -221,6 +221,7 @@ OPS: dict[str, Op] = {
             "uid": optional(uint((1 << 32) - 2)),
         },
     ),
+    "upgrade": Op(ADMIN, {}),
     "contexts": Op(SESSION, {}, inline=True),
     "context_close": Op(SESSION, {"context": _CONTEXT}),
     "sessions": Op(ANY, {}),

@@ -141,6 +141,7 @@ SHOW: dict[str, Callable[[Reply, Namespace], None]] = {
     "detach": lambda reply, args: _print(f"{args.name} is detached"),
     "limit": lambda reply, args: _print(f"{args.name}: at most {args.size}"),
     "quota": lambda reply, args: _print(f"{args.name}: {'no quota' if args.size == '0' else 'at most ' + args.size}"),
+    "upgrade": lambda reply, args: _print(f"gmemd {reply['version']}, pid {reply['pid']}, has taken over"),
     "drivers": _drivers,
     "sessions": lambda reply, args: _print(sessions_table(reply["sessions"], reply["hnodes"])),
     "stats": lambda reply, args: _print(Group(stats_table(reply["stats"]), "", devices_table(reply["hnodes"]))),

@@ -99,6 +99,15 @@ class FakeCore:
             "uffd_device_fd": self._device_fd,
         }  # fmt: skip
 
+    def do_recovers(self) -> bool:
+        return False
+
+    def do_session_ids(self) -> list[int]:
+        return list(self.sessions)
+
+    def do_resume(self) -> None:
+        pass
+
     def do_reap(self) -> None:
         pass
 
@@ -220,8 +229,8 @@ class FakeCore:
     def do_release(self, context: int, ranges: list[Any]) -> None:
         pass
 
-    def do_device_attach(self, driver: str, name: str, config: dict[str, str], py: Any = None) -> int:
-        hnid = next(h for h in range(1, 16) if h not in self.devices)
+    def do_device_attach(self, driver: str, name: str, config: dict[str, str], py: Any = None, at: int = 0) -> int:
+        hnid = at or next(h for h in range(1, 16) if h not in self.devices)
         self.devices[hnid] = (name, driver)
         return hnid
 

@@ -104,7 +104,7 @@ int main(void)
 	outside = mmap(NULL, BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	CHECK(window != MAP_FAILED && outside != MAP_FAILED);
 	CHECK_EQ(gmem_agent_start(open("/dev/zero", O_RDWR), (uintptr_t)window, BYTES, &theirs), -EPROTO);
-	CHECK_EQ(gmem_agent_create(&ours), 0);
+	CHECK_EQ(gmem_agent_create(-1, &ours), 0);
 	CHECK_EQ(gmem_agent_start(dup(ours->file->fd), (uintptr_t)window, BYTES, &theirs), 0);
 	drops_what_it_is_asked_for(window);
 	leaves_the_rest_alone(window, outside);
@@ -112,7 +112,7 @@ int main(void)
 	gmem_agent_stop(theirs); /* while it sleeps */
 	gmem_agent_destroy(ours);
 	for (int i = 0; i < 50; i++) { /* while it works */
-		CHECK_EQ(gmem_agent_create(&ours), 0);
+		CHECK_EQ(gmem_agent_create(-1, &ours), 0);
 		CHECK_EQ(gmem_agent_start(dup(ours->file->fd), (uintptr_t)window, BYTES, &theirs), 0);
 		for (int j = 0; j < PAGES; j += 2)
 			put(window + j * 4096, 4096);

@@ -87,7 +87,7 @@ static void test_lpt(void)
 	struct gmem_lpt lpt;
 	uint64_t a, b, at, stop;
 
-	CHECK_EQ(gmem_lpt_init(&lpt, 1 << 20), 0);
+	CHECK_EQ(gmem_lpt_init(&lpt, 1 << 20, -1), 0);
 	CHECK_EQ(gmem_lpt_extent_alloc(&lpt, 100000, &a), 0);
 	CHECK_EQ(gmem_lpt_extent_alloc(&lpt, 1, &b), 0);
 	CHECK(b >= a + 100000 || b < a);

@@ -35,6 +35,8 @@ struct gmem_account {
 	uint64_t session_id;                             /* (C) */
 	uint64_t file_bytes;                             /* (C) size of each file: the VA window */
 	struct gmem_tenant *tenant;                      /* (C) */
+	struct gmem_core *core;                          /* (C) */
+	uint32_t record;                                 /* (C) */
 	struct gmem_account *parent;                     /* (C) of the session it was forked from: its files stay open */
 	struct gmem_mutex lock;                          /* guards the making of files */
 	_Atomic(struct gmem_file *) files[GMEM_HNODE_MAX][GMEM_CLASS_COUNT]; /* (A) set once under lock */
@@ -45,8 +47,9 @@ struct gmem_account {
 	_Atomic uint64_t host_faults, device_faults;     /* (A) */
 };
 
+/* A predecessor's account has its record already: number, else 0. */
 int gmem_account_create(struct gmem_core *core, uint64_t session_id, uid_t uid, struct gmem_account *parent,
-			struct gmem_account **ret);
+			uint32_t record, struct gmem_account **ret);
 struct gmem_account *gmem_account_ref(struct gmem_account *account);
 void gmem_account_unref(struct gmem_account *account);
 /* The file of that class on hnid, made on first use; borrowed. */

@@ -20,7 +20,8 @@ struct gmem_agent {
 	struct gmem_range last;           /* lock; not written yet: the next range may extend it */
 };
 
-int gmem_agent_create(struct gmem_agent **ret);
+/* fd: a predecessor's, taken over in any case; -1: a new one. */
+int gmem_agent_create(int fd, struct gmem_agent **ret);
 void gmem_agent_destroy(struct gmem_agent *agent);
 /* Asks for a range, now or with the next ones; what finds no room is dropped. */
 void gmem_agent_put(struct gmem_agent *agent, struct gmem_range range);

@@ -17,11 +17,13 @@ struct gmem_region {
 	struct gmem_as *as;         /* (C) */
 	enum gmem_fork fork;        /* (C) */
 	bool committed;             /* (R) registered on the process's uffd */
+	uint32_t record;            /* (R) */
 	struct gmem_region *next;   /* (O) in object->regions */
 };
 
 struct gmem_as {
 	struct gmem_rwlock lock;
+	uint64_t session_id;          /* (C) */
 	struct gmem_region **regions; /* (R) sorted by va */
 	size_t count, capacity;       /* (R) */
 	struct gmem_hints hints;      /* (R) */
@@ -29,7 +31,7 @@ struct gmem_as {
 	struct gmem_view *views;      /* views_lock */
 };
 
-int gmem_as_init(struct gmem_as *as);
+int gmem_as_init(struct gmem_as *as, uint64_t session_id);
 void gmem_as_deinit(struct gmem_as *as); /* no regions and no views are left */
 
 /* Adds a region on the object (a reference is taken). */
@@ -38,6 +40,10 @@ int gmem_as_insert(struct gmem_as *as, struct gmem_object *object, uint64_t va, 
 /* The same for an as that no other thread knows yet: takes no lock of the as. */
 int gmem_as_insert_private(struct gmem_as *as, struct gmem_object *object, uint64_t va, uint64_t offset, uint64_t bytes,
 			   enum gmem_fork fork, bool committed);
+/* A predecessor's region, which has its record already. */
+int gmem_as_adopt(struct gmem_as *as, struct gmem_object *object, const struct gmem_record *known, uint32_t record);
+/* Where the first region at or behind va begins; UINT64_MAX: there is none. */
+uint64_t gmem_as_next(struct gmem_as *as, uint64_t va);
 /* The region at va is registered on the process's uffd now. */
 void gmem_as_commit(struct gmem_as *as, uint64_t va);
 /* Removes [va, va + bytes) from the as: regions inside go, others are cut. For each piece, fn is called without locks

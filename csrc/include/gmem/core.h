@@ -13,6 +13,7 @@
 #include <gmem/types.h>
 
 struct gmem_core;
+struct gmem_kept_fd;
 
 struct gmem_core_config {
 	uint64_t window_base;       /* 2 MiB aligned; 0: default */
@@ -25,6 +26,10 @@ struct gmem_core_config {
 	bool event_fork;            /* ask for EVENT_FORK (needs CAP_SYS_PTRACE; falls back by itself) */
 	const char *policy;         /* who leaves a full hnode: a name of gmem_policy_name(); NULL: default */
 	bool no_fault_ahead;        /* a fault brings its own page only */
+	int keep_socket;            /* where descriptors are sent to be held (sd_notify), taken over; 0: nothing is kept */
+	uint32_t keep_max_fds;      /* how many may be held */
+	const struct gmem_kept_fd *kept; /* what a predecessor left there, taken over: keep.h */
+	size_t kept_count;
 };
 
 struct gmem_core_features {
@@ -37,7 +42,13 @@ struct gmem_core_features {
 	int uffd_device_fd;     /* borrowed, to be passed to clients; -1 */
 };
 
+/* With the state of a predecessor among config->kept, its sessions are there already, but nothing is served before
+ * gmem_core_resume(). -EPROTO: it is of another version; nothing has been touched. */
 int gmem_core_create(const struct gmem_core_config *config, struct gmem_core **ret);
+bool gmem_core_recovers(struct gmem_core *core);
+/* The predecessor's devices have been attached again, by gmem_device_attach_at(). Finishes or undoes what the predecessor was doing, wakes everybody and goes on. Pages that only a device which was
+ * not attached again had are poisoned. Does nothing if there was no predecessor. (blocks) */
+int gmem_core_resume(struct gmem_core *core);
 /* Brings every page home and leaves clients with plain shared memory that needs no daemon; then ends everything. */
 void gmem_core_destroy(struct gmem_core *core);
 void gmem_core_features(struct gmem_core *core, struct gmem_core_features *ret);
@@ -54,6 +65,8 @@ const char *gmem_policy_name(size_t index);
 /* ---- sessions: one client process each ---- */
 int gmem_session_create(struct gmem_core *core, uid_t uid, pid_t pid, uint64_t *ret_session);
 int gmem_session_destroy(struct gmem_core *core, uint64_t session); /* (blocks); frees everything it held */
+/* Those that some process has claimed; fills at most capacity ids, ret_count is the full count. */
+void gmem_session_ids(struct gmem_core *core, uint64_t *ids, size_t capacity, size_t *ret_count);
 /* Files for the client to map, by class; borrowed; -1 where there is none. */
 int gmem_session_files(struct gmem_core *core, uint64_t session, int ret_fds[GMEM_CLASS_COUNT]);
 /* The session's ring (gmem_wire.h) and its doorbell, made at the first call; borrowed. */
@@ -69,6 +82,7 @@ struct gmem_region_info {
 	uint64_t va, bytes, offset, page_bytes;
 	enum gmem_class class_;
 	enum gmem_fork fork;
+	bool committed;
 	int fd; /* borrowed; open for as long as the session lives, also if the region goes */
 };
 /* Fills at most capacity entries, ret_count is the full count. */
@@ -124,6 +138,9 @@ int gmem_release(struct gmem_core *core, uint64_t context, const struct gmem_ran
 /* message: GMEM_MESSAGE_MAX bytes, filled on failure. */
 int gmem_device_attach(struct gmem_core *core, const struct gmem_driver_ops *ops,
 		       const struct gmem_driver_config *config, int *ret_hnid);
+/* The same at a number that is free; for a device of a predecessor. -EEXIST: it is taken. */
+int gmem_device_attach_at(struct gmem_core *core, const struct gmem_driver_ops *ops,
+			  const struct gmem_driver_config *config, int hnid);
 /* Brings every page home, then removes the device. -EBUSY while contexts are open on it unless force; force detaches
  * them first. (blocks) */
 int gmem_device_detach(struct gmem_core *core, int hnid, bool force);

@@ -43,7 +43,16 @@ struct gmem_driver_config {
 	size_t count;
 	char *message; /* GMEM_MESSAGE_MAX bytes for the reason of a refusal */
 	uint64_t key_count; /* keys of the peer ops are below this: an index may be a sparse array */
+	struct gmem_driver_keep *keep; /* NULL: nothing outlives the daemon */
 };
+
+/* For drivers that store pages: descriptors (memfds, files) that outlive the daemon, each under a name of its own, of
+ * at most 15 letters and digits. Who puts everything that it needs into them, in an order that makes sense at any instant,
+ * and finds it there at its next probe, loses no page when the daemon is killed: keep_fd has one held, which stays the
+ * driver's too; kept_fd is what a predecessor had held, now the driver's, or -1. A driver that is given any by kept_fd
+ * says with that that it has its pages again; without, they are lost with the daemon. */
+int gmem_driver_keep_fd(const struct gmem_driver_config *config, const char *name, int fd);
+int gmem_driver_kept_fd(const struct gmem_driver_config *config, const char *name);
 
 /* For drivers: options a driver knows, and where their values go. Numbers may have a suffix (48M, 2G). */
 struct gmem_driver_option {

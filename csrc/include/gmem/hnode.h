@@ -36,6 +36,7 @@ struct gmem_hnode {
 	struct gmem_driver_ops ops_copy;         /* (C) with the tail the driver did not know set to NULL */
 	struct gmem_device *device;              /* (C) */
 	struct gmem_device_info info;            /* (C) */
+	struct gmem_driver_keep *keep;           /* (C) what its driver has held; NULL for the host */
 	atomic_bool draining;                    /* (A) being detached: takes no new pages */
 	_Atomic uint32_t rank;                   /* (A) tiers: place in the chain below the host */
 	struct gmem_mutex lock;
@@ -78,6 +79,8 @@ uint64_t gmem_hnode_free_bytes(struct gmem_hnode *hnode);
 /* Charges one page and makes its descriptor. The caller owns the page's BUSY. -ENOMEM: full; -EDQUOT: its owner's quota is
  * reached; -ENODEV: draining. */
 int gmem_hnode_frame_alloc(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index);
+/* The descriptor of a copy that a predecessor had there, whatever the limit and the quotas. -ENOMEM. */
+int gmem_hnode_frame_adopt(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index);
 void gmem_hnode_frame_free(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index);
 /* The page's descriptor, NULL if it has no copy here. The caller owns the page's BUSY. */
 struct gmem_frame *gmem_hnode_frame(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index);

@@ -9,6 +9,7 @@
 #include <gmem/event.h>
 #include <gmem/fault.h>
 #include <gmem/hnode.h>
+#include <gmem/keep.h>
 #include <gmem/lpt.h>
 #include <gmem/range.h>
 #include <gmem/session.h>
@@ -23,6 +24,9 @@ struct gmem_core {
 	const struct gmem_policy_ops *policy;    /* (C) of all hnodes */
 	atomic_bool stopping;                    /* (A) clients keep their memory: objects are forgotten, not freed */
 	struct gmem_hnode *retired;              /* devices_lock; detached, kept because a late reader may look */
+	struct gmem_keep keep;
+	struct gmem_recovery *recovery;          /* (C) while recovering */
+	bool recovering;                         /* (C) between create and resume: a predecessor's state is being taken over */
 	struct gmem_lpt lpt;
 	struct gmem_range_allocator va[GMEM_CLASS_COUNT];
 	_Atomic(struct gmem_hnode *) hnodes[GMEM_HNODE_MAX]; /* (A) changed under devices_lock */

@@ -20,7 +20,7 @@
  *   COPY target         the target's page may be mapped and newer: repeat the copy, EEXIST means it had landed
  *   FILL target         nobody has mapped the target: refill, or punch it and drop BUSY
  *   UPGRADE target      committed: punch every copy that is not in valid, then drop BUSY
- *   DISCARD             punch every copy
+ *   DISCARD             punch every copy; POISONED if why is LOST
  */
 #ifndef GMEM_LPT_H
 #define GMEM_LPT_H
@@ -74,11 +74,14 @@ struct gmem_lpt {
 	struct gmem_range_allocator extents; /* in bytes of the file */
 };
 
-int gmem_lpt_init(struct gmem_lpt *lpt, uint64_t pages);
+/* fd: the table of a predecessor, taken over; -1: a new one. */
+int gmem_lpt_init(struct gmem_lpt *lpt, uint64_t pages, int fd);
 void gmem_lpt_deinit(struct gmem_lpt *lpt);
 /* pages consecutive words, all NOMAP. */
 int gmem_lpt_extent_alloc(struct gmem_lpt *lpt, uint64_t pages, uint64_t *ret_pn);
 void gmem_lpt_extent_free(struct gmem_lpt *lpt, uint64_t pn, uint64_t pages);
+/* The extent of an object of a predecessor. */
+int gmem_lpt_extent_take(struct gmem_lpt *lpt, uint64_t pn, uint64_t pages);
 /* The next run [*pn, *ret_end) at or after *pn and before end in which words may be other than NOMAP; -ENOENT if none. */
 int gmem_lpt_next_touched(struct gmem_lpt *lpt, uint64_t *pn, uint64_t end, uint64_t *ret_end);
 uint64_t gmem_lpt_bytes(struct gmem_lpt *lpt);

@@ -41,5 +41,7 @@ int gmem_session_acquire(struct gmem_session *session, uint64_t context, struct 
 int gmem_session_release(struct gmem_session *session, uint64_t context, struct gmem_range range);
 /* Releases everything a context holds: it has ended. (acquire.c) */
 void gmem_release_all(struct gmem_view *view);
+/* A predecessor's hold on a range whose pages have their frames again. */
+int gmem_hold_adopt(struct gmem_view *view, struct gmem_range range, uint32_t record);
 
 #endif

@@ -14,6 +14,7 @@
 #include <gmem/view.h>
 
 struct gmem_core;
+struct gmem_record;
 struct gmem_region;
 
 struct gmem_object {
@@ -24,6 +25,7 @@ struct gmem_object {
 	uint8_t shift;            /* (C) log2 of the logical page size */
 	enum gmem_class class_;   /* (C) */
 	struct gmem_account *account; /* (C) */
+	uint32_t record;          /* (C) */
 	struct gmem_mutex lock;
 	struct gmem_region *regions;  /* (O) */
 	uint64_t regions_generation;  /* (O) grows with each change of the list or of a region in it */
@@ -33,6 +35,9 @@ struct gmem_object {
 /* References the account. The VA range at offset becomes the object's; on failure it stays the caller's. */
 int gmem_object_create(struct gmem_core *core, struct gmem_account *account, enum gmem_class class_, uint64_t offset,
 		       uint64_t bytes, uint8_t shift, struct gmem_object **ret);
+/* One of a predecessor's, whose extent and VA range have been taken. */
+int gmem_object_adopt(struct gmem_core *core, struct gmem_account *account, const struct gmem_record *known,
+		      uint32_t record, struct gmem_object **ret);
 struct gmem_object *gmem_object_ref(struct gmem_object *object);
 /* False if it is being destroyed. */
 bool gmem_object_tryref(struct gmem_object *object);
