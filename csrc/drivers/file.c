@@ -7,6 +7,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 #include <gmem/driver.h>
 #include <gmem/memfd.h>
@@ -122,6 +123,23 @@ static int measure(struct gmem_device *device)
 
 /* ---- identity ---- */
 
+/* Where a predecessor has left its pages. */
+static int take_over(const struct gmem_driver_config *config, const struct options *options, enum gmem_aio_engine engine,
+		     const struct gmem_scratch_config *wanted, int index, int fd, struct gmem_store *ret)
+{
+	struct gmem_index_header header;
+	struct gmem_scratch scratch;
+	int err = pread(index, &header, sizeof(header), 0) == sizeof(header) ? 0 : -EPROTO;
+
+	if (!err)
+		err = gmem_scratch_adopt(wanted, fd, header.capacity_bytes, &scratch);
+	if (!err)
+		err = gmem_store_adopt(ret, &scratch, config->key_count, index, engine, (unsigned)options->depth);
+	if (err)
+		snprintf(config->message, GMEM_MESSAGE_MAX, "path: what was left there can't be taken over: %s", strerror(-err));
+	return err;
+}
+
 static int open_store(const struct gmem_driver_config *config, const struct options *options,
 		      enum gmem_aio_engine engine, struct gmem_store *ret)
 {
@@ -130,11 +148,22 @@ static int open_store(const struct gmem_driver_config *config, const struct opti
 		.preallocate = (enum gmem_choice)options->preallocate, .direct = (enum gmem_choice)options->direct,
 	};
 	struct gmem_scratch scratch;
-	int err = gmem_scratch_open(&wanted, config->message, &scratch);
+	int index = gmem_driver_kept_fd(config, "index"), fd = gmem_driver_kept_fd(config, "scratch"), err;
 
+	if (index >= 0 && fd >= 0)
+		return take_over(config, options, engine, &wanted, index, fd, ret);
+	err = gmem_scratch_open(&wanted, config->message, &scratch);
 	if (err)
 		return err;
 	err = gmem_store_init(ret, &scratch, config->key_count, engine, (unsigned)options->depth);
+	if (err)
+		goto refused;
+	err = gmem_driver_keep_fd(config, "scratch", ret->scratch.fd);
+	if (!err)
+		err = gmem_driver_keep_fd(config, "index", ret->index.fd);
+	if (err)
+		gmem_store_deinit(ret);
+refused:
 	if (err)
 		snprintf(config->message, GMEM_MESSAGE_MAX, "%s: %s", engine == GMEM_AIO_URING ? "engine: io_uring" : "memory",
 			 strerror(-err));
@@ -161,6 +190,12 @@ static int file_probe(const struct gmem_driver_config *config, struct gmem_devic
 		free(device);
 		return err;
 	}
+	if (device->store.index.header->latency_ns) { /* a predecessor's, and full of pages */
+		device->bandwidth = device->store.index.header->bandwidth;
+		device->latency_ns = device->store.index.header->latency_ns;
+		*ret = device;
+		return 0;
+	}
 	err = measure(device);
 	if (err) {
 		snprintf(config->message, GMEM_MESSAGE_MAX, "path: %.64s: a first write and read failed: %s", options.path,
@@ -169,6 +204,8 @@ static int file_probe(const struct gmem_driver_config *config, struct gmem_devic
 		free(device);
 		return err;
 	}
+	device->store.index.header->bandwidth = device->bandwidth;
+	device->store.index.header->latency_ns = device->latency_ns + !device->latency_ns;
 	*ret = device;
 	return 0;
 }

@@ -21,6 +21,7 @@ struct gmem_index_header {
 	uint64_t entries_offset;
 	uint64_t key_count;
 	uint64_t capacity_bytes; /* of what the places are in */
+	uint64_t bandwidth, latency_ns; /* of that, as it was measured */
 };
 
 /* Bits of a place: 0 to 4 the page's shift, 5 which checksum counts, 12 and up the offset. 0: nothing is stored. */
@@ -51,6 +52,10 @@ static inline uint64_t gmem_place_bytes(uint64_t place)
 }
 
 int gmem_index_init(struct gmem_index *index, uint64_t key_count, uint64_t capacity_bytes);
+/* A predecessor's, taken over on success. -EPROTO: it is none, or of another version. */
+int gmem_index_adopt(struct gmem_index *index, uint64_t key_count, int fd);
+/* The next key at or behind key that has a place; -ENOENT: none. */
+int gmem_index_next(struct gmem_index *index, uint64_t *key);
 void gmem_index_deinit(struct gmem_index *index);
 /* The place, 0 if nothing is stored. key is below key_count. */
 uint64_t gmem_index_get(struct gmem_index *index, uint64_t key, uint32_t *ret_crc);

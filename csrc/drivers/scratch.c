@@ -289,6 +289,27 @@ int gmem_scratch_open(const struct gmem_scratch_config *config, char *message, s
 	return err;
 }
 
+int gmem_scratch_adopt(const struct gmem_scratch_config *config, int fd, uint64_t capacity, struct gmem_scratch *ret)
+{
+	struct header *header = aligned_alloc(HEADER_BYTES, HEADER_BYTES); /* the file may be open with O_DIRECT */
+	struct stat ours, named;
+	int err = header ? 0 : -ENOMEM;
+
+	if (!err && (fstat(fd, &ours) || (S_ISREG(ours.st_mode) &&
+					   (uint64_t)ours.st_size < GMEM_SCRATCH_DATA + capacity)))
+		err = -EPROTO;
+	*ret = (struct gmem_scratch){ .fd = fd, .capacity = capacity, .direct = fcntl(fd, F_GETFL) & O_DIRECT,
+				      .preallocated = config->preallocate != GMEM_OFF };
+	/* it is to be removed if it still is what that path names, and gmem has made it */
+	if (!err && S_ISREG(ours.st_mode) && !stat(config->path, &named) && named.st_ino == ours.st_ino &&
+	    named.st_dev == ours.st_dev && pread(fd, header, HEADER_BYTES, 0) == HEADER_BYTES && header->made) {
+		ret->made = strdup(config->path);
+		err = ret->made ? 0 : -ENOMEM;
+	}
+	free(header);
+	return err;
+}
+
 void gmem_scratch_close(struct gmem_scratch *scratch)
 {
 	if (scratch->made)

@@ -30,6 +30,8 @@ struct gmem_scratch {
 
 /* message: GMEM_MESSAGE_MAX bytes; says why it is refused, beginning with the name of an option. */
 int gmem_scratch_open(const struct gmem_scratch_config *config, char *message, struct gmem_scratch *ret);
+/* The one that a predecessor had open, under the same configuration; takes fd over on success. */
+int gmem_scratch_adopt(const struct gmem_scratch_config *config, int fd, uint64_t capacity, struct gmem_scratch *ret);
 void gmem_scratch_close(struct gmem_scratch *scratch);
 
 #endif

@@ -170,6 +170,53 @@ int gmem_slots_alloc(struct gmem_slots *slots, uint64_t bytes, uint64_t *ret_off
 	return err;
 }
 
+/* Chunks up to this one come into use. */
+static void open_chunks_locked(struct gmem_slots *slots, uint32_t number)
+{
+	for (; slots->fresh <= number; slots->fresh++) {
+		slots->chunks[slots->fresh].free_groups = ALL_GROUPS;
+		slots->chunks[slots->fresh].list = GMEM_SLOTS_NO_LIST;
+		relist_locked(slots, slots->fresh);
+	}
+}
+
+static int take_locked(struct gmem_slots *slots, uint32_t number, uint64_t at, uint64_t bytes)
+{
+	unsigned group = (unsigned)(at / GROUP_BYTES), page = (unsigned)(at % GROUP_BYTES / PAGE_BYTES);
+	struct gmem_slots_chunk *chunk = &slots->chunks[number];
+	bool is_free = bytes == PAGE_BYTES  ? !(chunk->used[group] >> page & 1) && !(chunk->full_groups >> group & 1) :
+		       bytes == GROUP_BYTES ? chunk->free_groups >> group & 1 : chunk->free_groups == ALL_GROUPS;
+
+	if (!is_free)
+		return -EINVAL;
+	if (chunk->free_groups == ALL_GROUPS)
+		chunk->for_64k = bytes == GROUP_BYTES;
+	if (bytes == PAGE_BYTES)
+		set_group(chunk, group, (uint16_t)(chunk->used[group] | 1u << page));
+	else if (bytes == GROUP_BYTES)
+		set_group(chunk, group, GROUP_FULL);
+	else
+		take_chunk(chunk);
+	relist_locked(slots, number);
+	slots->used_bytes += bytes;
+	return 0;
+}
+
+int gmem_slots_take(struct gmem_slots *slots, uint64_t offset, uint64_t bytes)
+{
+	uint64_t number = offset / GMEM_SLOTS_CHUNK;
+	int err;
+
+	if ((bytes != PAGE_BYTES && bytes != GROUP_BYTES && bytes != GMEM_SLOTS_CHUNK) || offset % bytes ||
+	    number >= slots->count)
+		return -EINVAL;
+	gmem_mutex_lock(&slots->lock);
+	open_chunks_locked(slots, (uint32_t)number);
+	err = take_locked(slots, (uint32_t)number, offset % GMEM_SLOTS_CHUNK, bytes);
+	gmem_mutex_unlock(&slots->lock);
+	return err;
+}
+
 void gmem_slots_free(struct gmem_slots *slots, uint64_t offset, uint64_t bytes)
 {
 	uint32_t number = (uint32_t)(offset / GMEM_SLOTS_CHUNK);

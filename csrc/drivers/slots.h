@@ -52,6 +52,8 @@ int gmem_slots_init(struct gmem_slots *slots, uint64_t bytes);
 void gmem_slots_deinit(struct gmem_slots *slots);
 /* bytes: 4 KiB, 64 KiB or 2 MiB. -ENOSPC. */
 int gmem_slots_alloc(struct gmem_slots *slots, uint64_t bytes, uint64_t *ret_offset);
+/* Before anything is allocated: a place that a predecessor had given out. -EINVAL: it is none, or it is taken. */
+int gmem_slots_take(struct gmem_slots *slots, uint64_t offset, uint64_t bytes);
 void gmem_slots_free(struct gmem_slots *slots, uint64_t offset, uint64_t bytes);
 uint64_t gmem_slots_used(struct gmem_slots *slots);
 

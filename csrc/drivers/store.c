@@ -21,8 +21,27 @@
 #define RETRY_NS 1000000000ull       /* a lost device is tried once in a while: a cable may be back */
 #define TRIES_MAX 2
 
-int gmem_store_init(struct gmem_store *store, const struct gmem_scratch *scratch, uint64_t key_count,
-		    enum gmem_aio_engine engine, unsigned depth)
+/* Everything that the index says is stored is taken; the rest is free, whatever it had been. */
+static int count_stored(struct gmem_store *store)
+{
+	uint64_t key = 0;
+
+	for (; !gmem_index_next(&store->index, &key); key++) {
+		uint32_t crc;
+		uint64_t place = gmem_index_get(&store->index, key, &crc), bytes = gmem_place_bytes(place);
+
+		if (gmem_place_offset(place) < GMEM_SCRATCH_DATA ||
+		    gmem_slots_take(&store->slots, gmem_place_offset(place) - GMEM_SCRATCH_DATA, bytes))
+			return -EPROTO;
+		atomic_fetch_add(&store->pages, 1);
+		atomic_fetch_add(&store->page_bytes, bytes);
+	}
+	return 0;
+}
+
+/* index_fd: -1: a new one. */
+static int store_init(struct gmem_store *store, const struct gmem_scratch *scratch, uint64_t key_count, int index_fd,
+		      enum gmem_aio_engine engine, unsigned depth)
 {
 	int err;
 
@@ -30,9 +49,13 @@ int gmem_store_init(struct gmem_store *store, const struct gmem_scratch *scratch
 	err = gmem_slots_init(&store->slots, scratch->capacity);
 	if (err)
 		goto no_slots;
-	err = gmem_index_init(&store->index, key_count, scratch->capacity);
+	err = index_fd < 0 ? gmem_index_init(&store->index, key_count, scratch->capacity) :
+			     gmem_index_adopt(&store->index, key_count, index_fd);
 	if (err)
 		goto no_index;
+	err = count_stored(store);
+	if (err)
+		goto no_aio;
 	err = gmem_aio_create(scratch->fd, engine, depth, &store->aio);
 	if (err)
 		goto no_aio;
@@ -47,6 +70,18 @@ no_index:
 no_slots:
 	gmem_scratch_close(&store->scratch);
 	return err;
+}
+
+int gmem_store_init(struct gmem_store *store, const struct gmem_scratch *scratch, uint64_t key_count,
+		    enum gmem_aio_engine engine, unsigned depth)
+{
+	return store_init(store, scratch, key_count, -1, engine, depth);
+}
+
+int gmem_store_adopt(struct gmem_store *store, const struct gmem_scratch *scratch, uint64_t key_count, int index_fd,
+		     enum gmem_aio_engine engine, unsigned depth)
+{
+	return store_init(store, scratch, key_count, index_fd, engine, depth);
 }
 
 void gmem_store_deinit(struct gmem_store *store)

@@ -35,6 +35,9 @@ struct gmem_store {
 /* Takes over scratch, and closes it if it fails. */
 int gmem_store_init(struct gmem_store *store, const struct gmem_scratch *scratch, uint64_t key_count,
 		    enum gmem_aio_engine engine, unsigned depth);
+/* The same with the index of a predecessor, taken over on success. -EPROTO: the two do not belong together. */
+int gmem_store_adopt(struct gmem_store *store, const struct gmem_scratch *scratch, uint64_t key_count, int index_fd,
+		     enum gmem_aio_engine engine, unsigned depth);
 void gmem_store_deinit(struct gmem_store *store);
 
 /* Set the result of each io. */
