@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <gmem/crash.h>
 #include <gmem/as.h>
 #include <gmem/internal.h>
 
@@ -138,6 +139,7 @@ static int insert_locked(struct gmem_as *as, struct gmem_object *object, uint64_
 	gmem_object_ref(object);
 	place_locked(as, region);
 	link_object(region);
+	gmem_crash(GMEM_CRASH_REGION_LINKED);
 	return 0;
 }
 
@@ -233,6 +235,7 @@ static struct gmem_region cut_locked(struct gmem_as *as, size_t at, uint64_t sta
 		uint64_t tail_offset = region->offset + (end - region->va);
 
 		resize(region, region->va, region->offset, start - region->va);
+		gmem_crash(GMEM_CRASH_REGION_CUT);
 		/* Out of memory: the tail is forgotten, and a touch of it is a clear SIGBUS. */
 		if (end < region_end)
 			insert_locked(as, region->object, end, tail_offset, region_end - end, region->fork,

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include <gmem/crash.h>
 #include <gmem/internal.h>
 #include <gmem/reclaim.h>
 #include <gmem/recover.h>
@@ -164,6 +165,7 @@ int gmem_core_create(const struct gmem_core_config *config, struct gmem_core **r
 
 	if (!core)
 		return -ENOMEM;
+	gmem_crash_init();
 	core->overcommit = config->overcommit;
 	core->policy = gmem_policy_find(config->policy);
 	core->fault_ahead = !config->no_fault_ahead;

@@ -8,6 +8,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <gmem/crash.h>
 #include <gmem/agent.h>
 #include <gmem/internal.h>
 #include <gmem/maps.h>
@@ -275,6 +276,7 @@ static struct gmem_view *resume_view(struct gmem_session *session, int hnid, uin
 		return NULL;
 	}
 	resume_agent(core, view);
+	gmem_crash(GMEM_CRASH_RECOVER_VIEW);
 	return view;
 }
 
@@ -414,6 +416,7 @@ static int resume_page(struct gmem_object *object, uint64_t index)
 		if (!err && (gmem_word_flags(word) & GMEM_PAGE_PINNED))
 			gmem_hnode_pinned(hnode, (int64_t)1 << object->shift);
 	}
+	gmem_crash(GMEM_CRASH_RECOVER_PAGE);
 	atomic_store(at, word);
 	return err;
 }
@@ -608,8 +611,10 @@ int gmem_core_resume(struct gmem_core *core)
 	if (err)
 		return err;
 	clear_between(core, core->recovery);
+	gmem_crash(GMEM_CRASH_RECOVER_MAPS);
 	for_sessions(core, look_at_process);
 	core->recovering = false;
+	gmem_crash(GMEM_CRASH_RECOVER_DONE);
 	for_sessions(core, go_on);
 	let_go(core);
 	gmem_keep_drop_left(&core->keep);

@@ -13,6 +13,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <gmem/crash.h>
 #include <gmem/internal.h>
 #include <gmem/memfd.h>
 #include <gmem/ring.h>
@@ -137,6 +138,8 @@ static bool take(struct gmem_ring *ring)
 		log_taken(ring, job, ring->sq_head - 1);
 	}
 	if (count)
+		gmem_crash(GMEM_CRASH_RING_TAKEN);
+	if (count)
 		__atomic_store_n(&ring->shared->sq_head, ring->sq_head, __ATOMIC_RELEASE);
 	return count;
 }
@@ -154,8 +157,10 @@ static void complete(struct gmem_ring *ring, uint32_t i)
 	uint8_t index = ring->order[i];
 
 	log_state(ring, index, GMEM_RING_LOG_COMPLETES);
+	gmem_crash(GMEM_CRASH_RING_COMPLETES);
 	memcpy(cq_entry(ring, ring->cq_tail++), &job->cqe, sizeof(job->cqe));
 	__atomic_store_n(&ring->shared->cq_tail, ring->cq_tail, __ATOMIC_RELEASE);
+	gmem_crash(GMEM_CRASH_RING_COMPLETED);
 	log_state(ring, index, GMEM_RING_LOG_FREE);
 	ring->running -= job->running;
 	ring->job_count--;

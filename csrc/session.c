@@ -5,6 +5,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <gmem/crash.h>
 #include <gmem/agent.h>
 #include <gmem/internal.h>
 #include <gmem/pages.h>
@@ -459,6 +460,7 @@ void gmem_session_forked(struct gmem_session *parent, int uffd)
 			protect_regions(child, uffd);
 		atomic_store(&child->stored, !err);
 		write_record(child);
+		gmem_crash(GMEM_CRASH_FORKED);
 		gmem_session_unref(child);
 	}
 	gmem_core_post(core, err ? GMEM_EVENT_ERROR : GMEM_EVENT_FORK, parent->id, 0, id, 0, err);
@@ -612,7 +614,7 @@ static void tear_down(struct gmem_session *session)
 		gmem_as_remove(&session->as, range.va, range.bytes, gmem_session_release_piece, NULL);
 		if (!host)
 			continue;
-		if (atomic_load(&core->stopping))
+		if (atomic_load(&core->stopping) || atomic_load(&session->disowned))
 			gmem_uffd_unregister(host->uffd, range.va, range.bytes);
 		else if (core->features.poison)
 			gmem_uffd_poison(host->uffd, range.va, range.bytes);
@@ -645,6 +647,24 @@ int gmem_session_destroy(struct gmem_core *core, uint64_t id)
 	atomic_fetch_sub(&core->session_count, 1);
 	gmem_session_unref(session);
 	return 0;
+}
+
+int gmem_session_disown(struct gmem_core *core, uint64_t id)
+{
+	struct gmem_session *session = gmem_session_get(core, id);
+	bool stored;
+
+	if (!session)
+		return -ENOENT;
+	stored = atomic_load(&session->stored);
+	if (stored) {
+		atomic_store(&session->bound, false);
+		write_record(session);
+	} else {
+		atomic_store(&session->disowned, true);
+	}
+	gmem_session_unref(session);
+	return stored ? 0 : gmem_session_destroy(core, id);
 }
 
 int gmem_session_stats(struct gmem_core *core, uint64_t id, struct gmem_session_stats *ret)

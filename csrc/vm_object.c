@@ -2,6 +2,7 @@
 #include <errno.h>
 #include <stdlib.h>
 
+#include <gmem/crash.h>
 #include <gmem/as.h>
 #include <gmem/internal.h>
 #include <gmem/vm_object.h>
@@ -116,9 +117,12 @@ void gmem_object_unref(struct gmem_object *object)
 	core = object->core;
 	for (int h = 0; h < GMEM_HNODE_MAX; h++)
 		gmem_alias_unmap(atomic_load(&object->aliases[h]), object->bytes);
+	gmem_crash(GMEM_CRASH_OBJECT_FREE);
 	if (!atomic_load(&core->stopping))
 		free_pages(object);
+	gmem_crash(GMEM_CRASH_OBJECT_FREED);
 	gmem_record_drop(&core->keep, &object->record); /* before its ranges may come to be another's */
+	gmem_crash(GMEM_CRASH_OBJECT_FORGOTTEN);
 	gmem_lpt_extent_free(&core->lpt, object->pn, object->pages);
 	gmem_account_map(object->account, -(int64_t)object->bytes);
 	atomic_fetch_sub(&core->committed_bytes[object->class_], object->bytes);

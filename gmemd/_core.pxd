@@ -196,6 +196,7 @@ cdef extern from "gmem/core.h" nogil:
     void gmem_core_stats_ "gmem_core_stats"(gmem_core *, gmem_core_stats *)
     int gmem_session_create(gmem_core *, uid_t, pid_t, uint64_t *)
     void gmem_session_ids(gmem_core *, uint64_t *, size_t, size_t *)
+    int gmem_session_disown(gmem_core *, uint64_t)
     int gmem_session_destroy(gmem_core *, uint64_t)
     int gmem_session_files(gmem_core *, uint64_t, int *)
     int gmem_session_ring(gmem_core *, uint64_t, int *)

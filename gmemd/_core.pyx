@@ -260,6 +260,16 @@ cdef class Core:
             free(ids)
             self._leave()
 
+    def session_disown(self, uint64_t session):
+        """A predecessor's session that had not come to its client."""
+        cdef gmem_core *core = self._enter()
+        cdef int err
+        with nogil:
+            err = gmem_session_disown(core, session)
+        self._leave()
+        if err:
+            _raise(err)
+
     def session_destroy(self, uint64_t session):
         cdef gmem_core *core = self._enter()
         cdef int err

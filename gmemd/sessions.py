@@ -147,7 +147,7 @@ class SessionTable:
                 self._by_core[core_id] = session
                 self._by_digest[self._digest(session.token)] = session
         for core_id in known:
-            self._quietly("session_destroy", core_id)
+            self._quietly("session_disown", core_id)
         for context_id, note in self._notes.table("contexts").items():
             owner = self.by_core_id(note["session"])
             if owner is None:

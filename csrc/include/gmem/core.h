@@ -65,6 +65,9 @@ const char *gmem_policy_name(size_t index);
 /* ---- sessions: one client process each ---- */
 int gmem_session_create(struct gmem_core *core, uid_t uid, pid_t pid, uint64_t *ret_session);
 int gmem_session_destroy(struct gmem_core *core, uint64_t session); /* (blocks); frees everything it held */
+/* A predecessor's session that had not come to its client: a forked child can be claimed again; others end, and nothing
+ * is done to what their processes have mapped. */
+int gmem_session_disown(struct gmem_core *core, uint64_t session);
 /* Those that some process has claimed; fills at most capacity ids, ret_count is the full count. */
 void gmem_session_ids(struct gmem_core *core, uint64_t *ids, size_t capacity, size_t *ret_count);
 /* Files for the client to map, by class; borrowed; -1 where there is none. */
