@@ -136,6 +136,9 @@ class HandshakeServer:
                 self._forget(name)
                 continue
             sock.setblocking(False)
+            if not sessions.was_told(session_id, context_id):
+                with contextlib.suppress(OSError):
+                    sock.send(wire.pack_ready(), socket.MSG_NOSIGNAL)
             owner.on_end = self._end_of(peer)
             peer.kept_as = name
             self._connections[peer.uid] += 1
@@ -266,12 +269,14 @@ class HandshakeServer:
             if admission.finish is not None:
                 uffd = await self._receive_uffd(peer)
                 admission.close = await self._in_pool(peer, admission.finish, uffd)
-            if admission.keep is not None:
-                peer.kept_as = await self._in_pool(peer, self._put_away, peer, admission)
             if admission.ready:
                 agent = await self._in_pool(peer, admission.agent) if hello.wants_agent else None
                 flags, fds = (0, []) if agent is None else (wire.HAS_AGENT, [agent])
+                if admission.keep is not None:
+                    peer.kept_as = await self._in_pool(peer, self._put_away, peer, admission)
                 await self._send(peer, wire.pack_ready(flags=flags), fds)
+                if admission.keep is not None:
+                    await self._in_pool(peer, admission.keep, True)
         except BaseException:
             await self._tear_down(peer, admission.close)
             raise
@@ -284,7 +289,7 @@ class HandshakeServer:
     def _put_away(self, peer: Peer, admission: Admission) -> str:
         """(blocks) Before the client learns that it is in."""
         assert admission.keep is not None
-        session_id, context_id = admission.keep()
+        session_id, context_id = admission.keep(False)
         name = f"conn.{session_id}.{context_id}"
         if self._keep is not None:
             self._keep.hold(name, peer.sock.fileno())

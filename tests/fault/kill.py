@@ -8,6 +8,7 @@ usage: kill.py [--seconds S | --kills N] [--seed SEED]. Ends with one line, `kil
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from datetime import datetime
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -26,7 +28,7 @@ ROOT = HERE.parent.parent
 POINTS_H = ROOT / "csrc" / "include" / "gmem" / "crash.h"
 KINDS = ("touch", "compute", "churn")
 PATIENCE_S = 0.8  # a point that nobody comes by in this time is given up for a kill at a random instant
-STALL_MAX_S = 2.0  # after the restart
+STALL_MAX_S = 2.0  # from the start of a daemon to the end of what was blocked, or to that daemon's own end
 DEVICES = ("simgpu0:capacity=6M", "name=disk,driver=file,path={directory},capacity=256M,depth=4")
 
 
@@ -73,6 +75,11 @@ class Target:
     def lives(self) -> int:
         return self.log.read_bytes().count(b"took over")
 
+    def starts(self) -> list[float]:
+        """When each life began, of which some were very short."""
+        found = re.findall(r'"event": "features".*"timestamp": "([^"]+)"', self.log.read_text())
+        return sorted(datetime.fromisoformat(text).timestamp() for text in found)
+
     def stop(self) -> int:
         self.spec.write_text("")
         self.process.terminate()
@@ -94,9 +101,9 @@ class Worker:
             out, _ = self.process.communicate(timeout=60)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            return {"kind": self.kind, "wrong": ["it was blocked for a minute"], "longest_s": 60.0, "steps": 0}
+            return {"kind": self.kind, "wrong": ["it was blocked for a minute"], "slow": [], "steps": 0}
         if self.process.returncode:
-            return {"kind": self.kind, "wrong": [f"ended with {self.process.returncode}"], "longest_s": 0.0, "steps": 0}
+            return {"kind": self.kind, "wrong": [f"ended with {self.process.returncode}"], "slow": [], "steps": 0}
         return json.loads(out)
 
 
@@ -151,24 +158,33 @@ def run(seconds: float, most: int, seed: int) -> int:
     target.spec.write_text("")
     results = [worker.finish() for worker in workers]
     status = target.stop()
-    return report(results, where, kills, status, directory, seed)
+    return report(results, where, kills, status, target, seed)
 
 
-def report(results: list[dict], where: Counter[str], kills: int, status: int, directory: Path, seed: int) -> int:
-    lost = sum(len(result["wrong"]) for result in results)
-    longest = max(results, key=lambda result: result["longest_s"])
+def longest_stall(results: list[dict], starts: list[float]) -> tuple[float, str]:
+    """Of what was blocked: the longest part that lies in one life of the daemon."""
+    longest, what = 0.0, ""
     for result in results:
-        print(f"{result['kind']}: {result['steps']} steps, longest {result['longest_s']:.2f} s", *result["wrong"][:5],
-              sep="\n  ")  # fmt: skip
-    print("killed at " + ", ".join(f"{name} {count}" for name, count in sorted(where.items())))
-    stalled = longest["longest_s"] > STALL_MAX_S + PATIENCE_S
-    if lost or stalled or status:
-        log = (directory / "log").read_text()[-3000:]
-        print(f"seed {seed}; gmemd ended with {status}; longest: {longest.get('longest_what')}; its log: {log}")
-    shutil.copy(directory / "log", "/tmp/w/kill.log")
-    shutil.rmtree(directory, ignore_errors=True)
-    print(f"kills={kills} lost={lost} longest_stall_s={longest['longest_s']:.2f}")
-    return 1 if lost or stalled or status else 0
+        for step, began, ended in result["slow"]:
+            cuts = [began, *(start for start in starts if began < start < ended), ended]
+            part = max(after - before for before, after in itertools.pairwise(cuts))
+            if part > longest:
+                longest, what = part, f"{result['kind']}: {step}"
+    return longest, what
+
+
+def report(results: list[dict], where: Counter[str], kills: int, status: int, target: Target, seed: int) -> int:
+    lost = sum(len(result["wrong"]) for result in results)
+    stall, what = longest_stall(results, target.starts())
+    for result in results:
+        print(f"{result['kind']}: {result['steps']} steps", *result["wrong"][:5], sep="\n  ")
+    print("killed at " + ", ".join(f"{name or 'start'} {count}" for name, count in sorted(where.items())))
+    bad = lost or stall > STALL_MAX_S or status
+    if bad:
+        print(f"seed {seed}; gmemd ended with {status}; longest: {what}; its log:\n{target.log.read_text()[-3000:]}")
+    shutil.rmtree(target.directory, ignore_errors=True)
+    print(f"kills={kills} lost={lost} longest_stall_s={stall:.2f}")
+    return 1 if bad else 0
 
 
 def main() -> int:
