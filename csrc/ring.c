@@ -104,13 +104,13 @@ static uint32_t takeable(struct gmem_ring *ring, bool *ret_full)
 	return waiting < most ? waiting : most;
 }
 
-static void log_taken(struct gmem_ring *ring, const struct gmem_ring_job *job, uint32_t sq_index)
+static void log_taken(struct gmem_ring *ring, const struct gmem_ring_job *job)
 {
 	size_t i = (size_t)(job - ring->jobs);
 
 	if (!ring->log)
 		return;
-	ring->log->entries[i].sq_index = sq_index;
+	ring->log->entries[i].sq_index = job->sq_index;
 	memcpy(&ring->log->entries[i].sqe, &job->sqe, sizeof(job->sqe));
 	atomic_store_explicit(&ring->log->entries[i].state, GMEM_RING_LOG_TAKEN, memory_order_release);
 }
@@ -135,7 +135,8 @@ static bool take(struct gmem_ring *ring)
 		memcpy(&job->sqe, sq_entry(ring, ring->sq_head++), sizeof(job->sqe));
 		__asm__ volatile("" ::: "memory"); /* nothing is read from there again */
 		job->running = job->again = false;
-		log_taken(ring, job, ring->sq_head - 1);
+		job->sq_index = ring->sq_head - 1;
+		log_taken(ring, job);
 	}
 	if (count)
 		gmem_crash(GMEM_CRASH_RING_TAKEN);
@@ -661,6 +662,7 @@ static void redo(struct gmem_ring *ring)
 		}
 		memcpy(&ring->jobs[i].sqe, &ring->log->entries[i].sqe, sizeof(ring->jobs[i].sqe));
 		ring->jobs[i].again = true;
+		ring->jobs[i].sq_index = at;
 		if ((int32_t)(at + 1 - ring->sq_head) > 0)
 			ring->sq_head = at + 1;
 		for (place = ring->job_count++; place && (int32_t)(ring->log->entries[ring->order[place - 1]].sq_index - at) > 0; place--)

@@ -438,6 +438,8 @@ cdef class Core:
         args.page_bytes = page_bytes
         args.fork = <gmem_fork>fork_number
         args.small_only = small
+        args.asked = 0
+        args.again = False
         with nogil:
             err = gmem_mmap(core, session, &args, &region)
         self._leave()

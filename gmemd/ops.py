@@ -55,7 +55,7 @@ _MEANING: dict[tuple[str, int], str] = {
     ("quota", errno.EDQUOT): "there is nowhere for the rest to go within its other quotas; nothing has changed",
     ("quota", errno.EAGAIN): "the rest is in use just now; nothing has changed",
     ("quota", errno.ENOENT): "there is no such session, or no session of that user",
-    ("mmap_commit", errno.EINVAL): "not the start of a region that waits for its commit, or not mapped there",
+    ("mmap_commit", errno.EINVAL): "not the start of a region, or not mapped there",
     ("mmap_commit", errno.ENOTCONN): "the session's userfaultfd has not been attached",
     ("query", errno.EINVAL): "the range is not within one region of this session",
     ("hmemcpy", errno.EINVAL): "source or destination is not mapped by this session, or they overlap",

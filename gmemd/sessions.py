@@ -132,7 +132,8 @@ class SessionTable:
         return context.session.core_id, context.id
 
     def was_told(self, core_id: int, context_id: int) -> bool:
-        note = self._notes.table("contexts").get(context_id) if context_id else self._notes.table("sessions").get(core_id)
+        table, key = ("contexts", context_id) if context_id else ("sessions", core_id)
+        note = self._notes.table(table).get(key)
         return bool(note and note["told"])
 
     def restore(self) -> None:

@@ -30,8 +30,8 @@ _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Supervisor:
-    """argv: the daemon's command line. watchdog_s: how long it may say nothing once it is ready; 0: for ever. ready_fd: for
-    the first life, which tells whoever waits."""
+    """argv: the daemon's command line. watchdog_s: how long it may say nothing once it is ready; 0: for ever. ready_fd:
+    for the first life, which tells whoever waits."""
 
     def __init__(self, argv: Sequence[str], *, watchdog_s: float = 0.0, ready_fd: int = -1) -> None:
         self._argv = list(argv)

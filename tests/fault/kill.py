@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kills a supervised gmemd under load, at random instants and at every crash point, and checks every word.
 
-usage: kill.py [--seconds S | --kills N] [--seed SEED]. Ends with one line, `kills=N lost=0 longest_stall_s=X`; exit status
-1 if a word was lost, a client failed or something was blocked for too long.
+usage: kill.py [--seconds S | --kills N] [--seed SEED]. Ends with one line, `kills=N lost=0 longest_stall_s=X`; exit
+status 1 if a word was lost, a client failed or something was blocked for too long.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import time
 from collections import Counter
 from datetime import datetime
 from pathlib import Path
+
+from gmemd.control import Control
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -53,7 +55,9 @@ class Target:
             command += ["--device", device.format(directory=directory)]
         environ = {**os.environ, "GMEM_CRASH_FILE": str(self.spec)}
         with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=environ, stderr=log, stdout=log, pass_fds=[ready_end])
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=environ, stderr=log, stdout=log, pass_fds=[ready_end]
+            )
         os.close(ready_end)
         said = os.read(ready, 4096).decode()
         os.close(ready)
@@ -79,6 +83,19 @@ class Target:
         """When each life began, of which some were very short."""
         found = re.findall(r'"event": "features".*"timestamp": "([^"]+)"', self.log.read_text())
         return sorted(datetime.fromisoformat(text).timestamp() for text in found)
+
+    def left(self) -> list[str]:
+        """What is still held once every client has gone."""
+
+        def look() -> list[str]:
+            with Control(self.socket) as control:
+                reply = control.request("stats")
+            counters = {name: reply["stats"][name] for name in ("sessions", "contexts", "regions", "objects")}
+            counters.update({h["name"]: h["used_bytes"] for h in reply["hnodes"]})
+            return [f"{name}: {value}" for name, value in counters.items() if value]
+
+        wait_for(lambda: not look(), 10)
+        return look()
 
     def stop(self) -> int:
         self.spec.write_text("")
@@ -157,6 +174,7 @@ def run(seconds: float, most: int, seed: int) -> int:
         failed = [worker.kind for worker in workers if worker.process.poll() is not None]
     target.spec.write_text("")
     results = [worker.finish() for worker in workers]
+    results.append({"kind": "gmemd", "steps": kills, "slow": [], "wrong": target.left()})
     status = target.stop()
     return report(results, where, kills, status, target, seed)
 

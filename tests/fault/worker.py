@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A client of a gmemd that is killed all the time: it does what clients do, and knows what every word must be. Ends when
-its stdin does; then prints what it found, as JSON. usage: worker.py KIND SOCKET SEED"""
+"""A client of a gmemd that is killed all the time: it does what clients do, and knows what every word must be. Ends
+when its stdin does; then prints what it found, as JSON. usage: worker.py KIND SOCKET SEED"""
 
 import json
 import os
@@ -27,9 +27,9 @@ class Book:
         self.slow = []
         self.wrong = []
 
-    def step(self, what, function):
+    def step(self, what, function, *args):
         began = time.time()
-        result = function()
+        result = function(*args)
         ended = time.time()
         if ended - began > SLOW_S:
             self.slow.append((what, began, ended))
@@ -79,23 +79,20 @@ def touch(book, rng):
         if choice < 5:
             add = int(rng.integers(1, 1000))
 
-            def write(array=arrays.managed[size], part=part, add=add):
-                array[part] += add
-
-            book.step(f"write {size}", write)
+            book.step(f"write {size}", increase, arrays.managed[size][part], add)
             arrays.known[size][part] += add
         elif choice < 7:
-            got = book.step(f"read {size}", lambda: arrays.managed[size][part].copy())
+            got = book.step(f"read {size}", np.copy, arrays.managed[size][part])
             book.check(f"read {size}", got, arrays.known[size][part])
         elif choice < 9:
             where = "simgpu0" if choice == 7 else "host"
-            book.step(f"prefetch {size} {where}", lambda: gmem.prefetch(arrays.managed[size][part], where))
+            book.step(f"prefetch {size} {where}", gmem.prefetch, arrays.managed[size][part], where)
         else:
             half = (part.stop - part.start) // 2
             low, high = slice(part.start, part.start + half), slice(part.start + half, part.start + 2 * half)
             if half:
                 managed, known = arrays.managed[size], arrays.known[size]
-                book.step(f"memcpy {size}", lambda: gmem.memcpy(managed[low], managed[high]))
+                book.step(f"memcpy {size}", gmem.memcpy, managed[low], managed[high])
                 known[low] = known[high]
     arrays.check_all()
 
@@ -110,13 +107,13 @@ def compute(book, rng):
             size, part = arrays.part()
             add = int(rng.integers(1, 1000))
             managed, known = arrays.managed[size], arrays.known[size]
-            total = book.step(f"launch {size}", lambda: context.launch(kernels.add, managed[part], add).wait())
+            total = book.step(f"launch {size}", launch, context, kernels.add, managed[part], add)
             known[part] += add
             expected = int(known[part].sum(dtype=np.int64))
             if total != expected:
                 book.wrong.append(f"launch {size}: the sum is {total}, not {expected}")
             if rng.integers(0, 3) == 0:
-                got = book.step(f"read {size}", lambda: managed[part].copy())
+                got = book.step(f"read {size}", np.copy, managed[part])
                 book.check(f"read {size}", got, known[part])
     arrays.check_all()
 
@@ -127,22 +124,31 @@ def churn(book, rng):
     while not over():
         size = str(rng.choice(["4K", "64K", "2M"]))
         known = rng.integers(0, 1 << 62, CHURN_WORDS, np.int64)
-        managed = book.step(f"mmap {size}", lambda: gmem.empty(CHURN_WORDS, np.int64, page_size=size))
-        book.step(f"fill {size}", lambda: managed.__setitem__(slice(None), known))
-        kept.append((size, managed, known))
+        managed = book.step(f"mmap {size}", make, size)
+        book.step(f"fill {size}", np.copyto, managed, known)
+        kept.append([size, managed, known])
         if rng.integers(0, 4) == 0:
-            book.step("fork", lambda: fork_and_look(book, managed, known))
+            book.step("fork", fork_and_look, book, managed, known)
         while len(kept) > 4:
-            size, managed, known = kept.pop(int(rng.integers(0, len(kept))))
-            book.check(f"before munmap, {size}", managed, known)
-            book.step(f"munmap {size}", lambda: gone(managed))
+            one = kept.pop(int(rng.integers(0, len(kept))))
+            book.check(f"before munmap, {one[0]}", *one[1:])
             del managed
+            book.step(f"munmap {one[0]}", one.clear)
+            managed = kept[-1][1]
     for size, managed, known in kept:
         book.check(f"at the end, {size}", managed, known)
 
 
-def gone(managed):
-    del managed
+def increase(array, value):
+    array += value
+
+
+def launch(context, kernel, *args):
+    return context.launch(kernel, *args).wait()
+
+
+def make(page_size):
+    return gmem.empty(CHURN_WORDS, np.int64, page_size=page_size)
 
 
 def fork_and_look(book, managed, known):

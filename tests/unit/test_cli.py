@@ -68,6 +68,7 @@ class FakeControl:
     """Answers from a table; remembers what was asked."""
 
     asked = []
+    upgraded = False
     hnode = {
         "hnid": 1, "name": "[red]gpu", "driver": "simgpu", "used_bytes": 1 << 20, "peak_bytes": 1 << 21,
         "capacity_bytes": 48 << 20, "pinned_bytes": 0, "contexts": 1, "faults": 12345, "in_bytes": 0, "out_bytes": 0,
@@ -85,7 +86,7 @@ class FakeControl:
         "ping": {"version": "9", "pid": 5}, "devices": {"devices": [hnode]}, "sessions": {"sessions": [session]},
         "stats": {"stats": counters, "hnodes": [hnode]}, "map": {"regions": [region], "total": 9},
         "drivers": {"drivers": [{"name": "simgpu", "builtin": True, "origin": "gmemd"}]},
-        "attach": {"hnid": 4}, "detach": {}, "limit": {}, "quota": {},
+        "attach": {"hnid": 4}, "detach": {}, "limit": {}, "quota": {}, "upgrade": {},
     }  # fmt: skip
 
     def __init__(self, path):
@@ -99,6 +100,10 @@ class FakeControl:
 
     def request(self, op, timeout_s=None, **args):
         self.asked.append((self.path, op, args))
+        if op == "upgrade":
+            FakeControl.upgraded = True
+        if op == "ping":
+            return {"version": "9", "pid": 6 if FakeControl.upgraded else 5}
         if args.get("name") == "bad":
             raise RequestError(2, "name: no device bad is attached", "name")
         return dict(self.replies[op])
@@ -110,6 +115,7 @@ def ctl(monkeypatch, capsys):
     FakeControl.asked = []
 
     def ctl(*argv):
+        FakeControl.upgraded = False
         status = cli.main_gmemctl(argv)
         captured = capsys.readouterr()
         return status, captured.out, captured.err
@@ -135,6 +141,7 @@ def ctl(monkeypatch, capsys):
         (["limit", "host", "2G"], ["host: at most 2G"]),
         (["quota", "host", "512M", "--uid", "1000"], ["host: at most 512M"]),
         (["quota", "g", "0", "--session", "3"], ["g: no quota"]),
+        (["upgrade"], ["gmemd 9, pid 6, has taken over"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

@@ -114,6 +114,8 @@ struct gmem_mmap_args {
 	uint64_t page_bytes; /* 4096, 65536, 2 MiB, or 0: 2 MiB for 2 MiB and more, else 4 KiB */
 	enum gmem_fork fork;
 	bool small_only;     /* never hugetlb */
+	uint64_t asked;      /* a number of the request's, 0: none */
+	bool again;          /* a predecessor may have reserved it for the request of that number: then that range */
 };
 /* Reserves a range. The client maps it, then commits; without a commit it goes away with the session. */
 int gmem_mmap(struct gmem_core *core, uint64_t session, const struct gmem_mmap_args *args,
