@@ -16,7 +16,7 @@ MAKEFLAGS += --no-builtin-rules
 .SUFFIXES:
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-15s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 run: build ## semantic search with a transformer that does not fit its device; RUN_FLAGS="--query TEXT --hbm 32M"
 	@$(BIN)/python client/examples/search $(RUN_FLAGS)
@@ -51,9 +51,13 @@ $(VENV)/.dev: $(VENV)/.test
 	@$(PIP) install --no-build-isolation -e '.[demo,test,dev]'
 	@touch $@
 
+$(VENV)/.bench: $(VENV)/.test
+	@$(PIP) install --no-build-isolation -e '.[demo,test,bench]'
+	@touch $@
+
 # ---- Python extensions ----
 
-CORE_SOURCES := $(wildcard csrc/*.c csrc/drivers/*.c)
+CORE_SOURCES := $(wildcard csrc/*.c csrc/drivers/*.c csrc/policies/*.c)
 CORE_HEADERS := $(wildcard csrc/*.h csrc/drivers/*.h csrc/include/gmem/*.h client/include/*.h)
 CLIENT_SOURCES := $(wildcard client/src/*.c)
 CLIENT_HEADERS := $(wildcard client/src/*.h client/include/*.h)
@@ -81,17 +85,21 @@ C_TESTS := $(notdir $(basename $(wildcard tests/unit_c/test_*.c)))
 C_HELPERS := $(filter-out tests/unit_c/test_%,$(wildcard tests/unit_c/*.c))
 C_FLAGS := -std=gnu11 -g -Wall -Wextra -Werror -pthread -fno-omit-frame-pointer \
 	-Icsrc/include -Iclient/include -Itests/unit_c
+# liburing is used where it is; found out once, by the first recipe that asks
+URING = $(eval URING := $(shell printf '\043include <liburing.h>\nint main(void) { return io_uring_queue_init(1, 0, 0); }' | \
+	$(CC) -x c - -luring -o /dev/null 2>/dev/null && echo -luring))$(URING)
+URING_FLAG = $(URING:-luring=-DGMEM_LIBURING)
 plain_FLAGS := -O2
 asan_FLAGS := -O1 -DGMEM_DEBUG -fsanitize=address,undefined -fno-sanitize-recover=all
 tsan_FLAGS := -O1 -fsanitize=thread -Wno-tsan
 
 define flavour # name, directory
-$(1)_OBJECTS := $$(patsubst %.c,build/$(2)/%.o,$$(CORE_SOURCES) $$(C_HELPERS))
+$(1)_OBJECTS := $$(patsubst %.c,build/$(2)/%.o,$$(CORE_SOURCES) $$(C_HELPERS) client/src/agent.c)
 build/$(2)/%.o: %.c
 	@mkdir -p $$(@D)
-	@echo "cc $$@"; $$(CC) $$(C_FLAGS) $$($(1)_FLAGS) -MMD -MP -c $$< -o $$@
+	@echo "cc $$@"; $$(CC) $$(C_FLAGS) $$(URING_FLAG) $$($(1)_FLAGS) -MMD -MP -c $$< -o $$@
 build/$(2)/test_%: build/$(2)/tests/unit_c/test_%.o $$($(1)_OBJECTS)
-	@echo "ld $$@"; $$(CC) $$(C_FLAGS) $$($(1)_FLAGS) $$^ -o $$@
+	@echo "ld $$@"; $$(CC) $$(C_FLAGS) $$($(1)_FLAGS) $$^ $$(URING) -o $$@
 c-$(1): $$(C_TESTS:%=build/$(2)/%)
 -include $$($(1)_OBJECTS:.o=.d) $$(C_TESTS:%=build/$(2)/tests/unit_c/%.d)
 endef
@@ -111,8 +119,16 @@ tsan: $(VENV)/.test c-tsan ## the C tests under ThreadSanitizer
 bench: $(VENV)/.test build ## measure beside the floors; build/bench/results.json; ONLY=id takes some rows (a prefix)
 	$(BIN)/python tests/bench $(addprefix --only ,$(ONLY)) $(BENCH_FLAGS)
 
+bench-workloads: $(VENV)/.bench build ## jobs on memory that is too small for them; build/bench/workloads.json and .png; BENCH_FLAGS=--quick
+	$(BIN)/python tests/bench/workloads $(addprefix --only ,$(ONLY)) $(BENCH_FLAGS)
+
+N ?= 100
+test-kill: $(VENV)/.test build ## kills the daemon N=100 times under load; every word is checked
+	$(BIN)/python tests/fault/kill.py --seconds 86400 --kills $(N)
+
 soak: $(VENV)/.test build c-plain ## the coherence tests for SOAK_SECONDS=60 each
 	build/c/test_coherence $(SOAK_SECONDS)
+	$(BIN)/python tests/fault/kill.py --seconds 86400 --kills 1000
 	GMEM_SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest --timeout $$((60 + 10 * $(SOAK_SECONDS))) \
 		tests/integration -k coherence $(PYTEST_FLAGS)
 
@@ -122,7 +138,7 @@ lint: $(VENV)/.dev build ## ruff, mypy, gcc's warnings
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	@for f in $(CORE_SOURCES) $(CLIENT_SOURCES); do \
-		$(CC) $(C_FLAGS) -DGMEM_LIBEXECDIR='""' -fsyntax-only $$f || exit 1; done
+		$(CC) $(C_FLAGS) $(URING_FLAG) -DGMEM_LIBEXECDIR='""' -fsyntax-only $$f || exit 1; done
 
 fmt: $(VENV)/.dev ## sort imports and remove unused ones
 	$(BIN)/ruff check --fix-only --select I,F401 .
@@ -162,4 +178,4 @@ clean: ## remove everything that was built, the environment as well
 	rm -rf build dist *.egg-info $(VENV) client/gmem/_*.so client/gmem/_client.c gmemd/_*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help run test check build lib c-plain c-asan c-tsan asan tsan bench soak lint fmt dist install uninstall clean
+.PHONY: help run test test-kill check build lib c-plain c-asan c-tsan asan tsan bench bench-workloads soak lint fmt dist install uninstall clean

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Extensions and package layout; everything else is in pyproject.toml."""
 
+import os
+import subprocess
+import tempfile
 from glob import glob
 from pathlib import Path
 
@@ -10,18 +13,35 @@ from setuptools import Extension, setup
 ROOT = Path(__file__).resolve().parent
 C_FLAGS = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread"]
 
+POLICY_FILES = ("policy", "ghost", "shadow", "sparse", "replay")
+
 
 def c_files(*patterns: str) -> list[str]:
     return sorted(name for pattern in patterns for name in glob(pattern, root_dir=ROOT))
 
 
+def has_liburing() -> bool:
+    """Whether a program with it compiles and links. The file tier does without, by pread and pwrite."""
+    source = "#include <liburing.h>\nint main(void) { return io_uring_queue_init(1, 0, 0); }"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*os.environ.get("CC", "gcc").split(), "-xc", "-", "-luring", "-o", f"{folder}/probe"]
+        try:
+            return subprocess.run(command, input=source, text=True, capture_output=True).returncode == 0
+        except OSError:
+            return False
+
+
+URING = has_liburing()
+
 core = Extension(
     "gmemd._core",
-    sources=["gmemd/_core.pyx", *c_files("csrc/*.c", "csrc/drivers/*.c")],
-    depends=c_files("gmemd/*.pxd", "csrc/include/gmem/*.h", "csrc/drivers/*.h", "client/include/*.h"),
+    sources=["gmemd/_core.pyx", *c_files("csrc/*.c", "csrc/drivers/*.c", "csrc/policies/*.c")],
+    depends=c_files("gmemd/*.pxd", "csrc/include/gmem/*.h", "csrc/*.h", "csrc/drivers/*.h", "client/include/*.h"),
     include_dirs=["csrc/include", "client/include"],
     # Cython's own output trips these two; csrc is compiled with -Werror by the Makefile's C rules.
     extra_compile_args=[*C_FLAGS, "-Wno-unused-parameter", "-Wno-missing-field-initializers"],
+    define_macros=[("GMEM_LIBURING", None)] if URING else [],
+    libraries=["uring"] if URING else [],
     extra_link_args=["-pthread"],
 )
 
@@ -34,6 +54,15 @@ pydriver = Extension(
     extra_compile_args=core.extra_compile_args,
 )
 
+# Replays of traces: the policies by themselves, without the core.
+policy = Extension(
+    "gmemd._policy",
+    sources=["gmemd/_policy.pyx", *c_files("csrc/policies/*.c"), *(f"csrc/{name}.c" for name in POLICY_FILES)],
+    depends=core.depends,
+    include_dirs=core.include_dirs,
+    extra_compile_args=core.extra_compile_args,
+)
+
 # The client's buffer object.
 mapping = Extension("gmem._mapping", sources=["client/gmem/_mapping.pyx"])
 
@@ -41,6 +70,6 @@ setup(
     packages=["gmemd", "gmemd.drivers", "gmem"],
     package_dir={"gmem": "client/gmem"},
     package_data={"gmem": ["py.typed"], "gmemd": ["py.typed"]},
-    ext_modules=cythonize([core, pydriver, mapping], language_level=3, build_dir="build/cython"),
+    ext_modules=cythonize([core, pydriver, policy, mapping], language_level=3, build_dir="build/cython"),
     cffi_modules=["client/build_ffi.py:ffibuilder"],
 )

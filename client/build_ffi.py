@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cffi import FFI
 
-SOURCES = ("handshake.c", "link.c", "map.c", "ring.c", "uffd.c", "words.c")
+SOURCES = ("agent.c", "handshake.c", "link.c", "map.c", "ring.c", "uffd.c", "words.c")
 
 ffibuilder = FFI()
 ffibuilder.cdef(

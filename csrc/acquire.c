@@ -31,7 +31,7 @@ static int acquire_page(struct gmem_request *request, struct gmem_page *page, st
 	if (!frame || frame->holds == UINT16_MAX)
 		return -EOVERFLOW;
 	frame->holds++;
-	atomic_store_explicit(&frame->visited, 1, memory_order_relaxed);
+	gmem_hnode_touch(hnode, page->object, page->index);
 	return 0;
 }
 
@@ -95,6 +95,7 @@ static int acquire_range(struct gmem_request *request, struct gmem_range range, 
 		if (gmem_as_lookup(&request->session->as, va, &place))
 			return -EINVAL;
 		next = place.range.va + place.range.bytes;
+		request->hint = place.hint;
 		err = gmem_one_page(request, place.object, place.index, place.range, acquire_page);
 		gmem_object_unref(place.object);
 		if (err)
@@ -122,20 +123,29 @@ static int context_request(struct gmem_core *core, uint64_t context, const struc
 		err = ranges[i].bytes ? gmem_range_check(ret->session, ranges[i].va, ranges[i].bytes) : -EINVAL;
 		bytes += ranges[i].bytes;
 	}
-	if (!err && bytes > hnode->info.capacity_bytes)
+	if (!err && bytes > gmem_counter(&hnode->limit_bytes))
 		err = -ENOMEM; /* all of it is to be held at once */
 	if (err)
 		gmem_request_deinit(ret);
 	return err;
 }
 
-static int add_hold(struct gmem_view *view, struct gmem_range range)
+static int add_hold(struct gmem_view *view, struct gmem_range range, uint32_t known)
 {
+	struct gmem_record record = { .kind = GMEM_RECORD_HOLD, .id = view->id };
 	struct gmem_hold *hold = malloc(sizeof(*hold));
+	int err = hold ? 0 : -ENOMEM;
 
-	if (!hold)
-		return -ENOMEM;
-	hold->range = range;
+	record.hold.va = range.va;
+	record.hold.bytes = range.bytes;
+	if (!err) {
+		*hold = (struct gmem_hold){ .range = range, .record = known };
+		err = known ? 0 : gmem_record_put(&view->session->core->keep, &record, &hold->record);
+	}
+	if (err) {
+		free(hold);
+		return err;
+	}
 	gmem_mutex_lock(&view->as->views_lock);
 	hold->next = view->holds;
 	view->holds = hold;
@@ -158,6 +168,8 @@ static bool take_hold(struct gmem_view *view, const struct gmem_range *range, st
 		*ret = hold->range;
 	}
 	gmem_mutex_unlock(&view->as->views_lock);
+	if (hold)
+		gmem_record_drop(&view->session->core->keep, &hold->record);
 	free(hold);
 	return hold != NULL;
 }
@@ -176,7 +188,7 @@ static int acquire(struct gmem_core *core, uint64_t context, const struct gmem_r
 	request.tries = tries;
 	for (size_t i = 0; !err && i < count; i++) {
 		err = acquire_range(&request, ranges[i], &upto);
-		if (!err && (err = add_hold(request.view, ranges[i])))
+		if (!err && (err = add_hold(request.view, ranges[i], 0)))
 			upto = ranges[i].va + ranges[i].bytes;
 		if (err) {
 			undo_acquire(&request, ranges, i, upto);
@@ -204,6 +216,7 @@ static void release_range(struct gmem_request *request, struct gmem_range range)
 			va = (va & ~4095ull) + 4096;
 			continue;
 		}
+		request->hint = place.hint;
 		gmem_one_page(request, place.object, place.index, place.range, release_page);
 		gmem_object_unref(place.object);
 		va = place.range.va + place.range.bytes;
@@ -227,6 +240,27 @@ int gmem_release(struct gmem_core *core, uint64_t context, const struct gmem_ran
 			err = -EINVAL; /* never acquired, or released before: the others are released all the same */
 	}
 	gmem_view_unref(view);
+	return err;
+}
+
+static int hold_page(struct gmem_request *request, struct gmem_page *page, struct gmem_range range)
+{
+	struct gmem_frame *frame = gmem_hnode_frame(gmem_core_hnode(request->core, request->hnid), page->object, page->index);
+
+	(void)range;
+	if (frame && frame->holds < UINT16_MAX)
+		frame->holds++;
+	return 0;
+}
+
+int gmem_hold_adopt(struct gmem_view *view, struct gmem_range range, uint32_t record)
+{
+	struct gmem_request request = { .core = view->session->core, .session = view->session, .view = view,
+					.hnid = view->hnid, .hint = GMEM_NO_HINT };
+	int err = add_hold(view, range, record);
+
+	if (!err)
+		gmem_for_pages(&request, range.va, range.bytes, false, true, hold_page);
 	return err;
 }
 

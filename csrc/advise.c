@@ -6,6 +6,10 @@
 
 #include <gmem/internal.h>
 #include <gmem/pages.h>
+#include <gmem/reclaim.h>
+#include <gmem/run.h>
+
+#define RUN_BYTES (4ull << 20)
 
 /* Afterwards the hnode does not fault on it: present, owned (unless duplicates are wanted) and mapped. */
 static int prefetch_page(struct gmem_request *request, struct gmem_page *page, struct gmem_range range)
@@ -33,6 +37,66 @@ static int prefetch_page(struct gmem_request *request, struct gmem_page *page, s
 	return err;
 }
 
+/* The pages of a run are alike. */
+static bool is_there(const struct gmem_place *place, int hnid)
+{
+	return gmem_word_valid(atomic_load(&place->object->core->lpt.words[place->object->pn + place->index])) >> hnid & 1;
+}
+
+/* As many pages from va on as are moved in one go; 0 leaves the first one to prefetch_page(). What is asked for may push
+ * out what is not. */
+static int prefetch_run(struct gmem_request *request, const struct gmem_place *place, uint64_t va, uint64_t end)
+{
+	struct gmem_run_args args = { .object = place->object, .index = place->index, .hnid = request->hnid,
+				      .view = request->view, .va = va, .own = !place->hint.read_mostly, .hint = place->hint,
+				      .why = GMEM_WHY_PREFETCH, .wanted = true };
+	struct gmem_hnode *hnode = gmem_core_hnode(request->core, request->hnid);
+	uint64_t page_bytes = 1ull << place->object->shift, region_end = place->region_va + place->region_bytes;
+	int count;
+
+	end = end < region_end ? end : region_end;
+	args.count = (end - va) / page_bytes;
+	if (!hnode || gmem_hnode_is_peer(hnode) || place->range.va != va || args.count < 2)
+		return 0;
+	if (args.count > GMEM_RUN_PAGES)
+		args.count = GMEM_RUN_PAGES;
+	if (args.count * page_bytes > RUN_BYTES)
+		args.count = RUN_BYTES / page_bytes;
+	if (!is_there(place, request->hnid) && gmem_hnode_free_bytes(hnode) < args.count * page_bytes)
+		gmem_reclaim(hnode, args.count * page_bytes); /* as far as it goes */
+	count = gmem_run_move(&args);
+	gmem_count(&request->core->stats.prefetched_pages, count > 0 ? (uint64_t)count : 0);
+	return count;
+}
+
+static int prefetch_range(struct gmem_request *request, uint64_t va, uint64_t end)
+{
+	int err = 0;
+
+	while (!err && va < end) {
+		struct gmem_place place;
+		int count;
+
+		if (gmem_as_lookup(&request->session->as, va, &place))
+			return -EINVAL;
+		request->hint = place.hint;
+		count = prefetch_run(request, &place, va, end);
+		if (count <= 0)
+			err = gmem_one_page(request, place.object, place.index, place.range, prefetch_page);
+		va = count > 0 ? va + ((uint64_t)count << place.object->shift) : place.range.va + place.range.bytes;
+		gmem_object_unref(place.object);
+	}
+	return err;
+}
+
+/* A page that is asked for must not leave while the others come (WILLNEED stops an eviction). */
+static int spare_page(struct gmem_request *request, struct gmem_page *page, struct gmem_range range)
+{
+	(void)range;
+	gmem_hnode_touch(gmem_core_hnode(request->core, request->hnid), page->object, page->index);
+	return 0;
+}
+
 int gmem_prefetch(struct gmem_core *core, uint64_t session, int hnid, uint64_t va, uint64_t bytes)
 {
 	struct gmem_request request;
@@ -43,7 +107,8 @@ int gmem_prefetch(struct gmem_core *core, uint64_t session, int hnid, uint64_t v
 	err = gmem_request_init(core, session, hnid, va, bytes, &request);
 	if (err)
 		return err;
-	err = gmem_for_pages(&request, va, bytes, false, false, prefetch_page);
+	gmem_for_pages(&request, va, bytes, false, true, spare_page);
+	err = prefetch_range(&request, va, va + bytes);
 	gmem_request_deinit(&request);
 	return err;
 }
@@ -98,9 +163,6 @@ static int advise_page(struct gmem_request *request, struct gmem_page *page, str
 	case GMEM_ADVISE_UNPINNED:
 		set_pinned(page, false);
 		return 0;
-	case GMEM_ADVISE_READ_MOSTLY:
-		page->word |= GMEM_WORD_FLAG(GMEM_PAGE_READ_MOSTLY);
-		return 0;
 	case GMEM_ADVISE_NO_READ_MOSTLY:
 		page->word &= ~GMEM_WORD_FLAG(GMEM_PAGE_READ_MOSTLY);
 		return 0;
@@ -109,15 +171,32 @@ static int advise_page(struct gmem_request *request, struct gmem_page *page, str
 		if (hnode && (gmem_word_valid(page->word) >> request->hnid & 1))
 			gmem_hnode_cool(hnode, page->object, page->index);
 		return 0;
+	case GMEM_ADVISE_READ_MOSTLY:
+	case GMEM_ADVISE_PREFERRED:
+	case GMEM_ADVISE_ACCESSED_BY:
+	case GMEM_ADVISE_NOT_ACCESSED_BY:
+		return 0; /* gmem_one_page() has told the page */
 	default:
 		return -EINVAL;
 	}
 }
 
+bool gmem_advice_is_local(uint64_t advice)
+{
+	return advice == GMEM_ADVISE_PREFETCH || advice == GMEM_ADVISE_PINNED || advice == GMEM_ADVISE_COLD ||
+	       advice == GMEM_ADVISE_ACCESSED_BY || advice == GMEM_ADVISE_NOT_ACCESSED_BY;
+}
+
+static bool is_placement(enum gmem_advice advice)
+{
+	return advice == GMEM_ADVISE_READ_MOSTLY || advice == GMEM_ADVISE_NO_READ_MOSTLY ||
+	       advice == GMEM_ADVISE_PREFERRED || advice == GMEM_ADVISE_ACCESSED_BY ||
+	       advice == GMEM_ADVISE_NOT_ACCESSED_BY;
+}
+
 int gmem_advise(struct gmem_core *core, uint64_t session, int hnid, uint64_t va, uint64_t bytes,
 		enum gmem_advice advice)
 {
-	bool untouched_too = advice == GMEM_ADVISE_PINNED || advice == GMEM_ADVISE_READ_MOSTLY;
 	struct gmem_request request;
 	int err;
 
@@ -125,15 +204,17 @@ int gmem_advise(struct gmem_core *core, uint64_t session, int hnid, uint64_t va,
 		return gmem_prefetch(core, session, hnid, va, bytes);
 	if (advice == GMEM_ADVISE_DISCARD)
 		return gmem_discard(core, session, va, bytes);
-	if (advice == GMEM_ADVISE_PREFERRED)
-		return -EOPNOTSUPP;
-	if (hnid < 0 && (advice == GMEM_ADVISE_PINNED || advice == GMEM_ADVISE_COLD))
+	if (hnid < 0 && gmem_advice_is_local(advice))
 		return -EINVAL;
 	err = gmem_request_init(core, session, hnid, va, bytes, &request);
 	if (err)
 		return err;
 	request.advice = advice;
-	err = gmem_for_pages(&request, va, bytes, false, !untouched_too, advise_page);
+	if (is_placement(advice))
+		err = gmem_as_advise(&request.session->as, va, bytes, advice, hnid);
+	/* pages that are in use already hear of it now, the others when they are first touched */
+	if (!err)
+		err = gmem_for_pages(&request, va, bytes, false, advice != GMEM_ADVISE_PINNED, advise_page);
 	gmem_request_deinit(&request);
 	return err;
 }

@@ -4,17 +4,20 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <gmem/crash.h>
 #include <gmem/as.h>
 #include <gmem/internal.h>
 
-int gmem_as_init(struct gmem_as *as)
+int gmem_as_init(struct gmem_as *as, uint64_t session_id)
 {
 	as->regions = calloc(8, sizeof(*as->regions));
 	if (!as->regions)
 		return -ENOMEM;
+	as->session_id = session_id;
 	as->count = 0;
 	as->capacity = 8;
 	as->views = NULL;
+	as->hints = (struct gmem_hints){ 0 };
 	gmem_rwlock_init(&as->lock, GMEM_RANK_AS);
 	gmem_mutex_init(&as->views_lock, GMEM_RANK_VIEWS);
 	return 0;
@@ -24,6 +27,7 @@ void gmem_as_deinit(struct gmem_as *as)
 {
 	assert(!as->count && !as->views);
 	free(as->regions);
+	gmem_hints_deinit(&as->hints);
 	gmem_rwlock_deinit(&as->lock);
 	gmem_mutex_deinit(&as->views_lock);
 }
@@ -56,6 +60,20 @@ static int grow_locked(struct gmem_as *as, size_t count)
 	as->regions = grown;
 	as->capacity *= 2;
 	return 0;
+}
+
+static int write_record_locked(struct gmem_region *region)
+{
+	struct gmem_record record = { .kind = GMEM_RECORD_REGION, .id = region->object->pn };
+
+	record.region.session = region->as->session_id;
+	record.region.va = region->va;
+	record.region.bytes = region->bytes;
+	record.region.offset = region->offset;
+	record.region.fork = (uint8_t)region->fork;
+	record.region.committed = region->committed;
+	record.region.asked = region->asked;
+	return gmem_record_put(&region->object->core->keep, &record, &region->record);
 }
 
 static void link_object(struct gmem_region *region)
@@ -99,8 +117,9 @@ static void take_out_locked(struct gmem_as *as, size_t at)
 	as->count--;
 }
 
+/* known: the number of the record that it has already, or 0. */
 static int insert_locked(struct gmem_as *as, struct gmem_object *object, uint64_t va, uint64_t offset, uint64_t bytes,
-			 enum gmem_fork fork, bool committed)
+			 enum gmem_fork fork, bool committed, uint32_t known)
 {
 	struct gmem_region *region;
 	size_t at = find(as, va);
@@ -113,9 +132,15 @@ static int insert_locked(struct gmem_as *as, struct gmem_object *object, uint64_
 		return -ENOMEM;
 	}
 	*region = (struct gmem_region){ .va = va, .bytes = bytes, .offset = offset, .as = as, .fork = fork,
-					.committed = committed, .object = gmem_object_ref(object) };
+					.committed = committed, .record = known, .object = object };
+	if (!known && write_record_locked(region)) {
+		free(region);
+		return -ENOMEM;
+	}
+	gmem_object_ref(object);
 	place_locked(as, region);
 	link_object(region);
+	gmem_crash(GMEM_CRASH_REGION_LINKED);
 	return 0;
 }
 
@@ -125,7 +150,7 @@ int gmem_as_insert(struct gmem_as *as, struct gmem_object *object, uint64_t va, 
 	int err;
 
 	gmem_rwlock_write(&as->lock);
-	err = insert_locked(as, object, va, offset, bytes, fork, committed);
+	err = insert_locked(as, object, va, offset, bytes, fork, committed, 0);
 	gmem_rwlock_unlock(&as->lock);
 	return err;
 }
@@ -133,7 +158,62 @@ int gmem_as_insert(struct gmem_as *as, struct gmem_object *object, uint64_t va, 
 int gmem_as_insert_private(struct gmem_as *as, struct gmem_object *object, uint64_t va, uint64_t offset, uint64_t bytes,
 			   enum gmem_fork fork, bool committed)
 {
-	return insert_locked(as, object, va, offset, bytes, fork, committed);
+	return insert_locked(as, object, va, offset, bytes, fork, committed, 0);
+}
+
+int gmem_as_adopt(struct gmem_as *as, struct gmem_object *object, const struct gmem_record *known, uint32_t record)
+{
+	int err;
+
+	gmem_rwlock_write(&as->lock);
+	err = insert_locked(as, object, known->region.va, known->region.offset, known->region.bytes,
+			    (enum gmem_fork)known->region.fork, known->region.committed, record);
+	if (!err)
+		as->regions[find(as, known->region.va)]->asked = known->region.asked;
+	gmem_rwlock_unlock(&as->lock);
+	return err;
+}
+
+void gmem_as_asked(struct gmem_as *as, uint64_t va, uint64_t asked)
+{
+	size_t at;
+
+	gmem_rwlock_write(&as->lock);
+	at = find(as, va);
+	if (at < as->count && as->regions[at]->va == va) {
+		as->regions[at]->asked = asked;
+		write_record_locked(as->regions[at]);
+	}
+	gmem_rwlock_unlock(&as->lock);
+}
+
+bool gmem_as_find_asked(struct gmem_as *as, uint64_t asked, uint64_t bytes, uint64_t *ret_va)
+{
+	bool found = false;
+
+	gmem_rwlock_read(&as->lock);
+	for (size_t i = 0; !found && i < as->count; i++) {
+		const struct gmem_region *region = as->regions[i];
+
+		found = region->asked == asked && !region->committed && region->bytes == bytes;
+		if (found)
+			*ret_va = region->va;
+	}
+	gmem_rwlock_unlock(&as->lock);
+	return found;
+}
+
+uint64_t gmem_as_next(struct gmem_as *as, uint64_t va)
+{
+	uint64_t next = UINT64_MAX;
+	size_t at;
+
+	gmem_rwlock_read(&as->lock);
+	at = find(as, va);
+	if (at < as->count)
+		next = as->regions[at]->va;
+	gmem_rwlock_unlock(&as->lock);
+	return next;
 }
 
 void gmem_as_commit(struct gmem_as *as, uint64_t va)
@@ -142,8 +222,10 @@ void gmem_as_commit(struct gmem_as *as, uint64_t va)
 
 	gmem_rwlock_write(&as->lock);
 	at = find(as, va);
-	if (at < as->count && as->regions[at]->va == va)
+	if (at < as->count && as->regions[at]->va == va) {
 		as->regions[at]->committed = true;
+		write_record_locked(as->regions[at]);
+	}
 	gmem_rwlock_unlock(&as->lock);
 }
 
@@ -156,6 +238,7 @@ static void resize(struct gmem_region *region, uint64_t va, uint64_t offset, uin
 	region->bytes = bytes;
 	region->object->regions_generation++;
 	gmem_mutex_unlock(&region->object->lock);
+	write_record_locked(region);
 }
 
 /* Cuts [start, end) out of the region at index at; returns the piece that went, with an object reference. */
@@ -173,6 +256,7 @@ static struct gmem_region cut_locked(struct gmem_as *as, size_t at, uint64_t sta
 	if (start == region->va && end == region_end) {
 		take_out_locked(as, at);
 		unlink_object(region);
+		gmem_record_drop(&region->object->core->keep, &region->record);
 		free(region);
 		return piece; /* takes over the region's reference */
 	}
@@ -183,10 +267,11 @@ static struct gmem_region cut_locked(struct gmem_as *as, size_t at, uint64_t sta
 		uint64_t tail_offset = region->offset + (end - region->va);
 
 		resize(region, region->va, region->offset, start - region->va);
+		gmem_crash(GMEM_CRASH_REGION_CUT);
 		/* Out of memory: the tail is forgotten, and a touch of it is a clear SIGBUS. */
 		if (end < region_end)
 			insert_locked(as, region->object, end, tail_offset, region_end - end, region->fork,
-				      region->committed);
+				      region->committed, 0);
 	}
 	return piece;
 }
@@ -200,6 +285,7 @@ void gmem_as_remove(struct gmem_as *as, uint64_t va, uint64_t bytes, gmem_piece_
 		gmem_rwlock_write(&as->lock);
 		at = find(as, va);
 		if (at == as->count || as->regions[at]->va >= va + bytes) {
+			gmem_hints_unmapped(&as->hints, va, va + bytes);
 			gmem_rwlock_unlock(&as->lock);
 			return;
 		}
@@ -222,7 +308,7 @@ void gmem_as_move(struct gmem_as *as, uint64_t from, uint64_t to, uint64_t bytes
 			break;
 		piece = cut_locked(as, at, from, from + bytes);
 		insert_locked(as, piece.object, to + (piece.va - from), piece.offset, piece.bytes, piece.fork,
-			      piece.committed);
+			      piece.committed, 0);
 		gmem_object_unref(piece.object); /* the inserted region has its own, or none could be made */
 	}
 	gmem_rwlock_unlock(&as->lock);
@@ -253,9 +339,20 @@ int gmem_as_lookup(struct gmem_as *as, uint64_t va, struct gmem_place *ret)
 	ret->region_bytes = region->bytes;
 	ret->region_offset = region->offset;
 	ret->committed = region->committed;
+	ret->hint = gmem_hints_at(&as->hints, va);
 	ret->object = gmem_object_ref(region->object);
 	gmem_rwlock_unlock(&as->lock);
 	return 0;
+}
+
+int gmem_as_advise(struct gmem_as *as, uint64_t va, uint64_t bytes, enum gmem_advice advice, int hnid)
+{
+	int err;
+
+	gmem_rwlock_write(&as->lock);
+	err = gmem_hints_set(&as->hints, va, va + bytes, advice, hnid);
+	gmem_rwlock_unlock(&as->lock);
+	return err;
 }
 
 void gmem_as_add_view(struct gmem_as *as, struct gmem_view *view)

@@ -4,8 +4,10 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include <gmem/crash.h>
 #include <gmem/internal.h>
 #include <gmem/reclaim.h>
+#include <gmem/recover.h>
 #include <gmem/ring.h>
 #include <gmem/uffd.h>
 
@@ -85,6 +87,10 @@ static int set_window(struct gmem_core *core, const struct gmem_core_config *con
 
 	w->base = config->window_base ? config->window_base : WINDOW_BASE;
 	w->bytes = config->window_bytes ? config->window_bytes : WINDOW_BYTES;
+	if (core->recovering) { /* its clients have it mapped */
+		w->base = core->keep.header->window_base;
+		w->bytes = core->keep.header->window_bytes;
+	}
 	if ((w->base | w->bytes) & (2 * GMEM_HUGE_BYTES - 1) || w->base + w->bytes > WINDOW_MAX + WINDOW_BYTES ||
 	    w->base + w->bytes < w->base || !w->base)
 		return -EINVAL;
@@ -101,6 +107,35 @@ static int set_window(struct gmem_core *core, const struct gmem_core_config *con
 	return err;
 }
 
+static int make_lpt(struct gmem_core *core)
+{
+	int fd = gmem_keep_take(&core->keep, "lpt"), err;
+
+	if (core->recovering && (fd < 0 || core->keep.header->lpt_pages != LPT_PAGES))
+		err = -EPROTO;
+	else
+		err = gmem_lpt_init(&core->lpt, LPT_PAGES, fd);
+	if (err && fd >= 0)
+		close(fd);
+	return err;
+}
+
+/* From here on a successor can take over. */
+static int begin_state(struct gmem_core *core)
+{
+	struct gmem_keep *keep = &core->keep;
+	int err;
+
+	if (!gmem_keeps(keep) || core->recovering)
+		return 0;
+	keep->header->window_base = core->window.base;
+	keep->header->window_bytes = core->window.bytes;
+	keep->header->lpt_pages = core->lpt.pages;
+	keep->header->magic = GMEM_STATE_MAGIC;
+	err = gmem_keep_fd(keep, core->lpt.file->fd, "lpt");
+	return err ? err : gmem_keep_fd(keep, keep->file->fd, "state");
+}
+
 static uint64_t host_bytes(void)
 {
 	return (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
@@ -108,11 +143,14 @@ static uint64_t host_bytes(void)
 
 static int make_host(struct gmem_core *core, uint64_t limit)
 {
+	uint64_t all = limit > host_bytes() ? limit : host_bytes();
 	struct gmem_hnode *host;
-	int err = gmem_hnode_create(core, GMEM_HOST, "host", limit ? limit : host_bytes(), &host);
+	int err = gmem_hnode_create(core, GMEM_HOST, "host", all, &host);
 
 	if (err)
 		return err;
+	if (limit)
+		gmem_hnode_set_limit(host, limit);
 	host->info.page_bytes_mask = 1ull << GMEM_SHIFT_4K | 1ull << GMEM_SHIFT_64K | 1ull << GMEM_SHIFT_2M;
 	host->info.caps = GMEM_CAP_REPLAYABLE | GMEM_CAP_COHERENT | GMEM_CAP_SAME_VA | GMEM_CAP_CPU_VISIBLE;
 	atomic_store(&core->hnodes[GMEM_HOST], host);
@@ -127,18 +165,30 @@ int gmem_core_create(const struct gmem_core_config *config, struct gmem_core **r
 
 	if (!core)
 		return -ENOMEM;
+	gmem_crash_init();
 	core->overcommit = config->overcommit;
+	core->policy = gmem_policy_find(config->policy);
+	core->fault_ahead = !config->no_fault_ahead;
 	core->next_id = 1;
+	core->keep.socket = -1;
 	gmem_mutex_init(&core->devices_lock, GMEM_RANK_DEVICES);
 	gmem_rwlock_init(&core->sessions_lock, GMEM_RANK_SESSIONS);
-	err = threads > GMEM_THREADS_MAX ? -EINVAL : gmem_copy_guard_init();
+	gmem_mutex_init(&core->tenants_lock, GMEM_RANK_TENANTS);
+	err = threads > GMEM_THREADS_MAX || !core->policy ? -EINVAL : gmem_copy_guard_init();
+	if (!err)
+		err = gmem_keep_init(&core->keep, config->keep_socket ? config->keep_socket : -1, config->keep_max_fds, config->kept,
+				     config->kept_count);
+	if (!err && gmem_keep_recovers(&core->keep)) {
+		core->recovering = true;
+		core->next_id = atomic_load(&core->keep.header->next_id);
+	}
 	if (!err)
 		err = probe(core, config);
 	if (!err)
 		err = set_window(core, config);
 	if (err)
 		goto no_window;
-	err = gmem_lpt_init(&core->lpt, LPT_PAGES);
+	err = make_lpt(core);
 	if (err)
 		goto no_lpt;
 	err = make_host(core, config->host_limit_bytes);
@@ -153,8 +203,20 @@ int gmem_core_create(const struct gmem_core_config *config, struct gmem_core **r
 	err = gmem_rings_start(core);
 	if (err)
 		goto no_rings;
+	err = gmem_reclaimer_start(core->hnodes[GMEM_HOST]);
+	if (err)
+		goto no_reclaimer;
+	err = core->recovering ? gmem_recover_load(core) : begin_state(core);
+	if (err)
+		goto no_state;
 	*ret = core;
 	return 0;
+no_state:
+	if (core->recovering) /* nothing has been touched, and half of it is made: the process ends */
+		return err;
+	gmem_reclaimer_stop(core->hnodes[GMEM_HOST]);
+no_reclaimer:
+	gmem_rings_stop(core);
 no_rings:
 	gmem_faults_stop(core);
 no_faults:
@@ -167,6 +229,7 @@ no_lpt:
 	gmem_range_deinit(&core->va[GMEM_CLASS_SMALL]);
 	gmem_range_deinit(&core->va[GMEM_CLASS_HUGE]);
 no_window:
+	gmem_keep_deinit(&core->keep);
 	if (core->features.uffd_device)
 		close(core->features.uffd_device_fd);
 	free(core);
@@ -187,8 +250,15 @@ static uint64_t any_session(struct gmem_core *core)
 
 void gmem_core_destroy(struct gmem_core *core)
 {
+	struct gmem_hnode *host = core->hnodes[GMEM_HOST];
 	uint64_t id;
 
+	/* Not taken over: all of it is the next one's. The process ends. */
+	if (core->recovering)
+		return;
+
+	/* everything has to come home now, whatever the limit */
+	gmem_hnode_set_limit(host, host->info.capacity_bytes);
 	for (int h = 1; h < GMEM_HNODE_MAX; h++)
 		if (gmem_core_hnode(core, h) && gmem_device_detach(core, h, true))
 			gmem_core_post(core, GMEM_EVENT_DEVICE_LOST, 0, 0, 0, h, -EIO);
@@ -206,12 +276,15 @@ void gmem_core_destroy(struct gmem_core *core)
 			gmem_reclaimer_stop(core->hnodes[h]);
 			gmem_hnode_destroy(core->hnodes[h]);
 		}
+	gmem_keep_end(&core->keep);
 	gmem_events_deinit(&core->events);
 	gmem_lpt_deinit(&core->lpt);
+	gmem_keep_deinit(&core->keep);
 	gmem_range_deinit(&core->va[GMEM_CLASS_SMALL]);
 	gmem_range_deinit(&core->va[GMEM_CLASS_HUGE]);
 	gmem_mutex_deinit(&core->devices_lock);
 	gmem_rwlock_deinit(&core->sessions_lock);
+	gmem_mutex_deinit(&core->tenants_lock);
 	if (core->features.uffd_device)
 		close(core->features.uffd_device_fd);
 	free(core);
@@ -243,7 +316,8 @@ void gmem_core_stats(struct gmem_core *core, struct gmem_core_stats *ret)
 		.ahead_pages = gmem_counter(&s->ahead_pages),
 		.discarded_pages = gmem_counter(&s->discarded_pages),
 		.poisoned_pages = gmem_counter(&s->poisoned_pages), .retries = gmem_counter(&s->retries),
-		.parked_faults = gmem_counter(&s->parked_faults), .migration_ns = gmem_counter(&s->migration_ns),
+		.parked_faults = gmem_counter(&s->parked_faults),
+		.aged_pages = gmem_counter(&s->aged_pages), .migration_ns = gmem_counter(&s->migration_ns),
 		.fault_ns = gmem_counter(&s->fault_ns), .sessions = gmem_counter(&core->session_count),
 		.contexts = gmem_counter(&core->context_count), .regions = gmem_counter(&core->region_count),
 		.objects = gmem_counter(&core->object_count), .lpt_bytes = gmem_lpt_bytes(&core->lpt),

@@ -6,12 +6,14 @@
 #include <errno.h>
 #include <signal.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <gmem/internal.h>
 #include <gmem/reclaim.h>
+#include <gmem/tier.h>
 #include <gmem/uffd.h>
 
 static int refuse(const struct gmem_driver_config *config, int err, const char *why)
@@ -21,16 +23,17 @@ static int refuse(const struct gmem_driver_config *config, int err, const char *
 	return err;
 }
 
-static int free_hnid_locked(struct gmem_core *core, const char *name)
+/* wanted: 0: any. */
+static int free_hnid_locked(struct gmem_core *core, const char *name, int wanted)
 {
-	int free_hnid = -ENOSPC;
+	int free_hnid = wanted ? -EEXIST : -ENOSPC;
 
 	for (int h = GMEM_HNODE_MAX - 1; h >= 0; h--) {
 		struct gmem_hnode *hnode = gmem_core_hnode(core, h);
 
 		if (hnode && !strcmp(hnode->name, name))
 			return -EEXIST;
-		if (!hnode && h != GMEM_HOST)
+		if (!hnode && h != GMEM_HOST && (!wanted || h == wanted))
 			free_hnid = h;
 	}
 	return free_hnid;
@@ -76,7 +79,10 @@ static int make_hnode(struct gmem_core *core, int hnid, const struct gmem_driver
 	hnode->ops = &hnode->ops_copy;
 	hnode->device = device;
 	hnode->info = info;
-	err = gmem_hnode_is_peer(hnode) ? 0 : gmem_reclaimer_start(hnode);
+	atomic_init(&hnode->rank, GMEM_RANK_LAST);
+	err = gmem_hnode_is_peer(hnode) ? gmem_hnode_relay_create(hnode) : 0;
+	if (!err)
+		err = gmem_reclaimer_start(hnode);
 	if (err) {
 		gmem_hnode_destroy(hnode);
 		return err;
@@ -85,10 +91,11 @@ static int make_hnode(struct gmem_core *core, int hnid, const struct gmem_driver
 	return 0;
 }
 
-int gmem_device_attach(struct gmem_core *core, const struct gmem_driver_ops *ops,
-		       const struct gmem_driver_config *config, int *ret_hnid)
+static int attach(struct gmem_core *core, const struct gmem_driver_ops *ops, const struct gmem_driver_config *config,
+		  int wanted, int *ret_hnid)
 {
 	struct gmem_driver_config known = *config;
+	struct gmem_driver_keep *keep = NULL;
 	struct gmem_hnode *hnode;
 	struct gmem_device *device;
 	int hnid, err;
@@ -100,12 +107,15 @@ int gmem_device_attach(struct gmem_core *core, const struct gmem_driver_ops *ops
 	if (!config->name || !config->name[0] || strlen(config->name) >= GMEM_NAME_MAX)
 		return refuse(config, -EINVAL, "name: empty or too long");
 	gmem_mutex_lock(&core->devices_lock);
-	hnid = free_hnid_locked(core, config->name);
+	hnid = free_hnid_locked(core, config->name, wanted);
 	if (hnid < 0) {
 		err = refuse(config, hnid, hnid == -EEXIST ? "name: already attached" : "too many devices");
 		goto out;
 	}
 	known.key_count = core->lpt.pages;
+	known.keep = keep = gmem_keeps(&core->keep) ? calloc(1, sizeof(*keep)) : NULL;
+	if (keep)
+		*keep = (struct gmem_driver_keep){ .keep = &core->keep, .hnid = hnid };
 	err = ops->probe(&known, &device);
 	if (err) {
 		refuse(config, err, "the driver's probe failed");
@@ -118,11 +128,28 @@ int gmem_device_attach(struct gmem_core *core, const struct gmem_driver_ops *ops
 			ops->remove(device);
 		goto out;
 	}
+	hnode->keep = keep;
 	atomic_store(&core->hnodes[hnid], hnode);
 	*ret_hnid = hnid;
 out:
+	if (err && keep && !core->recovering)
+		gmem_driver_forget(keep);
+	if (err)
+		free(keep);
 	gmem_mutex_unlock(&core->devices_lock);
 	return err;
+}
+
+int gmem_device_attach(struct gmem_core *core, const struct gmem_driver_ops *ops,
+		       const struct gmem_driver_config *config, int *ret_hnid)
+{
+	return attach(core, ops, config, 0, ret_hnid);
+}
+
+int gmem_device_attach_at(struct gmem_core *core, const struct gmem_driver_ops *ops,
+			  const struct gmem_driver_config *config, int hnid)
+{
+	return hnid > GMEM_HOST && hnid < GMEM_HNODE_MAX ? attach(core, ops, config, hnid, &hnid) : -EINVAL;
 }
 
 static struct gmem_view *context_on(struct gmem_core *core, int hnid)
@@ -151,9 +178,7 @@ static void end_contexts(struct gmem_core *core, int hnid)
 
 static void set_draining(struct gmem_hnode *hnode, bool draining)
 {
-	gmem_mutex_lock(&hnode->lock);
-	hnode->draining = draining;
-	gmem_mutex_unlock(&hnode->lock);
+	atomic_store(&hnode->draining, draining);
 }
 
 int gmem_device_detach(struct gmem_core *core, int hnid, bool force)
@@ -182,9 +207,37 @@ int gmem_device_detach(struct gmem_core *core, int hnid, bool force)
 	atomic_store(&core->hnodes[hnid], NULL);
 	if (hnode->ops->remove)
 		hnode->ops->remove(hnode->device);
+	gmem_driver_forget(hnode->keep);
 	hnode->next_retired = core->retired;
 	core->retired = hnode;
 out:
+	gmem_mutex_unlock(&core->devices_lock);
+	return err;
+}
+
+int gmem_limit(struct gmem_core *core, int hnid, uint64_t bytes)
+{
+	struct gmem_hnode *hnode = gmem_core_hnode(core, hnid);
+	uint64_t before, pinned;
+	int err = 0;
+
+	if (!hnode)
+		return -ENODEV;
+	if (bytes < GMEM_HUGE_BYTES || bytes > hnode->info.capacity_bytes)
+		return -EINVAL;
+	gmem_mutex_lock(&core->devices_lock);
+	gmem_mutex_lock(&hnode->lock);
+	before = gmem_counter(&hnode->limit_bytes);
+	pinned = hnode->pinned_bytes;
+	if (bytes >= pinned)
+		gmem_hnode_set_limit(hnode, bytes);
+	gmem_mutex_unlock(&hnode->lock);
+	if (bytes < pinned)
+		err = -EBUSY;
+	else if (bytes < before)
+		err = gmem_reclaim(hnode, gmem_counter(&hnode->low_bytes));
+	if (err && err != -EBUSY)
+		gmem_hnode_set_limit(hnode, before);
 	gmem_mutex_unlock(&core->devices_lock);
 	return err;
 }
@@ -253,7 +306,7 @@ int gmem_context_attach(struct gmem_core *core, uint64_t id, int hnid, int uffd,
 {
 	struct gmem_session *session = gmem_session_get(core, id);
 	struct gmem_hnode *hnode = gmem_core_hnode(core, hnid);
-	uint64_t context = atomic_fetch_add(&core->next_id, 1);
+	uint64_t context = gmem_keep_next_id(&core->keep, &core->next_id);
 	struct gmem_view *view;
 	int err = !session ? -ENOENT : context_device(core, hnid);
 
@@ -305,7 +358,9 @@ static void fill_stats(struct gmem_hnode *hnode, struct gmem_hnode_stats *ret)
 		.faults = gmem_counter(&hnode->faults), .in_bytes = gmem_counter(&hnode->in_bytes),
 		.out_bytes = gmem_counter(&hnode->out_bytes), .evictions = gmem_counter(&hnode->evictions),
 		.evicted_clean = gmem_counter(&hnode->evicted_clean), .errors = gmem_counter(&hnode->errors),
+		.policy = hnode->policy.ops->name,
 	};
+	ret->info.capacity_bytes = gmem_counter(&hnode->limit_bytes);
 	memcpy(ret->name, hnode->name, sizeof(ret->name));
 	snprintf(ret->driver, sizeof(ret->driver), "%s", hnode->ops ? hnode->ops->name : "host");
 	gmem_mutex_lock(&hnode->lock);
@@ -313,6 +368,8 @@ static void fill_stats(struct gmem_hnode *hnode, struct gmem_hnode_stats *ret)
 	ret->peak_bytes = hnode->peak_bytes;
 	ret->pinned_bytes = hnode->pinned_bytes;
 	gmem_mutex_unlock(&hnode->lock);
+	if (hnode->ops && hnode->ops->peer_usage && hnode->ops->peer_usage(hnode->device, &ret->usage))
+		ret->usage = (struct gmem_device_usage){ 0 };
 	if (hnode->ops && hnode->ops->health)
 		ret->health = hnode->ops->health(hnode->device);
 }

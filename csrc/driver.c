@@ -7,10 +7,11 @@
 
 #include <gmem/core.h>
 #include <gmem/driver.h>
+#include <gmem/keep.h>
 
-extern const struct gmem_driver_ops gmem_simgpu_ops, gmem_zstd_ops;
+extern const struct gmem_driver_ops gmem_simgpu_ops, gmem_zstd_ops, gmem_file_ops;
 
-static const struct gmem_driver_ops *const builtin[] = { &gmem_simgpu_ops, &gmem_zstd_ops };
+static const struct gmem_driver_ops *const builtin[] = { &gmem_simgpu_ops, &gmem_zstd_ops, &gmem_file_ops };
 
 const struct gmem_driver_ops *gmem_driver_builtin(const char *name)
 {
@@ -60,6 +61,41 @@ static int parse_bool(const char *text, uint64_t *ret)
 			return 0;
 		}
 	return -EINVAL;
+}
+
+int gmem_driver_keep_fd(const struct gmem_driver_config *config, const char *name, int fd)
+{
+	struct gmem_driver_keep *keep = config->keep;
+	int err;
+
+	if (!keep)
+		return 0;
+	if (strlen(name) >= sizeof(keep->names[0]) || keep->count == GMEM_DRIVER_FDS)
+		return -EINVAL;
+	err = gmem_keep_fd(keep->keep, fd, "driver.%d.%s", keep->hnid, name);
+	if (!err)
+		strcpy(keep->names[keep->count++], name);
+	return err;
+}
+
+int gmem_driver_kept_fd(const struct gmem_driver_config *config, const char *name)
+{
+	struct gmem_driver_keep *keep = config->keep;
+	int fd = -1;
+
+	if (keep && strlen(name) < sizeof(keep->names[0]) && keep->count < GMEM_DRIVER_FDS)
+		fd = gmem_keep_take(keep->keep, "driver.%d.%s", keep->hnid, name);
+	if (fd >= 0) {
+		strcpy(keep->names[keep->count++], name);
+		keep->restored = true;
+	}
+	return fd;
+}
+
+void gmem_driver_forget(struct gmem_driver_keep *keep)
+{
+	for (int i = 0; keep && i < keep->count; i++)
+		gmem_keep_forget(keep->keep, "driver.%d.%s", keep->hnid, keep->names[i]);
 }
 
 int gmem_driver_options(const struct gmem_driver_config *config, const struct gmem_driver_option *options, size_t count)

@@ -12,6 +12,7 @@
 #include <gmem/migrate.h>
 #include <gmem/pmap.h>
 #include <gmem/prefetch.h>
+#include <gmem/tier.h>
 #include <gmem/uffd.h>
 
 #define MESSAGES 16
@@ -60,26 +61,38 @@ static bool is_write(const struct gmem_fault *fault)
 	return fault->flags & (GMEM_UFFD_FAULT_WRITE | GMEM_UFFD_FAULT_WP);
 }
 
-static bool is_slow(struct gmem_core *core, int hnid)
+static bool is_slow(struct gmem_core *core, int hnid, uint64_t bytes)
 {
 	struct gmem_hnode *hnode = gmem_core_hnode(core, hnid);
 
-	return hnode && (hnode->info.caps & GMEM_CAP_SLOW);
+	return hnode && gmem_hnode_slow(hnode, bytes);
 }
 
-/* What the fault needs is behind a slow link (or room must be made across one): a filler shall wait for it. */
-static bool needs_filler(struct gmem_core *core, const struct gmem_place *place, int hnid)
+/* Room must be made first, across a slow link. */
+static bool slow_to_make_room(struct gmem_core *core, int hnid, uint64_t bytes)
+{
+	struct gmem_hnode *hnode = gmem_core_hnode(core, hnid);
+	int next;
+
+	if (!hnode || gmem_hnode_free_bytes(hnode) >= bytes)
+		return false;
+	next = gmem_tier_next(hnode, bytes, 0);
+	return next > GMEM_HOST && is_slow(core, next, bytes);
+}
+
+bool gmem_fault_is_slow(struct gmem_core *core, const struct gmem_place *place, int hnid)
 {
 	gmem_word_t word = atomic_load_explicit(&core->lpt.words[place->object->pn + place->index],
 						memory_order_relaxed);
+	uint64_t bytes = 1ull << place->object->shift;
 	uint32_t valid = gmem_word_valid(word);
 
 	if (valid >> hnid & 1)
 		return false;
-	if (is_slow(core, hnid))
+	if (is_slow(core, hnid, bytes) || slow_to_make_room(core, hnid, bytes))
 		return true;
 	for (int h = 0; valid >> h; h++)
-		if ((valid >> h & 1) && !is_slow(core, h))
+		if ((valid >> h & 1) && !is_slow(core, h, bytes))
 			return false;
 	return valid != 0;
 }
@@ -187,7 +200,7 @@ void gmem_fault_resolve(struct gmem_core *core, const struct gmem_fault *fault, 
 	}
 	if (view->hnid != GMEM_HOST && !view->replayable && gmem_devfault_refuse(core, view, fault->va, true))
 		goto out;
-	if (may_defer && needs_filler(core, &place, view->hnid) && defer(core, fault))
+	if (may_defer && gmem_fault_is_slow(core, &place, view->hnid) && defer(core, fault))
 		goto out;
 	count_fault(core, fault, place.object);
 	if (gmem_page_trylock(place.object, place.index, true, &page)) {
@@ -198,6 +211,7 @@ void gmem_fault_resolve(struct gmem_core *core, const struct gmem_fault *fault, 
 		gmem_page_unlock(&page);
 		gmem_fault_poison(core, view, place.range, -EIO);
 	} else {
+		gmem_page_hint(&page, place.hint);
 		page.awaited = is_write(fault) ? 0 : fault->va;
 		settle(core, &page, fault, &place,
 		       resolve_locked(&page, view, place.range, fault->flags));
@@ -345,7 +359,7 @@ static void serve(struct gmem_core *core, struct gmem_view *view, struct gmem_se
 			follow(core, view, service);
 		}
 		/* In turns: a thread that faults again at once would otherwise always be ahead of us. */
-		if (!gmem_stream_step(core, view) && !n) {
+		if (!gmem_stream_step(core, view, false) && !n) {
 			if (!expects_more(core, view) || gmem_now_ns() - start > TURN_NS)
 				break;
 			if (!linger(view, service, &idle_since)) {

@@ -5,8 +5,10 @@
 #include <errno.h>
 #include <sched.h>
 
+#include <gmem/crash.h>
 #include <gmem/internal.h>
 #include <gmem/pages.h>
+#include <gmem/prefetch.h>
 
 #define AGAIN_TRIES 2000
 #define ZERO_BYTES 65536
@@ -73,6 +75,7 @@ static int copy_locked(struct end *dst, struct end *src, bool same, int hnid, ui
 	err = gmem_page_fetch(&dst->page, hnid, NULL, nowhere, GMEM_WHY_HMEMCPY, &mapped);
 	if (!err)
 		err = gmem_page_own(&dst->page, hnid);
+	gmem_crash(GMEM_CRASH_HMEMCPY);
 	if (!err)
 		err = readable(from, &source);
 	if (!err)
@@ -167,6 +170,8 @@ int gmem_hmemcpy(struct gmem_core *core, uint64_t id, int hnid, uint64_t dst, ui
 	err = gmem_range_check(session, dst, bytes);
 	if (!err)
 		err = gmem_range_check(session, src, bytes);
+	if (!err)
+		gmem_stream_cancel(core, &session->as, hnode->hnid, dst, bytes);
 	if (!err)
 		err = copy_all(session, hnode->hnid, dst, src, bytes);
 	gmem_session_unref(session);

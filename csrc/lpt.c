@@ -11,13 +11,14 @@
 #define WORD_BYTES sizeof(gmem_word_t)
 #define EXTENT_ALIGN 4096ull /* so that freeing an extent frees its memory */
 
-int gmem_lpt_init(struct gmem_lpt *lpt, uint64_t pages)
+int gmem_lpt_init(struct gmem_lpt *lpt, uint64_t pages, int fd)
 {
 	uint8_t *alias;
 	int err;
 
 	pages = (pages + EXTENT_ALIGN - 1) & ~(EXTENT_ALIGN - 1);
-	err = gmem_file_create("gmem-lpt", GMEM_CLASS_SMALL, pages * WORD_BYTES, 0, &lpt->file);
+	err = fd >= 0 ? gmem_file_adopt(fd, GMEM_CLASS_SMALL, pages * WORD_BYTES, 0, &lpt->file) :
+			gmem_file_create("gmem-lpt", GMEM_CLASS_SMALL, pages * WORD_BYTES, 0, &lpt->file);
 	if (err)
 		return err;
 	err = gmem_alias_map(lpt->file, 0, pages * WORD_BYTES, &alias);
@@ -53,6 +54,11 @@ int gmem_lpt_extent_alloc(struct gmem_lpt *lpt, uint64_t pages, uint64_t *ret_pn
 	if (!err)
 		*ret_pn = start / WORD_BYTES;
 	return err;
+}
+
+int gmem_lpt_extent_take(struct gmem_lpt *lpt, uint64_t pn, uint64_t pages)
+{
+	return gmem_range_take(&lpt->extents, pn * WORD_BYTES, extent_bytes(pages));
 }
 
 void gmem_lpt_extent_free(struct gmem_lpt *lpt, uint64_t pn, uint64_t pages)

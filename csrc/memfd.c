@@ -43,6 +43,17 @@ int gmem_file_create(const char *name, enum gmem_class class_, uint64_t bytes, u
 	return 0;
 }
 
+int gmem_file_adopt(int fd, enum gmem_class class_, uint64_t bytes, uint64_t owner, struct gmem_file **ret)
+{
+	struct gmem_file *file = malloc(sizeof(*file));
+
+	if (!file)
+		return -ENOMEM;
+	*file = (struct gmem_file){ .refs = 1, .fd = fd, .class_ = class_, .bytes = bytes, .owner = owner };
+	*ret = file;
+	return 0;
+}
+
 struct gmem_file *gmem_file_ref(struct gmem_file *file)
 {
 	atomic_fetch_add(&file->refs, 1);

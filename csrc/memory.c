@@ -26,31 +26,51 @@ static int shift_of(uint64_t page_bytes, uint64_t bytes)
 	}
 }
 
-/* What all devices and the host could hold together. */
-static uint64_t capacity(struct gmem_core *core)
+/* What can be stored there for certain. */
+static uint64_t assured_bytes(const struct gmem_hnode *hnode)
+{
+	return hnode->info.assured_bytes ? hnode->info.assured_bytes : gmem_counter(&hnode->limit_bytes);
+}
+
+/* What all devices and the host could hold together, of everybody's or of one share's. */
+static uint64_t capacity(struct gmem_core *core, const struct gmem_share *shares)
 {
 	uint64_t bytes = 0;
 
 	for (int h = 0; h < GMEM_HNODE_MAX; h++) {
 		struct gmem_hnode *hnode = gmem_core_hnode(core, h);
+		uint64_t here = hnode ? assured_bytes(hnode) : 0, quota = shares ? gmem_counter(&shares[h].quota_bytes) : 0;
 
-		if (hnode)
-			bytes += hnode->info.capacity_bytes;
+		bytes += quota && quota < here ? quota : here;
 	}
 	return bytes;
 }
 
-/* Huge pages are used for a region only if every page of it, and every page a device may hold, could be one: running
- * out of them in the middle of a fault would be worse than slower pages. */
+/* No more than its quotas allow in all. */
+static int check_quotas(struct gmem_core *core, struct gmem_account *account, uint64_t bytes)
+{
+	if (core->overcommit)
+		return 0;
+	if (gmem_counter(&account->mapped_bytes) + bytes > capacity(core, account->shares) ||
+	    gmem_counter(&account->tenant->mapped_bytes) + bytes > capacity(core, account->tenant->shares))
+		return -EDQUOT;
+	return 0;
+}
+
+/* Huge pages are used for a region only if every page of it that the host may hold, and every page a device may hold,
+ * could be one: running out of them in the middle of a fault would be worse than slower pages. */
 static bool huge_fits(struct gmem_core *core, uint64_t bytes)
 {
 	uint64_t need = bytes + atomic_load(&core->committed_bytes[GMEM_CLASS_HUGE]);
+	uint64_t most = gmem_counter(&gmem_core_hnode(core, GMEM_HOST)->limit_bytes);
+
+	need = need < most ? need : most;
 
 	for (int h = 1; h < GMEM_HNODE_MAX; h++) {
 		struct gmem_hnode *hnode = gmem_core_hnode(core, h);
 
 		if (hnode && (hnode->info.caps & GMEM_CAP_CPU_VISIBLE))
-			need += hnode->info.capacity_bytes;
+			need += gmem_counter(&hnode->limit_bytes);
 	}
 	return need <= gmem_hugepages_bytes();
 }
@@ -60,10 +80,30 @@ static int commit_charge(struct gmem_core *core, enum gmem_class class_, uint64_
 	uint64_t total = atomic_fetch_add(&core->committed_bytes[class_], bytes) + bytes;
 
 	total += atomic_load(&core->committed_bytes[!class_]);
-	if (core->overcommit || total <= capacity(core))
+	if (core->overcommit || total <= capacity(core, NULL))
 		return 0;
 	atomic_fetch_sub(&core->committed_bytes[class_], bytes);
 	return -ENOMEM;
+}
+
+/* What a predecessor had reserved, and not told any more. */
+static bool reserved_before(struct gmem_session *session, const struct gmem_mmap_args *args, uint64_t bytes,
+			    struct gmem_region_info *ret)
+{
+	struct gmem_place place;
+	struct gmem_file *file;
+	uint64_t va;
+
+	if (!args->again || !gmem_as_find_asked(&session->as, args->asked, bytes, &va) ||
+	    gmem_as_lookup(&session->as, va, &place))
+		return false;
+	*ret = (struct gmem_region_info){ .va = va, .bytes = bytes, .offset = place.object->offset,
+					  .page_bytes = 1ull << place.object->shift, .class_ = place.object->class_,
+					  .fork = args->fork };
+	if (!gmem_object_file(place.object, GMEM_HOST, &file))
+		ret->fd = file->fd;
+	gmem_object_unref(place.object);
+	return true;
 }
 
 int gmem_mmap(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args *args, struct gmem_region_info *ret)
@@ -84,9 +124,16 @@ int gmem_mmap(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args *
 	session = gmem_session_get(core, id);
 	if (!session)
 		return -ENOENT;
+	if (reserved_before(session, args, bytes, ret)) {
+		gmem_session_unref(session);
+		return 0;
+	}
 	err = commit_charge(core, class_, bytes);
 	if (err)
 		goto out;
+	err = check_quotas(core, session->account, bytes);
+	if (err)
+		goto uncharge;
 	err = gmem_range_alloc(&core->va[class_], bytes, align, &va);
 	if (err)
 		goto uncharge;
@@ -100,6 +147,8 @@ int gmem_mmap(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args *
 	}
 	err = gmem_as_insert(&session->as, object, va, 0, bytes, args->fork, false);
 	gmem_object_unref(object); /* on failure the last one: gives back range and charge */
+	if (!err && args->asked && gmem_keeps(&core->keep))
+		gmem_as_asked(&session->as, va, args->asked);
 	if (!err)
 		*ret = (struct gmem_region_info){ .va = va, .bytes = bytes, .offset = va - core->window.base,
 						  .page_bytes = 1ull << shift, .class_ = class_,
@@ -127,8 +176,10 @@ int gmem_mmap_commit(struct gmem_core *core, uint64_t id, uint64_t va)
 		return -EINVAL;
 	}
 	view = gmem_as_view(&session->as, GMEM_HOST);
-	if (place.region_va != va || place.committed)
+	if (place.region_va != va)
 		err = -EINVAL;
+	else if (place.committed)
+		err = 0; /* asked again, because the answer was lost */
 	else if (!view)
 		err = -ENOTCONN;
 	else

@@ -4,10 +4,12 @@
 #include <sched.h>
 #include <time.h>
 
+#include <gmem/crash.h>
 #include <gmem/internal.h>
 #include <gmem/migrate.h>
 #include <gmem/pmap.h>
 #include <gmem/reclaim.h>
+#include <gmem/tier.h>
 #include <gmem/uffd.h>
 
 #define RECLAIM_TRIES 64
@@ -68,6 +70,13 @@ void gmem_page_lock(struct gmem_object *object, uint64_t index, struct gmem_page
 	}
 }
 
+void gmem_page_hint(struct gmem_page *page, struct gmem_hint hint)
+{
+	page->word = gmem_word_set_preferred(page->word, hint.preferred);
+	if (hint.read_mostly)
+		page->word |= GMEM_WORD_FLAG(GMEM_PAGE_READ_MOSTLY);
+}
+
 bool gmem_page_poisoned(const struct gmem_page *page)
 {
 	return gmem_word_state(page->word) == GMEM_POISONED;
@@ -100,9 +109,12 @@ static gmem_word_t settled(const struct gmem_page *page)
  * too, finds the page held again, and parks again. */
 void gmem_page_unlock(struct gmem_page *page)
 {
-	gmem_word_t word = settled(page) | (page->park ? GMEM_WORD_WAITERS : 0);
+	gmem_word_t word = settled(page) | (page->park ? GMEM_WORD_WAITERS : 0), old;
 
-	if (atomic_exchange_explicit(word_of(page), word, memory_order_acq_rel) & GMEM_WORD_WAITERS)
+	gmem_crash(GMEM_CRASH_COMMIT);
+	old = atomic_exchange_explicit(word_of(page), word, memory_order_acq_rel);
+	gmem_crash(GMEM_CRASH_COMMITTED);
+	if (old & GMEM_WORD_WAITERS)
 		gmem_page_wake(page);
 }
 
@@ -113,6 +125,7 @@ void gmem_page_mark(struct gmem_page *page, enum gmem_dir dir, int target)
 
 	while (!atomic_compare_exchange_weak(word_of(page), &old, busy | (old & GMEM_WORD_WAITERS)))
 		;
+	gmem_crash(GMEM_CRASH_MARK);
 }
 
 struct notice {
@@ -167,6 +180,7 @@ int gmem_page_downgrade(struct gmem_page *page)
 		return -EBUSY;
 	gmem_page_notify(page, hnode, GMEM_CAUSE_PROTECT);
 	err = gmem_object_for_views(page->object, writer, page->offset, page->bytes, protect_view, NULL);
+	gmem_crash(GMEM_CRASH_DOWNGRADE);
 	if (!err)
 		page->word = gmem_word_set_writer(page->word, -1);
 	return err; /* views protected before the failure fault on their next write and get it back */
@@ -188,6 +202,7 @@ static void release_copy(struct gmem_page *page, struct gmem_hnode *hnode, enum 
 		if (!err)
 			err = gmem_file_punch(file, page->object->offset + page->offset, page->bytes);
 	}
+	gmem_crash(GMEM_CRASH_RELEASE);
 	if (gmem_word_flags(page->word) & GMEM_PAGE_PINNED)
 		gmem_hnode_pinned(hnode, -(int64_t)page->bytes);
 	gmem_hnode_frame_free(hnode, page->object, page->index);
@@ -233,6 +248,11 @@ int gmem_page_own(struct gmem_page *page, int hnid)
 		gmem_count(&page->core->stats.invalidations, 1);
 	}
 	page->word = gmem_word_set_writer(page->word, hnid) | GMEM_WORD_FLAG(GMEM_PAGE_DIRTY);
+	/* What was filled just now is nothing to a successor before the word says that it is valid; and once it is mapped
+	 * writable, it is all there is. */
+	if (gmem_word_valid(atomic_load_explicit(word_of(page), memory_order_relaxed)) != mine)
+		gmem_page_mark(page, GMEM_DIR_UPGRADE, hnid);
+	gmem_crash(GMEM_CRASH_OWN);
 	return 0;
 }
 
@@ -261,17 +281,18 @@ static int get_frame(struct gmem_page *page, struct gmem_hnode *hnode)
 {
 	int err = gmem_hnode_frame_alloc(hnode, page->object, page->index);
 
-	for (int tries = 0; err == -ENOMEM && tries < RECLAIM_TRIES; tries++) {
-		int reclaimed = gmem_reclaim(hnode, page->bytes);
+	for (int tries = 0; (err == -ENOMEM || err == -EDQUOT) && tries < RECLAIM_TRIES; tries++) {
+		int reclaimed = err == -ENOMEM ? gmem_reclaim(hnode, page->bytes) :
+						 gmem_reclaim_own(hnode, page->object->account, page->bytes);
 
 		if (reclaimed)
 			return reclaimed;
 		err = gmem_hnode_frame_alloc(hnode, page->object, page->index);
 	}
-	return err == -ENOMEM ? -EAGAIN : err; /* others were quicker every time: come back */
+	return err == -ENOMEM || err == -EDQUOT ? -EAGAIN : err; /* others were quicker every time: come back */
 }
 
-static int copy_throttled(struct gmem_hnode *engine, void *dst, const void *src, uint64_t bytes)
+int gmem_copy_by_engine(struct gmem_hnode *engine, void *dst, const void *src, uint64_t bytes)
 {
 	struct gmem_sg sg = { dst, src, bytes };
 	gmem_fence_t fence = 0;
@@ -292,6 +313,14 @@ struct gmem_hnode *gmem_copy_engine(struct gmem_hnode *from, struct gmem_hnode *
 		     !(ends[i]->info.caps & GMEM_CAP_CPU_VISIBLE)))
 			return ends[i];
 	return NULL;
+}
+
+static int pull(struct gmem_hnode *from, struct gmem_page *page, uint8_t *dst)
+{
+	struct gmem_peer_io io = { .key = page->pn, .memory = dst, .bytes = page->bytes };
+
+	gmem_tier_pull(from, &io, 1);
+	return io.result;
 }
 
 /* FILL: nobody maps the target before the commit. */
@@ -317,15 +346,21 @@ static int fill_from(struct gmem_page *page, struct gmem_hnode *from, struct gme
 		src += page->offset;
 	if (dst)
 		dst += page->offset;
-	if (src && !dst)
-		return to->ops->peer_map(to->device, page->pn, src, page->bytes);
+	if (!src && !dst)
+		return gmem_tier_relay(from, to, page->pn, page->bytes);
+	if (src && !dst) {
+		struct gmem_peer_io io = { .key = page->pn, .memory = src, .bytes = page->bytes };
+
+		gmem_tier_push(to, &io, 1);
+		return io.result;
+	}
 	if (src && !engine)
 		return gmem_file_fill(file, offset, dst, src, page->bytes);
 	err = gmem_file_populate(file, offset, page->bytes);
 	if (!err && src)
-		err = copy_throttled(engine, dst, src, page->bytes);
+		err = gmem_copy_by_engine(engine, dst, src, page->bytes);
 	else if (!err)
-		err = from->ops->peer_unmap(from->device, page->pn, dst, page->bytes);
+		err = pull(from, page, dst);
 	return err;
 }
 
@@ -335,6 +370,7 @@ static int copy_awaited(struct gmem_page *page, const uint8_t *src, struct gmem_
 	uint64_t at = (page->awaited & ~4095ull) - range.va, behind = at + 4096, done;
 	int err = gmem_uffd_copy_wp(view->uffd, range.va + at, src + at, 4096, true, &done);
 
+	gmem_crash(GMEM_CRASH_COPY_FIRST);
 	if (!err && at)
 		err = gmem_uffd_copy_wp(view->uffd, range.va, src, at, false, &done);
 	if (!err && behind < range.bytes)
@@ -361,12 +397,13 @@ static int copy_into_view(struct gmem_page *page, struct gmem_hnode *from, struc
 	return gmem_uffd_copy_wp(view->uffd, range.va, src + page->offset, range.bytes, false, &done);
 }
 
-static void undo_target(struct gmem_page *page, struct gmem_hnode *to)
+void gmem_page_forget(struct gmem_page *page, struct gmem_hnode *to)
 {
 	struct gmem_file *file;
 
 	if (!gmem_hnode_is_peer(to) && !gmem_object_file(page->object, to->hnid, &file))
 		gmem_file_punch(file, page->object->offset + page->offset, page->bytes);
+	gmem_crash(GMEM_CRASH_FORGET);
 	gmem_hnode_frame_free(to, page->object, page->index);
 	gmem_page_mark(page, GMEM_DIR_MAP, 0);
 }
@@ -385,7 +422,7 @@ struct gmem_hnode *gmem_page_source(struct gmem_page *page)
 	return best;
 }
 
-void gmem_page_count_copy(struct gmem_page *page, struct gmem_hnode *from, struct gmem_hnode *to)
+static void count_copy(struct gmem_page *page, struct gmem_hnode *from, struct gmem_hnode *to)
 {
 	struct gmem_stats *stats = &page->core->stats;
 
@@ -398,6 +435,18 @@ void gmem_page_count_copy(struct gmem_page *page, struct gmem_hnode *from, struc
 	else
 		gmem_count(&stats->d2d_bytes, page->bytes);
 	gmem_count(&stats->duplicates, 1);
+}
+
+void gmem_page_arrived(struct gmem_page *page, struct gmem_hnode *from, struct gmem_hnode *to, enum gmem_why why)
+{
+	page->word = gmem_word_set_valid(page->word, gmem_word_valid(page->word) | 1u << to->hnid);
+	page->word = gmem_word_set_why(page->word, from ? why : GMEM_WHY_FIRST_TOUCH);
+	if (gmem_word_flags(page->word) & GMEM_PAGE_PINNED)
+		gmem_hnode_pinned(to, (int64_t)page->bytes);
+	if (!from)
+		return;
+	page->word &= ~GMEM_WORD_FLAG(GMEM_PAGE_DIRTY);
+	count_copy(page, from, to);
 }
 
 static int transfer(struct gmem_page *page, struct gmem_hnode *from, struct gmem_hnode *to, struct gmem_view *view,
@@ -418,9 +467,11 @@ static int transfer(struct gmem_page *page, struct gmem_hnode *from, struct gmem
 			err = copy_into_view(page, from, to, view, range);
 		}
 		*ret_mapped = !err;
+		gmem_crash(GMEM_CRASH_COPY);
 	}
 	if (err == -ESRCH)
 		err = fill_from(page, from, to);
+	gmem_crash(GMEM_CRASH_FILL);
 	return err;
 }
 
@@ -439,6 +490,21 @@ static int first_touch(struct gmem_page *page, struct gmem_hnode *to)
 	return err;
 }
 
+/* The driver says that its copy is damaged. Another one may do; if there is none, nobody shall ever see this one. */
+static void lose(struct gmem_page *page, struct gmem_hnode *from)
+{
+	uint32_t rest = gmem_word_valid(page->word) & ~(1u << from->hnid);
+
+	gmem_count(&from->errors, 1);
+	if (!rest)
+		page->word = gmem_word_set_why(page->word, GMEM_WHY_LOST); /* a successor, too, must not make it zeros */
+	if (drop_all_but(page, rest, rest ? GMEM_DIR_UPGRADE : GMEM_DIR_DISCARD, rest ? __builtin_ctz(rest) : 0) || rest)
+		return;
+	page->word = gmem_word_set_state(gmem_word_set_why(0, GMEM_WHY_LOST), GMEM_POISONED);
+	gmem_core_post(page->core, GMEM_EVENT_POISONED, page->object->account->session_id, page->offset, 0,
+		       from->hnid, -EBADMSG);
+}
+
 int gmem_page_fetch(struct gmem_page *page, int hnid, struct gmem_view *view, struct gmem_range range,
 		    enum gmem_why why, bool *ret_mapped)
 {
@@ -454,31 +520,23 @@ int gmem_page_fetch(struct gmem_page *page, int hnid, struct gmem_view *view, st
 	if (!to)
 		return -ENODEV;
 	from = gmem_page_source(page);
-	/* Two peers can't reach each other: by way of the host. */
-	if (from && gmem_hnode_is_peer(from) && gmem_hnode_is_peer(to)) {
-		err = gmem_page_fetch(page, GMEM_HOST, NULL, range, why, ret_mapped);
-		if (err)
-			return err;
-		from = gmem_core_hnode(page->core, GMEM_HOST);
-	}
 	err = gmem_page_downgrade(page);
 	if (!err)
 		err = get_frame(page, to);
 	if (err)
 		return err;
+	gmem_crash(GMEM_CRASH_FRAME);
 	err = from ? transfer(page, from, to, view, range, ret_mapped) : first_touch(page, to);
 	if (err) {
-		undo_target(page, to);
+		gmem_page_forget(page, to);
+		if (err == -EBADMSG)
+			lose(page, from);
+		if (err == -EBADMSG && gmem_word_valid(page->word))
+			return -EAGAIN;
 		return err == -ENOSPC ? -ENOMEM : err;
 	}
-	if (from)
-		gmem_page_count_copy(page, from, to);
-	page->word = gmem_word_set_valid(page->word, gmem_word_valid(page->word) | 1u << hnid);
-	page->word = gmem_word_set_why(page->word, from ? why : GMEM_WHY_FIRST_TOUCH);
-	if (from)
-		page->word &= ~GMEM_WORD_FLAG(GMEM_PAGE_DIRTY);
-	if (gmem_word_flags(page->word) & GMEM_PAGE_PINNED)
-		gmem_hnode_pinned(to, (int64_t)page->bytes);
+	gmem_page_arrived(page, from, to, why);
+	gmem_crash(GMEM_CRASH_ARRIVED);
 	gmem_count(&page->core->stats.migration_ns, gmem_now_ns() - start);
 	return 0;
 }
@@ -487,10 +545,15 @@ int gmem_page_map(struct gmem_page *page, struct gmem_view *view, struct gmem_ra
 {
 	bool writable = gmem_word_writer(page->word) == view->hnid;
 	struct gmem_pmap *pmap = gmem_view_pmap(view);
+	int err;
 
+	gmem_crash(GMEM_CRASH_MAP);
 	if (was_protected && writable)
-		return gmem_uffd_pmap_protect(pmap, range, GMEM_PROT_WRITE);
-	if (was_protected)
-		return gmem_uffd_pmap_wake(pmap, range);
-	return gmem_uffd_pmap_enter(pmap, range, 0, writable ? GMEM_PROT_WRITE : GMEM_PROT_READ);
+		err = gmem_uffd_pmap_protect(pmap, range, GMEM_PROT_WRITE);
+	else if (was_protected)
+		err = gmem_uffd_pmap_wake(pmap, range);
+	else
+		err = gmem_uffd_pmap_enter(pmap, range, 0, writable ? GMEM_PROT_WRITE : GMEM_PROT_READ);
+	gmem_crash(GMEM_CRASH_MAPPED);
+	return err;
 }

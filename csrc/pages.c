@@ -5,6 +5,7 @@
 
 #include <gmem/internal.h>
 #include <gmem/pages.h>
+#include <gmem/prefetch.h>
 
 #define AGAIN_TRIES 2000
 
@@ -46,6 +47,7 @@ int gmem_one_page(struct gmem_request *request, struct gmem_object *object, uint
 		if (tries)
 			pause_for(tries);
 		gmem_page_lock(object, index, &page);
+		gmem_page_hint(&page, request->hint);
 		err = gmem_page_poisoned(&page) ? -EIO : fn(request, &page, range);
 		page.park = false; /* this thread does not wait for a wake-up */
 		gmem_page_unlock(&page);
@@ -65,6 +67,7 @@ int gmem_for_pages(struct gmem_request *request, uint64_t va, uint64_t bytes, bo
 
 		if (gmem_as_lookup(&request->session->as, va, &place))
 			return -EINVAL;
+		request->hint = place.hint;
 		page_bytes = 1ull << place.object->shift;
 		next = place.range.va + place.range.bytes;
 		whole = place.range.va >= va && next <= end && place.range.bytes == page_bytes;
@@ -93,7 +96,7 @@ int gmem_request_init(struct gmem_core *core, uint64_t session, int hnid, uint64
 {
 	int err;
 
-	*ret = (struct gmem_request){ .core = core, .hnid = hnid };
+	*ret = (struct gmem_request){ .core = core, .hnid = hnid, .hint = GMEM_NO_HINT };
 	if (hnid != -1 && !gmem_core_hnode(core, hnid))
 		return -ENODEV;
 	ret->session = gmem_session_get(core, session);
@@ -104,6 +107,7 @@ int gmem_request_init(struct gmem_core *core, uint64_t session, int hnid, uint64
 		gmem_session_unref(ret->session);
 		return err;
 	}
+	gmem_stream_cancel(core, &ret->session->as, hnid, va, bytes);
 	if (hnid >= 0)
 		ret->view = gmem_as_view(&ret->session->as, hnid);
 	return 0;

@@ -1,9 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
+#include <time.h>
+
+#include <gmem/fault.h>
 #include <gmem/internal.h>
 #include <gmem/prefetch.h>
 #include <gmem/run.h>
 
 #define PIECE_BYTES (128ull << 10) /* a thread that catches up waits for so much at most, or for one page */
+#define HELP_WAITS 100     /* for a filler's piece; across a slow link it may come late all the same */
+#define HELP_WAIT_NS 200000
 #define HELPED_BYTES (64ull << 10) /* with smaller pages two threads mostly wait for each other in the kernel */
 
 static uint64_t first_window(uint64_t page_bytes)
@@ -63,6 +68,10 @@ void gmem_stream_fault(struct gmem_core *core, struct gmem_view *view, const str
 	uint64_t region_end = place->region_va + place->region_bytes, window, end;
 	struct gmem_stream *stream = find(view, place->range.va);
 
+	bool all = place->hint.accessed_by >> view->hnid & 1;
+
+	if (!core->fault_ahead)
+		return;
 	if (!stream) {
 		stream = &view->streams[atomic_fetch_add_explicit(&view->stream_hand, 1, memory_order_relaxed) %
 					GMEM_STREAMS];
@@ -71,9 +80,10 @@ void gmem_stream_fault(struct gmem_core *core, struct gmem_view *view, const str
 		store(&stream->begin, behind);
 		store(&stream->end, behind);
 		store(&stream->next, behind);
-		return;
+		if (!all)
+			return;
 	}
-	window = load(&stream->window) * 2;
+	window = all ? last_window(page_bytes) : load(&stream->window) * 2;
 	if (window < first_window(page_bytes))
 		window = first_window(page_bytes);
 	if (window > last_window(page_bytes))
@@ -120,6 +130,7 @@ static bool fetch_ahead(struct gmem_core *core, struct gmem_view *view, struct g
 			return false;
 		page_bytes = 1ull << place.object->shift;
 		args.object = place.object;
+		args.hint = place.hint;
 		args.index = place.index;
 		args.count = range.bytes >> place.object->shift;
 		/* pieces begin and end with whole pages, unless the region was cut meanwhile */
@@ -145,7 +156,16 @@ bool gmem_stream_pending(const struct gmem_view *view)
 	return false;
 }
 
-bool gmem_stream_step(struct gmem_core *core, struct gmem_view *view)
+/* What is behind a slow link is for a filler. */
+static bool leave_to_filler(struct gmem_core *core, struct gmem_view *view, const struct gmem_place *place)
+{
+	if (!gmem_fault_is_slow(core, place, view->hnid))
+		return false;
+	ask_for_help(core, view);
+	return true;
+}
+
+bool gmem_stream_step(struct gmem_core *core, struct gmem_view *view, bool may_wait)
 {
 	for (int i = 0; i < GMEM_STREAMS; i++) {
 		struct gmem_stream *stream = &view->streams[i];
@@ -153,6 +173,7 @@ bool gmem_stream_step(struct gmem_core *core, struct gmem_view *view)
 		struct gmem_range piece;
 		struct gmem_place place;
 		uint64_t page_bytes;
+		bool left;
 
 		if (!next || next >= load(&stream->end))
 			continue;
@@ -162,8 +183,9 @@ bool gmem_stream_step(struct gmem_core *core, struct gmem_view *view)
 			continue;
 		}
 		page_bytes = 1ull << place.object->shift;
+		left = !may_wait && leave_to_filler(core, view, &place);
 		gmem_object_unref(place.object);
-		if (!claim(stream, page_bytes, &piece))
+		if (left || !claim(stream, page_bytes, &piece))
 			continue;
 		if (!fetch_ahead(core, view, piece, atomic_load_explicit(&stream->write, memory_order_relaxed)))
 			store(&stream->end, load(&stream->next));
@@ -175,9 +197,57 @@ bool gmem_stream_step(struct gmem_core *core, struct gmem_view *view)
 void gmem_stream_help(struct gmem_core *core, struct gmem_view *view)
 {
 	do {
-		while (gmem_stream_step(core, view))
+		while (gmem_stream_step(core, view, true))
 			;
 		atomic_store(&view->helped, false);
 		/* what was asked for after the last look, and before others could ask again */
 	} while (gmem_stream_pending(view) && !atomic_exchange(&view->helped, true));
+}
+
+static bool forget(struct gmem_view *view, uint64_t va, uint64_t end)
+{
+	bool found = false;
+
+	for (int i = 0; i < GMEM_STREAMS; i++) {
+		struct gmem_stream *stream = &view->streams[i];
+
+		if (load(&stream->begin) >= end || load(&stream->end) <= va)
+			continue;
+		store(&stream->next, load(&stream->end));
+		store(&stream->begin, 0);
+		store(&stream->end, 0);
+		found = true;
+	}
+	return found;
+}
+
+/* The view after the one of that address; referenced. Views that come and go meanwhile may be missed. */
+static struct gmem_view *next_view(struct gmem_as *as, const struct gmem_view *behind)
+{
+	struct gmem_view *view;
+
+	gmem_mutex_lock(&as->views_lock);
+	for (view = as->views; view && behind && view != behind; view = view->next)
+		;
+	view = behind && view ? view->next : behind ? NULL : as->views;
+	if (view)
+		gmem_view_ref(view);
+	gmem_mutex_unlock(&as->views_lock);
+	return view;
+}
+
+void gmem_stream_cancel(struct gmem_core *core, struct gmem_as *as, int hnid, uint64_t va, uint64_t bytes)
+{
+	struct gmem_view *view = next_view(as, NULL), *next;
+
+	while (view) {
+		if (view->hnid != hnid && forget(view, va, va + bytes)) {
+			gmem_faults_quiesce(core, view);
+			for (int i = 0; atomic_load(&view->helped) && i < HELP_WAITS; i++)
+				nanosleep(&(struct timespec){ 0, HELP_WAIT_NS }, NULL);
+		}
+		next = next_view(as, view);
+		gmem_view_unref(view);
+		view = next;
+	}
 }

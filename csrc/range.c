@@ -104,6 +104,23 @@ out:
 	return err;
 }
 
+int gmem_range_take(struct gmem_range_allocator *ranges, uint64_t start, uint64_t bytes)
+{
+	int err = -EEXIST;
+
+	gmem_mutex_lock(&ranges->lock);
+	if (reserve_slots(ranges, ranges->count + 2))
+		err = -ENOMEM;
+	for (size_t i = 0; err == -EEXIST && i < ranges->count; i++)
+		if (ranges->pieces[i].start <= start && start < ranges->pieces[i].end &&
+		    ranges->pieces[i].end - start >= bytes) {
+			carve(ranges, i, start, bytes);
+			err = 0;
+		}
+	gmem_mutex_unlock(&ranges->lock);
+	return err;
+}
+
 void gmem_range_free(struct gmem_range_allocator *ranges, uint64_t start, uint64_t bytes)
 {
 	size_t low = 0, high;

@@ -4,138 +4,52 @@
 #include <pthread.h>
 #include <time.h>
 
+#include <gmem/age.h>
+#include <gmem/evict.h>
 #include <gmem/internal.h>
 #include <gmem/migrate.h>
 #include <gmem/reclaim.h>
 
 #define PRESSURE_NS 50000000ull /* how long after a full hnode room is still made ahead */
 #define TELL_NS 1000000000ull   /* how often an hnode under pressure says so */
+#define BATCH_BYTES (4ull << 20)
+#define EMPTY_TRIES 16
+#define OTHERS_TRIES 256
 #define DRAIN_TRIES 20000
 #define DRAIN_PAUSE_NS 100000
 
-/* The list: head is newest, next leads towards older pages, prev towards newer ones. */
-void gmem_sieve_insert(struct gmem_hnode *hnode, uint32_t frame)
+/* Whose pages are to leave: an account's own; those of its user's other accounts, if it has none there itself; anybody's
+ * (NULL). */
+struct domain {
+	struct gmem_account *account;
+	bool others;
+};
+
+static uint32_t next_locked(struct gmem_hnode *hnode, const struct domain *domain)
 {
-	struct gmem_frame *frames = hnode->frames;
+	uint32_t frame = GMEM_FRAME_NONE;
 
-	frames[frame].prev = GMEM_FRAME_NONE;
-	frames[frame].next = hnode->head;
-	if (hnode->head)
-		frames[hnode->head].prev = frame;
-	else
-		hnode->tail = frame;
-	hnode->head = frame;
-}
-
-void gmem_sieve_remove(struct gmem_hnode *hnode, uint32_t frame)
-{
-	struct gmem_frame *frames = hnode->frames;
-
-	if (hnode->hand == frame)
-		hnode->hand = frames[frame].prev;
-	if (frames[frame].prev)
-		frames[frames[frame].prev].next = frames[frame].next;
-	else
-		hnode->head = frames[frame].next;
-	if (frames[frame].next)
-		frames[frames[frame].next].prev = frames[frame].prev;
-	else
-		hnode->tail = frames[frame].prev;
-}
-
-void gmem_sieve_next_is(struct gmem_hnode *hnode, uint32_t frame)
-{
-	hnode->hand = frame;
-}
-
-uint32_t gmem_sieve_next(struct gmem_hnode *hnode)
-{
-	uint32_t frame = hnode->hand ? hnode->hand : hnode->tail;
-
-	/* Each step clears a mark, so the second round ends at the latest. */
-	while (frame && atomic_exchange_explicit(&hnode->frames[frame].visited, 0, memory_order_relaxed)) {
-		frame = hnode->frames[frame].prev;
-		if (!frame)
-			frame = hnode->tail;
+	if (!domain)
+		return gmem_policy_next(&hnode->policy);
+	if (!domain->others)
+		return gmem_hnode_mate_locked(hnode, domain->account);
+	for (int tries = 0; tries < OTHERS_TRIES; tries++) {
+		frame = gmem_policy_next(&hnode->policy);
+		if (!frame || hnode->frames[frame].object->account->tenant == domain->account->tenant)
+			return frame;
 	}
-	hnode->hand = frame ? hnode->frames[frame].prev : GMEM_FRAME_NONE;
-	return frame;
-}
-
-/* Where what leaves this hnode goes: a device's pages to the host, the host's to a tier with room. */
-static int next_tier(struct gmem_hnode *hnode, uint64_t bytes)
-{
-	if (hnode->hnid != GMEM_HOST)
-		return GMEM_HOST;
-	for (int h = 1; h < GMEM_HNODE_MAX; h++) {
-		struct gmem_hnode *tier = gmem_core_hnode(hnode->core, h);
-		bool room;
-
-		if (!tier || !gmem_hnode_is_peer(tier) || (tier->info.caps & GMEM_CAP_COMPUTE))
-			continue;
-		gmem_mutex_lock(&tier->lock);
-		room = !tier->draining && tier->used_bytes + bytes <= tier->info.capacity_bytes;
-		gmem_mutex_unlock(&tier->lock);
-		if (room)
-			return h;
-	}
-	return -ENOMEM;
-}
-
-static int evict_locked(struct gmem_hnode *hnode, struct gmem_page *page, bool forced)
-{
-	struct gmem_frame *frame = gmem_hnode_frame(hnode, page->object, page->index);
-	uint32_t here = 1u << hnode->hnid;
-	bool mapped, clean;
-	int err = 0, target;
-
-	if (!frame || !(gmem_word_valid(page->word) & here))
-		return 0; /* it has left by itself */
-	if (frame->holds)
-		return -EBUSY;
-	if (!forced && (gmem_word_flags(page->word) & GMEM_PAGE_PINNED))
-		return -EPERM;
-	clean = gmem_word_valid(page->word) != here;
-	if (!clean) {
-		target = next_tier(hnode, page->bytes);
-		if (target < 0)
-			return target;
-		err = gmem_page_fetch(page, target, NULL, (struct gmem_range){ 0, 0 }, GMEM_WHY_EVICTED, &mapped);
-	}
-	if (!err)
-		err = gmem_page_drop(page, hnode->hnid);
-	if (err)
-		return err;
-	gmem_count(&hnode->evictions, 1);
-	gmem_count(&hnode->core->stats.evictions, 1);
-	if (clean) {
-		gmem_count(&hnode->evicted_clean, 1);
-		gmem_count(&hnode->core->stats.evicted_clean, 1);
-	}
-	return 0;
-}
-
-int gmem_reclaim_evict(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index, bool forced)
-{
-	struct gmem_page page;
-	int err = gmem_page_trylock(object, index, false, &page);
-
-	if (err)
-		return err;
-	err = evict_locked(hnode, &page, forced);
-	page.park = false; /* whoever waits for a release has set WAITERS himself */
-	gmem_page_unlock(&page);
-	return err;
+	return GMEM_FRAME_NONE;
 }
 
 /* The next candidate, with a reference on its object; false if there is none. */
-static bool candidate(struct gmem_hnode *hnode, struct gmem_object **ret_object, uint64_t *ret_index)
+static bool candidate(struct gmem_hnode *hnode, const struct domain *domain, struct gmem_object **ret_object,
+		      uint64_t *ret_index)
 {
 	bool found = false;
 	uint32_t frame;
 
 	gmem_mutex_lock(&hnode->lock);
-	frame = gmem_sieve_next(hnode);
+	frame = next_locked(hnode, domain);
 	if (frame && gmem_object_tryref(hnode->frames[frame].object)) {
 		*ret_object = hnode->frames[frame].object;
 		*ret_index = hnode->frames[frame].index;
@@ -145,48 +59,108 @@ static bool candidate(struct gmem_hnode *hnode, struct gmem_object **ret_object,
 	return found;
 }
 
-static uint64_t free_bytes(struct gmem_hnode *hnode, uint64_t *ret_frames)
+/* Candidates of bytes in all, locked, with references on their objects. *ret_busy: there were some not to be had. */
+static size_t gather(struct gmem_hnode *hnode, const struct domain *domain, uint64_t bytes, struct gmem_page *pages,
+		     bool *ret_busy)
 {
-	uint64_t bytes;
+	uint64_t gathered = 0;
+	size_t n = 0;
+
+	for (size_t tries = 0; gathered < bytes && tries < GMEM_EVICT_BATCH; tries++) {
+		struct gmem_object *object;
+		uint64_t index;
+
+		if (!candidate(hnode, domain, &object, &index))
+			break; /* empty, or its object is just being freed */
+		if (gmem_page_trylock(object, index, false, &pages[n])) {
+			gmem_object_unref(object);
+			*ret_busy = true;
+		} else {
+			gathered += pages[n++].bytes;
+		}
+	}
+	return n;
+}
+
+static int evict(struct gmem_hnode *hnode, struct gmem_page *pages, size_t count, bool forced)
+{
+	struct gmem_object *objects[GMEM_EVICT_BATCH];
+	int err;
+
+	for (size_t i = 0; i < count; i++)
+		objects[i] = pages[i].object;
+	err = gmem_evict(hnode, pages, count, forced);
+	for (size_t i = 0; i < count; i++)
+		gmem_object_unref(objects[i]);
+	return err;
+}
+
+static uint64_t frames_made(struct gmem_hnode *hnode)
+{
+	uint64_t frames;
 
 	gmem_mutex_lock(&hnode->lock);
-	bytes = hnode->info.capacity_bytes - hnode->used_bytes;
-	*ret_frames = hnode->frames_bumped;
+	frames = hnode->frames_bumped;
 	gmem_mutex_unlock(&hnode->lock);
-	return bytes;
+	return frames;
+}
+
+static uint64_t room_of(struct gmem_hnode *hnode, const struct domain *domain)
+{
+	return domain ? gmem_account_room(domain->account, hnode->hnid) : gmem_hnode_free_bytes(hnode);
+}
+
+static int reclaim(struct gmem_hnode *hnode, struct domain *domain, uint64_t bytes)
+{
+	struct gmem_page pages[GMEM_EVICT_BATCH];
+	uint64_t tries = 0, empty = 0, room;
+	bool busy = false;
+	int last = -ENOMEM;
+
+	while ((room = room_of(hnode, domain)) < bytes) {
+		uint64_t need = bytes - room < BATCH_BYTES ? bytes - room : BATCH_BYTES;
+		size_t count;
+		int err;
+
+		if (domain)
+			domain->others = !gmem_counter(&domain->account->shares[hnode->hnid].resident_bytes);
+		count = gather(hnode, domain, need, pages, &busy);
+		if (!count && empty++ > EMPTY_TRIES)
+			return -EAGAIN;
+		err = evict(hnode, pages, count, false);
+		gmem_age(hnode, count);
+		if (err == -EBUSY || err == -EAGAIN)
+			busy = true;
+		else if (err == -ENOMEM || err == -EDQUOT)
+			return err; /* nowhere to put it: the others would fare no better */
+		else if (err && err != -EPERM)
+			last = err;
+		tries += count ? count : 1;
+		if (tries > 2 * frames_made(hnode))
+			return busy ? -EAGAIN : last;
+	}
+	return 0;
 }
 
 int gmem_reclaim(struct gmem_hnode *hnode, uint64_t bytes)
 {
-	bool busy = false;
-	uint64_t frames, tries = 0;
-	int last = -ENOMEM;
+	return bytes > gmem_counter(&hnode->limit_bytes) ? -ENOMEM : reclaim(hnode, NULL, bytes);
+}
 
-	if (bytes > hnode->info.capacity_bytes)
-		return -ENOMEM;
-	while (free_bytes(hnode, &frames) < bytes) {
-		struct gmem_object *object;
-		uint64_t index;
-		int err;
+static bool can_be(const struct gmem_share *share, uint64_t bytes)
+{
+	uint64_t quota = gmem_counter(&share->quota_bytes);
 
-		if (tries++ > 2 * frames)
-			return busy ? -EAGAIN : last;
-		if (!candidate(hnode, &object, &index)) {
-			busy = true; /* empty, or its object is just being freed */
-			if (tries > 16)
-				return -EAGAIN;
-			continue;
-		}
-		err = gmem_reclaim_evict(hnode, object, index, false);
-		gmem_object_unref(object);
-		if (err == -EBUSY || err == -EAGAIN)
-			busy = true;
-		else if (err == -ENOMEM)
-			return -ENOMEM; /* nowhere to put it: the others would fare no better */
-		else if (err && err != -EPERM)
-			last = err;
-	}
-	return 0;
+	return !quota || quota >= bytes;
+}
+
+int gmem_reclaim_own(struct gmem_hnode *hnode, struct gmem_account *account, uint64_t bytes)
+{
+	struct domain domain = { .account = account };
+
+	if (!can_be(&account->shares[hnode->hnid], bytes) || !can_be(&account->tenant->shares[hnode->hnid], bytes))
+		return -EDQUOT;
+	return reclaim(hnode, &domain, bytes);
 }
 
 static void pause_ns(long ns)
@@ -196,26 +170,31 @@ static void pause_ns(long ns)
 	nanosleep(&t, NULL);
 }
 
+static bool is_empty(struct gmem_hnode *hnode)
+{
+	bool empty;
+
+	gmem_mutex_lock(&hnode->lock);
+	empty = !hnode->used_bytes;
+	gmem_mutex_unlock(&hnode->lock);
+	return empty;
+}
+
 int gmem_reclaim_drain(struct gmem_hnode *hnode)
 {
 	int err = 0;
 
 	for (int tries = 0; tries < DRAIN_TRIES; tries++) {
-		struct gmem_object *object;
-		uint64_t index;
+		struct gmem_page page;
+		bool busy = false;
 
-		gmem_mutex_lock(&hnode->lock);
-		if (!hnode->used_bytes) {
-			gmem_mutex_unlock(&hnode->lock);
+		if (is_empty(hnode))
 			return 0;
-		}
-		gmem_mutex_unlock(&hnode->lock);
-		if (!candidate(hnode, &object, &index)) {
+		if (!gather(hnode, NULL, 1, &page, &busy)) {
 			pause_ns(DRAIN_PAUSE_NS);
 			continue;
 		}
-		err = gmem_reclaim_evict(hnode, object, index, true);
-		gmem_object_unref(object);
+		err = evict(hnode, &page, 1, true);
 		if (!err)
 			tries = 0;
 		else if (err == -EBUSY || err == -EAGAIN)
@@ -226,35 +205,75 @@ int gmem_reclaim_drain(struct gmem_hnode *hnode)
 	return err ? err : -EBUSY;
 }
 
-/* Makes room ahead of the next allocation while the hnode is under pressure. */
+struct teller {
+	struct gmem_core *core;
+	uint64_t told_ns;
+};
+
+static void tell(struct teller *teller, uint64_t session, int hnid)
+{
+	uint64_t now = gmem_now_ns();
+
+	if (now - teller->told_ns < TELL_NS)
+		return;
+	gmem_core_post(teller->core, GMEM_EVENT_PRESSURE, session, 0, 0, hnid, 0);
+	teller->told_ns = now;
+}
+
+static bool lately(uint64_t when_ns)
+{
+	return when_ns && gmem_now_ns() - when_ns < PRESSURE_NS;
+}
+
+/* Makes room below a quota ahead of its next allocation. Called and returns with the lock held. */
+static void relieve_account_locked(struct gmem_hnode *hnode, struct teller *teller)
+{
+	struct gmem_account *account = hnode->pressed;
+	uint64_t quota = gmem_counter(&account->shares[hnode->hnid].quota_bytes);
+
+	hnode->pressed = NULL;
+	if (!lately(account->pressure_ns[hnode->hnid]))
+		account->pressure_ns[hnode->hnid] = 0;
+	gmem_mutex_unlock(&hnode->lock);
+	tell(teller, account->session_id, hnode->hnid);
+	gmem_reclaim_own(hnode, account, quota / 32); /* what can't be done now, the next allocation will have to */
+	gmem_account_unref(account);
+	gmem_mutex_lock(&hnode->lock);
+}
+
+/* The same for the whole hnode; false if there is nothing to do. */
+static bool relieve_locked(struct gmem_hnode *hnode, struct teller *teller)
+{
+	int err;
+
+	if (!lately(hnode->pressure_ns)) {
+		hnode->pressure_ns = 0;
+		return false;
+	}
+	if (gmem_hnode_free_locked(hnode) >= gmem_counter(&hnode->low_bytes))
+		return false;
+	gmem_mutex_unlock(&hnode->lock);
+	tell(teller, 0, hnode->hnid);
+	err = gmem_reclaim(hnode, gmem_counter(&hnode->high_bytes));
+	gmem_mutex_lock(&hnode->lock);
+	if (err)
+		gmem_mutex_wait(&hnode->lock, &hnode->wake, DRAIN_PAUSE_NS * 10);
+	return true;
+}
+
+/* Makes room ahead of the next allocation while there is pressure. */
 static void *reclaimer(void *arg)
 {
 	struct gmem_hnode *hnode = arg;
-	uint64_t told_ns = 0;
+	struct teller teller = { .core = hnode->core }, account_teller = teller;
 
 	pthread_setname_np(pthread_self(), "gmem-reclaim");
 	gmem_mutex_lock(&hnode->lock);
 	while (!hnode->stop) {
-		uint64_t now = gmem_now_ns();
-		uint64_t room = hnode->info.capacity_bytes - hnode->used_bytes;
-		bool pressed = hnode->pressure_ns && now - hnode->pressure_ns < PRESSURE_NS;
-		int err;
-
-		if (!pressed || room >= hnode->low_bytes) {
-			if (!pressed)
-				hnode->pressure_ns = 0;
+		if (hnode->pressed)
+			relieve_account_locked(hnode, &account_teller);
+		else if (!relieve_locked(hnode, &teller))
 			gmem_mutex_wait(&hnode->lock, &hnode->wake, 0);
-			continue;
-		}
-		gmem_mutex_unlock(&hnode->lock);
-		if (now - told_ns > TELL_NS) {
-			gmem_core_post(hnode->core, GMEM_EVENT_PRESSURE, 0, 0, 0, hnode->hnid, 0);
-			told_ns = now;
-		}
-		err = gmem_reclaim(hnode, hnode->high_bytes);
-		gmem_mutex_lock(&hnode->lock);
-		if (err)
-			gmem_mutex_wait(&hnode->lock, &hnode->wake, DRAIN_PAUSE_NS * 10);
 	}
 	gmem_mutex_unlock(&hnode->lock);
 	return NULL;

@@ -13,6 +13,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <gmem/crash.h>
 #include <gmem/internal.h>
 #include <gmem/memfd.h>
 #include <gmem/ring.h>
@@ -103,6 +104,25 @@ static uint32_t takeable(struct gmem_ring *ring, bool *ret_full)
 	return waiting < most ? waiting : most;
 }
 
+static void log_taken(struct gmem_ring *ring, const struct gmem_ring_job *job)
+{
+	size_t i = (size_t)(job - ring->jobs);
+
+	if (!ring->log)
+		return;
+	ring->log->entries[i].sq_index = job->sq_index;
+	memcpy(&ring->log->entries[i].sqe, &job->sqe, sizeof(job->sqe));
+	atomic_store_explicit(&ring->log->entries[i].state, GMEM_RING_LOG_TAKEN, memory_order_release);
+}
+
+static void log_state(struct gmem_ring *ring, uint8_t index, enum gmem_ring_log_state state)
+{
+	if (!ring->log)
+		return;
+	ring->log->entries[index].cq_index = ring->cq_tail;
+	atomic_store_explicit(&ring->log->entries[index].state, state, memory_order_release);
+}
+
 static bool take(struct gmem_ring *ring)
 {
 	bool full;
@@ -114,8 +134,12 @@ static bool take(struct gmem_ring *ring)
 
 		memcpy(&job->sqe, sq_entry(ring, ring->sq_head++), sizeof(job->sqe));
 		__asm__ volatile("" ::: "memory"); /* nothing is read from there again */
-		job->running = false;
+		job->running = job->again = false;
+		job->sq_index = ring->sq_head - 1;
+		log_taken(ring, job);
 	}
+	if (count)
+		gmem_crash(GMEM_CRASH_RING_TAKEN);
 	if (count)
 		__atomic_store_n(&ring->shared->sq_head, ring->sq_head, __ATOMIC_RELEASE);
 	return count;
@@ -133,8 +157,12 @@ static void complete(struct gmem_ring *ring, uint32_t i)
 	struct gmem_ring_job *job = job_at(ring, i);
 	uint8_t index = ring->order[i];
 
+	log_state(ring, index, GMEM_RING_LOG_COMPLETES);
+	gmem_crash(GMEM_CRASH_RING_COMPLETES);
 	memcpy(cq_entry(ring, ring->cq_tail++), &job->cqe, sizeof(job->cqe));
 	__atomic_store_n(&ring->shared->cq_tail, ring->cq_tail, __ATOMIC_RELEASE);
+	gmem_crash(GMEM_CRASH_RING_COMPLETED);
+	log_state(ring, index, GMEM_RING_LOG_FREE);
 	ring->running -= job->running;
 	ring->job_count--;
 	memmove(&ring->order[i], &ring->order[i + 1], ring->job_count - i);
@@ -434,6 +462,21 @@ static int map_shared(struct gmem_ring *ring)
 		return -errno;
 	madvise(at, GMEM_RING_BYTES, MADV_DONTFORK);
 	ring->shared = at;
+	return 0;
+}
+
+static int map_log(struct gmem_ring *ring)
+{
+	void *at = mmap(NULL, sizeof(*ring->log), PROT_READ | PROT_WRITE, MAP_SHARED, ring->log_file->fd, 0);
+
+	if (at == MAP_FAILED)
+		return -errno;
+	ring->log = at;
+	return 0;
+}
+
+static void fill_shared(struct gmem_ring *ring)
+{
 	*ring->shared = (struct gmem_ring_shared){
 		.magic = GMEM_RING_MAGIC, .version = GMEM_RING_VERSION,
 		.sq_entries = GMEM_RING_SQ_ENTRIES, .cq_entries = GMEM_RING_CQ_ENTRIES,
@@ -441,13 +484,45 @@ static int map_shared(struct gmem_ring *ring)
 		.server_flags = GMEM_RING_SLEEPS,
 	};
 	ring->flags = GMEM_RING_SLEEPS;
-	return 0;
+}
+
+/* Before the client has it. */
+static int keep_ring(struct gmem_ring *ring)
+{
+	struct gmem_keep *keep = &ring->session->core->keep;
+	unsigned long long id = ring->session->id;
+	int err;
+
+	if (!gmem_keeps(keep))
+		return 0;
+	err = gmem_file_create("gmem-jobs", GMEM_CLASS_SMALL, sizeof(*ring->log), id, &ring->log_file);
+	if (!err)
+		err = map_log(ring);
+	if (!err)
+		err = gmem_keep_fd(keep, ring->log_file->fd, "jobs.%llu", id);
+	if (!err)
+		err = gmem_keep_fd(keep, ring->file->fd, "ring.%llu", id);
+	return err ? err : gmem_keep_fd(keep, ring->bell, "bell.%llu", id);
+}
+
+static void forget_ring(struct gmem_ring *ring)
+{
+	static const char *const names[] = { "jobs.%llu", "ring.%llu", "bell.%llu" };
+	struct gmem_keep *keep = &ring->session->core->keep;
+	unsigned long long id = ring->session->id;
+
+	gmem_keep_forget(keep, names[0], id);
+	gmem_keep_forget(keep, names[1], id);
+	gmem_keep_forget(keep, names[2], id);
 }
 
 static void ring_free(struct gmem_ring *ring)
 {
 	if (ring->shared)
 		munmap(ring->shared, GMEM_RING_BYTES);
+	if (ring->log)
+		munmap(ring->log, sizeof(*ring->log));
+	gmem_file_unref(ring->log_file);
 	if (ring->bell >= 0)
 		close(ring->bell);
 	gmem_file_unref(ring->file);
@@ -470,6 +545,8 @@ static int ring_new(struct gmem_session *session, struct gmem_ring **ret)
 		err = gmem_file_create("gmem-ring", GMEM_CLASS_SMALL, GMEM_RING_BYTES, session->id, &ring->file);
 	if (!err)
 		err = map_shared(ring);
+	if (!err)
+		fill_shared(ring);
 	if (err)
 		ring_free(ring);
 	else
@@ -511,10 +588,14 @@ int gmem_session_ring(struct gmem_core *core, uint64_t id, int ret_fds[2])
 	if (!err && atomic_load(&session->closed))
 		err = -ENOENT;
 	if (!err && !session->ring) {
-		err = enter_locked(core->rings, made);
+		err = keep_ring(made);
+		if (!err)
+			err = enter_locked(core->rings, made);
 		if (!err) {
 			session->ring = made;
 			made = NULL;
+		} else {
+			forget_ring(made);
 		}
 	}
 	if (!err) {
@@ -558,5 +639,84 @@ void gmem_ring_close(struct gmem_session *session)
 		return;
 	set_flags(ring, GMEM_RING_CLOSED);
 	wake_client(ring);
+	forget_ring(ring);
 	ring_free(ring);
+}
+
+/* ---- a predecessor's ---- */
+
+/* What was taken and not completed, oldest first. The words in shared memory may be anything: who changes them has lost
+ * requests of his own, and the bounds are checked at each look. */
+static void redo(struct gmem_ring *ring)
+{
+	ring->sq_head = __atomic_load_n(&ring->shared->sq_head, __ATOMIC_ACQUIRE);
+	ring->cq_tail = __atomic_load_n(&ring->shared->cq_tail, __ATOMIC_ACQUIRE);
+	for (uint8_t i = 0; i < GMEM_RING_JOBS; i++) {
+		uint32_t state = atomic_load(&ring->log->entries[i].state), at = ring->log->entries[i].sq_index, place;
+
+		if (state == GMEM_RING_LOG_COMPLETES && (int32_t)(ring->log->entries[i].cq_index - ring->cq_tail) < 0)
+			state = GMEM_RING_LOG_FREE; /* the client has it */
+		if (state == GMEM_RING_LOG_FREE) {
+			atomic_store(&ring->log->entries[i].state, GMEM_RING_LOG_FREE);
+			continue;
+		}
+		memcpy(&ring->jobs[i].sqe, &ring->log->entries[i].sqe, sizeof(ring->jobs[i].sqe));
+		ring->jobs[i].again = true;
+		ring->jobs[i].sq_index = at;
+		if ((int32_t)(at + 1 - ring->sq_head) > 0)
+			ring->sq_head = at + 1;
+		for (place = ring->job_count++; place && (int32_t)(ring->log->entries[ring->order[place - 1]].sq_index - at) > 0; place--)
+			ring->order[place] = ring->order[place - 1];
+		ring->order[place] = i;
+	}
+	__atomic_store_n(&ring->shared->sq_head, ring->sq_head, __ATOMIC_RELEASE);
+}
+
+/* order[] behind the jobs: the indices that are free. */
+static void list_free(struct gmem_ring *ring)
+{
+	uint32_t next = ring->job_count;
+
+	for (uint8_t i = 0; i < GMEM_RING_JOBS; i++)
+		if (atomic_load(&ring->log->entries[i].state) == GMEM_RING_LOG_FREE)
+			ring->order[next++] = i;
+}
+
+static int adopt_ring(struct gmem_session *session, const int fds[3], struct gmem_ring *ring)
+{
+	int err;
+
+	ring->session = session;
+	ring->bell = fds[1];
+	err = gmem_file_adopt(fds[0], GMEM_CLASS_SMALL, GMEM_RING_BYTES, session->id, &ring->file);
+	if (!err)
+		err = gmem_file_adopt(fds[2], GMEM_CLASS_SMALL, sizeof(*ring->log), session->id, &ring->log_file);
+	if (!err)
+		err = map_shared(ring);
+	return err ? err : map_log(ring);
+}
+
+void gmem_ring_resume(struct gmem_session *session)
+{
+	struct gmem_core *core = session->core;
+	unsigned long long id = session->id;
+	int fds[3] = { gmem_keep_take(&core->keep, "ring.%llu", id), gmem_keep_take(&core->keep, "bell.%llu", id),
+		       gmem_keep_take(&core->keep, "jobs.%llu", id) };
+	struct gmem_ring *ring = calloc(1, sizeof(*ring));
+
+	if (!ring || fds[0] < 0 || fds[1] < 0 || fds[2] < 0 || adopt_ring(session, fds, ring)) {
+		free(ring); /* it had not come to the client */
+		return;
+	}
+	redo(ring);
+	list_free(ring);
+	set_flags(ring, 0);
+	ring->told = ring->cq_tail;
+	wake_client(ring);
+	gmem_mutex_lock(&core->rings->lock);
+	if (!enter_locked(core->rings, ring)) {
+		session->ring = ring;
+		enqueue_locked(core->rings, ring);
+	}
+	gmem_mutex_unlock(&core->rings->lock);
 }

@@ -49,8 +49,16 @@ static enum gmem_ring_blame blame_of(const struct gmem_ring_sqe *sqe, int err)
 	}
 }
 
+/* What a predecessor had done, and not told any more, is done. */
+static bool was_done(const struct gmem_ring_job *job, int err)
+{
+	return job->again && job->sqe.op == GMEM_RING_RELEASE && err == -EINVAL;
+}
+
 static bool finish_op(struct gmem_ring_job *job, int err)
 {
+	if (was_done(job, err))
+		err = 0;
 	return finish(job, err, blame_of(&job->sqe, err));
 }
 
@@ -71,9 +79,7 @@ static enum gmem_ring_blame check_form(const struct gmem_ring_sqe *sqe)
 
 static enum gmem_ring_blame check_hnid(struct gmem_core *core, const struct gmem_ring_sqe *sqe)
 {
-	bool anywhere = sqe->op == GMEM_RING_HMEMCPY ||
-			(sqe->op == GMEM_RING_ADVISE && sqe->arg != GMEM_ADVISE_PREFETCH &&
-			 sqe->arg != GMEM_ADVISE_PINNED && sqe->arg != GMEM_ADVISE_COLD);
+	bool anywhere = sqe->op == GMEM_RING_HMEMCPY || (sqe->op == GMEM_RING_ADVISE && !gmem_advice_is_local(sqe->arg));
 
 	if (sqe->op != GMEM_RING_ADVISE && sqe->op != GMEM_RING_PREFETCH && sqe->op != GMEM_RING_HMEMCPY)
 		return GMEM_RING_BLAME_NONE;
@@ -134,6 +140,8 @@ static enum gmem_ring_blame check_advice(const struct gmem_ring_sqe *sqe)
 	case GMEM_ADVISE_NO_READ_MOSTLY:
 	case GMEM_ADVISE_PREFERRED:
 	case GMEM_ADVISE_COLD:
+	case GMEM_ADVISE_ACCESSED_BY:
+	case GMEM_ADVISE_NOT_ACCESSED_BY:
 		return GMEM_RING_BLAME_NONE;
 	default:
 		return GMEM_RING_BLAME_ADVICE;
@@ -159,6 +167,7 @@ static bool do_mmap(struct gmem_session *session, struct gmem_ring_job *job)
 	struct gmem_mmap_args args = {
 		.bytes = sqe->bytes, .page_bytes = sqe->arg, .small_only = sqe->flags & GMEM_RING_SMALL,
 		.fork = sqe->flags & GMEM_RING_NO_INHERIT ? GMEM_FORK_NONE : GMEM_FORK_SHARE,
+		.asked = job->sq_index + 1ull, .again = job->again,
 	};
 	struct gmem_region_info region;
 	int err;

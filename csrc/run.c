@@ -1,9 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include <errno.h>
 
+#include <gmem/crash.h>
 #include <gmem/internal.h>
 #include <gmem/pmap.h>
 #include <gmem/run.h>
+#include <gmem/tier.h>
 #include <gmem/uffd.h>
 
 struct run {
@@ -56,6 +58,7 @@ static void lock_pages(struct run *run)
 		if (gmem_page_trylock(args->object, args->index + run->count, false, page))
 			return;
 		run->count++;
+		gmem_page_hint(page, args->hint);
 		if (gmem_page_poisoned(page) || !is_free(page) || (run->count > 1 && !alike(page, &run->pages[0]))) {
 			shorten(run, run->count - 1);
 			return;
@@ -79,6 +82,11 @@ static uint64_t run_bytes(const struct run *run)
 static uint64_t file_offset(const struct run *run)
 {
 	return run->args->object->offset + run->pages[0].offset;
+}
+
+static bool by_driver(struct gmem_hnode *from, struct gmem_hnode *to)
+{
+	return gmem_hnode_is_peer(from) || gmem_copy_engine(from, to);
 }
 
 static void mark_all(struct run *run, enum gmem_dir dir, int target)
@@ -111,23 +119,53 @@ static void undo(struct run *run, struct gmem_hnode *to)
 	mark_all(run, GMEM_DIR_MAP, 0);
 }
 
+static int pull(struct run *run, struct gmem_hnode *from, uint8_t *dst)
+{
+	struct gmem_peer_io io[GMEM_RUN_PAGES];
+	int err = 0;
+
+	for (size_t i = 0; i < run->count; i++)
+		io[i] = (struct gmem_peer_io){ .key = run->pages[i].pn, .memory = dst + i * run->page_bytes,
+					       .bytes = run->page_bytes };
+	gmem_tier_pull(from, io, run->count);
+	for (size_t i = 0; i < run->count; i++)
+		err = io[i].result ? io[i].result : err;
+	return err; /* of which page, whoever fetches it alone will see */
+}
+
+/* Behind a device's own link, or a tier's. */
+static int fill_by_driver(struct run *run, struct gmem_hnode *from, struct gmem_hnode *to, struct gmem_file *file,
+			  uint8_t *dst, const uint8_t *src)
+{
+	int err = gmem_file_populate(file, file_offset(run), run_bytes(run));
+
+	if (!err && gmem_hnode_is_peer(from))
+		err = pull(run, from, dst);
+	else if (!err)
+		err = gmem_copy_by_engine(gmem_copy_engine(from, to), dst, src, run_bytes(run));
+	return err;
+}
+
 static int fill(struct run *run, struct gmem_hnode *from, struct gmem_hnode *to)
 {
 	struct gmem_object *object = run->args->object;
-	uint8_t *src, *dst;
+	uint8_t *src = NULL, *dst;
 	struct gmem_file *file;
 	int err = gmem_object_file(object, to->hnid, &file);
 
 	mark_all(run, GMEM_DIR_FILL, to->hnid);
 	if (err || !from)
 		return err ? err : gmem_file_populate(file, file_offset(run), run_bytes(run));
-	err = gmem_object_alias(object, from->hnid, &src);
-	if (!err)
-		err = gmem_object_alias(object, to->hnid, &dst);
+	err = gmem_object_alias(object, to->hnid, &dst);
+	if (!err && !gmem_hnode_is_peer(from))
+		err = gmem_object_alias(object, from->hnid, &src);
 	if (err)
 		return err;
-	return gmem_file_fill(file, file_offset(run), dst + run->pages[0].offset, src + run->pages[0].offset,
-			      run_bytes(run));
+	dst += run->pages[0].offset;
+	src = src ? src + run->pages[0].offset : NULL;
+	if (by_driver(from, to))
+		return fill_by_driver(run, from, to, file, dst, src);
+	return gmem_file_fill(file, file_offset(run), dst, src, run_bytes(run));
 }
 
 /* Through the view: allocates, fills and maps in one go. */
@@ -151,18 +189,8 @@ static int copy(struct run *run, struct gmem_hnode *from, struct gmem_hnode *to)
 
 static void committed(struct run *run, struct gmem_hnode *from, struct gmem_hnode *to)
 {
-	for (size_t i = 0; i < run->count; i++) {
-		struct gmem_page *page = &run->pages[i];
-
-		page->word = gmem_word_set_valid(page->word, gmem_word_valid(page->word) | 1u << to->hnid);
-		page->word = gmem_word_set_why(page->word, from ? run->args->why : GMEM_WHY_FIRST_TOUCH);
-		if (from)
-			page->word &= ~GMEM_WORD_FLAG(GMEM_PAGE_DIRTY);
-		if (gmem_word_flags(page->word) & GMEM_PAGE_PINNED)
-			gmem_hnode_pinned(to, (int64_t)page->bytes);
-		if (from)
-			gmem_page_count_copy(page, from, to);
-	}
+	for (size_t i = 0; i < run->count; i++)
+		gmem_page_arrived(&run->pages[i], from, to, run->args->why);
 	if (!from)
 		gmem_count(&run->core->stats.first_touches, run->count);
 }
@@ -177,12 +205,14 @@ static int fetch(struct run *run)
 	if (gmem_word_valid(run->pages[0].word) >> run->args->hnid & 1)
 		return 0;
 	from = gmem_page_source(&run->pages[0]);
-	if (!to || gmem_hnode_is_peer(to) || (from && (gmem_hnode_is_peer(from) || gmem_copy_engine(from, to))))
+	if (!to || gmem_hnode_is_peer(to))
 		return -EOPNOTSUPP;
+	through_view = through_view && from && !by_driver(from, to);
 	prepare(run, to);
 	if (!run->count)
 		return 0;
-	err = from && through_view ? copy(run, from, to) : fill(run, from, to);
+	err = through_view ? copy(run, from, to) : fill(run, from, to);
+	gmem_crash(GMEM_CRASH_RUN_MOVED);
 	if (err)
 		undo(run, to);
 	else
@@ -197,11 +227,14 @@ static void release_copies(struct run *run, struct gmem_hnode *hnode)
 
 	for (size_t i = 0; i < run->count; i++)
 		gmem_page_notify(&run->pages[i], hnode, GMEM_CAUSE_MIGRATE);
-	if (!gmem_object_file(run->args->object, hnode->hnid, &file))
+	if (!gmem_hnode_is_peer(hnode) && !gmem_object_file(run->args->object, hnode->hnid, &file))
 		gmem_file_punch(file, file_offset(run), run_bytes(run));
+	gmem_crash(GMEM_CRASH_RUN_RELEASE);
 	for (size_t i = 0; i < run->count; i++) {
 		struct gmem_page *page = &run->pages[i];
 
+		if (gmem_hnode_is_peer(hnode) && hnode->ops->peer_free)
+			hnode->ops->peer_free(hnode->device, page->pn, page->bytes);
 		if (gmem_word_flags(page->word) & GMEM_PAGE_PINNED)
 			gmem_hnode_pinned(hnode, -(int64_t)page->bytes);
 		gmem_hnode_frame_free(hnode, page->object, page->index);
@@ -216,18 +249,17 @@ static int own(struct run *run)
 
 	if (gmem_word_writer(run->pages[0].word) == hnid)
 		return 0;
-	for (int h = 0; gone >> h; h++)
-		if ((gone >> h & 1) && gmem_hnode_is_peer(gmem_core_hnode(run->core, h)))
-			return -EOPNOTSUPP;
 	for (size_t i = 0; i < run->count; i++) {
 		struct gmem_page *page = &run->pages[i];
 
 		page->word = gmem_word_set_valid(page->word, 1u << hnid);
 		page->word = gmem_word_set_writer(page->word, hnid) | GMEM_WORD_FLAG(GMEM_PAGE_DIRTY);
 	}
+	/* First touches, too: what is mapped writable must be valid in the words that a successor finds. */
+	mark_all(run, GMEM_DIR_UPGRADE, hnid);
+	gmem_crash(GMEM_CRASH_RUN_OWN);
 	if (!gone)
 		return 0;
-	mark_all(run, GMEM_DIR_UPGRADE, hnid);
 	for (int h = 0; gone >> h; h++)
 		if (gone >> h & 1)
 			release_copies(run, gmem_core_hnode(run->core, h));
@@ -264,9 +296,14 @@ int gmem_run_move(const struct gmem_run_args *args)
 		if (args->own || sole || !run.core->features.continue_wp)
 			err = own(&run);
 	}
+	gmem_crash(GMEM_CRASH_RUN_MAP);
 	if (!err && run.count && args->view)
 		err = map(&run);
+	gmem_crash(GMEM_CRASH_RUN_MAPPED);
 	count = (int)run.count;
+	if (!err && args->wanted)
+		for (int i = 0; i < count; i++)
+			gmem_hnode_touch(gmem_core_hnode(run.core, args->hnid), args->object, run.pages[i].index);
 	shorten(&run, 0);
 	if (err)
 		return err == -ESRCH ? err : 0;

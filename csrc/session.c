@@ -5,6 +5,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <gmem/crash.h>
+#include <gmem/agent.h>
 #include <gmem/internal.h>
 #include <gmem/pages.h>
 #include <gmem/ring.h>
@@ -20,28 +22,45 @@ static struct gmem_session **bucket(struct gmem_core *core, uint64_t id)
 int gmem_session_new(struct gmem_core *core, uid_t uid, pid_t pid, struct gmem_session *parent,
 		     struct gmem_session **ret)
 {
-	struct gmem_session *session = calloc(1, sizeof(*session));
-	int err;
+	struct gmem_record record = { .kind = GMEM_RECORD_SESSION, .id = gmem_keep_next_id(&core->keep, &core->next_id) };
+	struct gmem_account *account;
+	uint32_t number = 0;
+	int err = gmem_account_create(core, record.id, uid, parent ? parent->account : NULL, 0, &account);
 
-	if (!session)
-		return -ENOMEM;
-	session->refs = 2; /* the table's and the caller's */
-	session->core = core;
-	session->id = atomic_fetch_add(&core->next_id, 1);
-	session->uid = uid;
-	session->pid = pid;
-	session->parent = parent ? parent->id : 0;
-	err = gmem_as_init(&session->as);
-	if (!err) {
-		err = gmem_account_create(session->id, core->window.bytes, parent ? parent->account : NULL,
-					  &session->account);
-		if (err)
-			gmem_as_deinit(&session->as);
-	}
+	if (err)
+		return err;
+	record.session.parent = parent ? parent->id : 0;
+	record.session.uid = uid;
+	record.session.pid = pid;
+	err = gmem_record_put(&core->keep, &record, &number);
+	if (!err)
+		err = gmem_session_adopt(core, &record, number, account, ret);
+	if (err)
+		gmem_record_drop(&core->keep, &number);
+	gmem_account_unref(account);
+	return err;
+}
+
+int gmem_session_adopt(struct gmem_core *core, const struct gmem_record *known, uint32_t record,
+		       struct gmem_account *account, struct gmem_session **ret)
+{
+	struct gmem_session *session = calloc(1, sizeof(*session));
+	int err = session ? gmem_as_init(&session->as, known->id) : -ENOMEM;
+
 	if (err) {
 		free(session);
 		return err;
 	}
+	session->refs = 2; /* the table's and the caller's */
+	session->core = core;
+	session->id = known->id;
+	session->uid = known->session.uid;
+	session->pid = known->session.pid;
+	session->parent = known->session.parent;
+	session->stored = known->session.stored;
+	session->bound = known->session.bound;
+	session->record = record;
+	session->account = gmem_account_ref(account);
 	gmem_rwlock_write(&core->sessions_lock);
 	session->next = *bucket(core, session->id);
 	*bucket(core, session->id) = session;
@@ -49,6 +68,22 @@ int gmem_session_new(struct gmem_core *core, uid_t uid, pid_t pid, struct gmem_s
 	atomic_fetch_add(&core->session_count, 1);
 	*ret = session;
 	return 0;
+}
+
+/* What has changed in it since. */
+static void write_record(struct gmem_session *session)
+{
+	struct gmem_record record = { .kind = GMEM_RECORD_SESSION, .id = session->id };
+
+	record.session.parent = session->parent;
+	record.session.uid = session->uid;
+	record.session.pid = atomic_load(&session->pid);
+	record.session.stored = atomic_load(&session->stored);
+	record.session.bound = atomic_load(&session->bound);
+	gmem_rwlock_write(&session->core->sessions_lock);
+	if (session->record)
+		gmem_record_put(&session->core->keep, &record, &session->record);
+	gmem_rwlock_unlock(&session->core->sessions_lock);
 }
 
 struct gmem_session *gmem_session_ref(struct gmem_session *session)
@@ -79,6 +114,23 @@ struct gmem_session *gmem_session_get(struct gmem_core *core, uint64_t id)
 	return session;
 }
 
+void gmem_session_ids(struct gmem_core *core, uint64_t *ids, size_t capacity, size_t *ret_count)
+{
+	size_t count = 0;
+
+	gmem_rwlock_read(&core->sessions_lock);
+	for (size_t b = 0; b < GMEM_SESSION_BUCKETS; b++)
+		for (struct gmem_session *s = core->sessions[b]; s; s = s->next) {
+			if (atomic_load(&s->stored) && !atomic_load(&s->bound))
+				continue;
+			if (count < capacity)
+				ids[count] = s->id;
+			count++;
+		}
+	gmem_rwlock_unlock(&core->sessions_lock);
+	*ret_count = count;
+}
+
 int gmem_session_create(struct gmem_core *core, uid_t uid, pid_t pid, uint64_t *ret_session)
 {
 	struct gmem_session *session;
@@ -88,6 +140,7 @@ int gmem_session_create(struct gmem_core *core, uid_t uid, pid_t pid, uint64_t *
 	if (err)
 		return err;
 	session->bound = true;
+	write_record(session);
 	*ret_session = session->id;
 	for (int c = 0; !err && c < GMEM_CLASS_COUNT; c++)
 		if (c == GMEM_CLASS_SMALL || core->hugepages)
@@ -127,8 +180,41 @@ int gmem_session_files(struct gmem_core *core, uint64_t id, int ret_fds[GMEM_CLA
 	return err;
 }
 
-int gmem_session_watch(struct gmem_session *session, int hnid, uint64_t context, int uffd, int pidfd, pid_t pid,
-		       bool events, struct gmem_view **ret)
+#define VIEW_NAME(view) (unsigned long long)(view)->session_id, (unsigned long long)(view)->id
+
+static void forget_view(struct gmem_view *view)
+{
+	struct gmem_keep *keep = &view->session->core->keep;
+
+	gmem_record_drop(keep, &view->record);
+	gmem_keep_forget(keep, "uffd.%llu.%llu", VIEW_NAME(view));
+	if (view->pidfd >= 0)
+		gmem_keep_forget(keep, "pid.%llu.%llu", VIEW_NAME(view));
+	if (atomic_load(&view->agent))
+		gmem_keep_forget(keep, "agent.%llu.%llu", VIEW_NAME(view));
+}
+
+/* Before it is watched: what is served now must be served by a successor. */
+static int keep_view(struct gmem_view *view)
+{
+	struct gmem_record record = { .kind = GMEM_RECORD_CONTEXT, .id = view->id };
+	struct gmem_keep *keep = &view->session->core->keep;
+	int err = gmem_keep_fd(keep, view->uffd, "uffd.%llu.%llu", VIEW_NAME(view));
+
+	if (!err && view->pidfd >= 0)
+		err = gmem_keep_fd(keep, view->pidfd, "pid.%llu.%llu", VIEW_NAME(view));
+	record.context.session = view->session_id;
+	record.context.hnid = view->hnid;
+	record.context.pid = view->pid;
+	if (!err && view->id)
+		err = gmem_record_put(keep, &record, &view->record);
+	if (err)
+		forget_view(view);
+	return err;
+}
+
+int gmem_session_view(struct gmem_session *session, int hnid, uint64_t context, int uffd, int pidfd, pid_t pid,
+		      bool events, struct gmem_view **ret)
 {
 	struct gmem_view *view = calloc(1, sizeof(*view));
 	int err;
@@ -140,11 +226,30 @@ int gmem_session_watch(struct gmem_session *session, int hnid, uint64_t context,
 				    .as = &session->as, .session = gmem_session_ref(session) };
 	if (hnid != GMEM_HOST)
 		view->replayable = gmem_core_hnode(session->core, hnid)->info.caps & GMEM_CAP_REPLAYABLE;
+	err = session->core->recovering ? 0 : keep_view(view);
+	if (err) {
+		gmem_session_unref(session);
+		free(view);
+		return err;
+	}
 	/* movers must know it before it can map anything */
 	gmem_as_add_view(&session->as, view);
+	*ret = view;
+	return 0;
+}
+
+int gmem_session_watch(struct gmem_session *session, int hnid, uint64_t context, int uffd, int pidfd, pid_t pid,
+		       bool events, struct gmem_view **ret)
+{
+	struct gmem_view *view;
+	int err = gmem_session_view(session, hnid, context, uffd, pidfd, pid, events, &view);
+
+	if (err)
+		return err;
 	err = gmem_faults_watch(session->core, view);
-	if (err) {
+	if (err) { /* the descriptors stay the caller's */
 		gmem_as_remove_view(&session->as, view);
+		forget_view(view);
 		gmem_session_unref(session);
 		free(view);
 		return err;
@@ -160,6 +265,7 @@ void gmem_session_unwatch(struct gmem_session *session, struct gmem_view *view)
 	gmem_faults_unwatch(session->core, view);
 	if (!gmem_as_remove_view(&session->as, view))
 		return;
+	forget_view(view);
 	if (view->id) {
 		gmem_release_all(view);
 		atomic_fetch_sub(&session->core->context_count, 1);
@@ -251,6 +357,33 @@ int gmem_session_attach(struct gmem_core *core, uint64_t id, int uffd, int pidfd
 	return err;
 }
 
+int gmem_view_agent(struct gmem_core *core, uint64_t id, uint64_t context, int *ret_fd)
+{
+	struct gmem_session *session = gmem_session_get(core, id);
+	struct gmem_view *view = NULL;
+	struct gmem_agent *agent, *none = NULL;
+	int err = 0;
+
+	if (session)
+		view = context ? gmem_context_find(core, context) : host_view(&session->as);
+	if (!view || view->session != session)
+		err = -ENOENT;
+	else if (!core->features.uffd_device)
+		err = -EOPNOTSUPP;
+	else if (!atomic_load(&view->agent)) {
+		err = gmem_agent_create(-1, &agent);
+		if (!err && !atomic_compare_exchange_strong(&view->agent, &none, agent))
+			gmem_agent_destroy(agent);
+		else if (!err)
+			gmem_keep_fd(&core->keep, agent->file->fd, "agent.%llu.%llu", VIEW_NAME(view));
+	}
+	if (!err)
+		*ret_fd = ((struct gmem_agent *)atomic_load(&view->agent))->file->fd;
+	gmem_view_unref(view);
+	gmem_session_unref(session);
+	return err;
+}
+
 int gmem_session_regions(struct gmem_core *core, uint64_t id, struct gmem_region_info *regions, size_t capacity,
 			 size_t *ret_count)
 {
@@ -270,7 +403,7 @@ int gmem_session_regions(struct gmem_core *core, uint64_t id, struct gmem_region
 			.va = region->va, .bytes = region->bytes, .fork = region->fork,
 			.offset = region->object->offset + region->offset,
 			.page_bytes = 1ull << region->object->shift, .class_ = region->object->class_,
-			.fd = file ? file->fd : -1,
+			.committed = region->committed, .fd = file ? file->fd : -1,
 		};
 	}
 	*ret_count = as->count;
@@ -294,6 +427,8 @@ static int inherit_regions(struct gmem_session *parent, struct gmem_session *chi
 			err = gmem_as_insert_private(&child->as, r->object, r->va, r->offset, r->bytes, r->fork,
 						     committed);
 	}
+	if (!err)
+		err = gmem_hints_copy(&parent->as.hints, &child->as.hints);
 	gmem_rwlock_unlock(&parent->as.lock);
 	return err;
 }
@@ -324,6 +459,8 @@ void gmem_session_forked(struct gmem_session *parent, int uffd)
 		if (!err)
 			protect_regions(child, uffd);
 		atomic_store(&child->stored, !err);
+		write_record(child);
+		gmem_crash(GMEM_CRASH_FORKED);
 		gmem_session_unref(child);
 	}
 	gmem_core_post(core, err ? GMEM_EVENT_ERROR : GMEM_EVENT_FORK, parent->id, 0, id, 0, err);
@@ -385,6 +522,7 @@ int gmem_session_fork(struct gmem_core *core, uint64_t parent_id, uid_t uid, pid
 	}
 	if (child) {
 		atomic_store(&child->pid, pid);
+		write_record(child);
 		*ret_child = child->id;
 		gmem_session_unref(child);
 		if (err)
@@ -476,7 +614,7 @@ static void tear_down(struct gmem_session *session)
 		gmem_as_remove(&session->as, range.va, range.bytes, gmem_session_release_piece, NULL);
 		if (!host)
 			continue;
-		if (atomic_load(&core->stopping))
+		if (atomic_load(&core->stopping) || atomic_load(&session->disowned))
 			gmem_uffd_unregister(host->uffd, range.va, range.bytes);
 		else if (core->features.poison)
 			gmem_uffd_poison(host->uffd, range.va, range.bytes);
@@ -503,9 +641,30 @@ int gmem_session_destroy(struct gmem_core *core, uint64_t id)
 	atomic_store(&session->closed, true);
 	gmem_ring_close(session);
 	tear_down(session);
+	gmem_rwlock_write(&core->sessions_lock);
+	gmem_record_drop(&core->keep, &session->record);
+	gmem_rwlock_unlock(&core->sessions_lock);
 	atomic_fetch_sub(&core->session_count, 1);
 	gmem_session_unref(session);
 	return 0;
+}
+
+int gmem_session_disown(struct gmem_core *core, uint64_t id)
+{
+	struct gmem_session *session = gmem_session_get(core, id);
+	bool stored;
+
+	if (!session)
+		return -ENOENT;
+	stored = atomic_load(&session->stored);
+	if (stored) {
+		atomic_store(&session->bound, false);
+		write_record(session);
+	} else {
+		atomic_store(&session->disowned, true);
+	}
+	gmem_session_unref(session);
+	return stored ? 0 : gmem_session_destroy(core, id);
 }
 
 int gmem_session_stats(struct gmem_core *core, uint64_t id, struct gmem_session_stats *ret)
@@ -520,8 +679,10 @@ int gmem_session_stats(struct gmem_core *core, uint64_t id, struct gmem_session_
 		.host_faults = gmem_counter(&session->account->host_faults),
 		.device_faults = gmem_counter(&session->account->device_faults),
 	};
-	for (int h = 0; h < GMEM_HNODE_MAX; h++)
-		ret->resident_bytes[h] = gmem_counter(&session->account->resident_bytes[h]);
+	for (int h = 0; h < GMEM_HNODE_MAX; h++) {
+		ret->resident_bytes[h] = gmem_counter(&session->account->shares[h].resident_bytes);
+		ret->quota_bytes[h] = gmem_counter(&session->account->shares[h].quota_bytes);
+	}
 	gmem_rwlock_read(&session->as.lock);
 	ret->regions = session->as.count;
 	gmem_rwlock_unlock(&session->as.lock);

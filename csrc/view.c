@@ -2,6 +2,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include <gmem/agent.h>
 #include <gmem/session.h>
 #include <gmem/view.h>
 
@@ -19,5 +20,6 @@ void gmem_view_unref(struct gmem_view *view)
 	if (view->pidfd >= 0)
 		close(view->pidfd);
 	gmem_session_unref(view->session);
+	gmem_agent_destroy(atomic_load(&view->agent));
 	free(view);
 }

@@ -1,93 +1,57 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include <errno.h>
-#include <stdio.h>
 #include <stdlib.h>
 
+#include <gmem/crash.h>
 #include <gmem/as.h>
 #include <gmem/internal.h>
 #include <gmem/vm_object.h>
 
-int gmem_account_create(uint64_t session_id, uint64_t file_bytes, struct gmem_account *parent,
-			struct gmem_account **ret)
-{
-	struct gmem_account *account = calloc(1, sizeof(*account));
-
-	if (!account)
-		return -ENOMEM;
-	account->refs = 1;
-	account->session_id = session_id;
-	account->file_bytes = file_bytes;
-	account->parent = parent ? gmem_account_ref(parent) : NULL;
-	gmem_mutex_init(&account->lock, GMEM_RANK_ACCOUNT);
-	*ret = account;
-	return 0;
-}
-
-struct gmem_account *gmem_account_ref(struct gmem_account *account)
-{
-	atomic_fetch_add(&account->refs, 1);
-	return account;
-}
-
-void gmem_account_unref(struct gmem_account *account)
-{
-	while (account && atomic_fetch_sub(&account->refs, 1) == 1) {
-		struct gmem_account *parent = account->parent;
-
-		for (int h = 0; h < GMEM_HNODE_MAX; h++)
-			for (int c = 0; c < GMEM_CLASS_COUNT; c++)
-				gmem_file_unref(atomic_load(&account->files[h][c]));
-		gmem_mutex_deinit(&account->lock);
-		free(account);
-		account = parent;
-	}
-}
-
-int gmem_account_file(struct gmem_account *account, int hnid, enum gmem_class class_, struct gmem_file **ret)
-{
-	struct gmem_file *file = atomic_load(&account->files[hnid][class_]);
-	char name[64];
-	int err = 0;
-
-	if (!file) {
-		gmem_mutex_lock(&account->lock);
-		file = atomic_load(&account->files[hnid][class_]);
-		if (!file) {
-			snprintf(name, sizeof(name), "gmem-%llu-%d", (unsigned long long)account->session_id, hnid);
-			err = gmem_file_create(name, class_, account->file_bytes, account->session_id, &file);
-			if (!err)
-				atomic_store(&account->files[hnid][class_], file);
-		}
-		gmem_mutex_unlock(&account->lock);
-	}
-	if (!err)
-		*ret = file;
-	return err;
-}
-
 int gmem_object_create(struct gmem_core *core, struct gmem_account *account, enum gmem_class class_, uint64_t offset,
 		       uint64_t bytes, uint8_t shift, struct gmem_object **ret)
 {
+	struct gmem_record record = { .kind = GMEM_RECORD_OBJECT };
+	uint64_t pages = (bytes + (1ull << shift) - 1) >> shift;
+	uint32_t number = 0;
+	int err = gmem_lpt_extent_alloc(&core->lpt, pages, &record.id);
+
+	if (err)
+		return err;
+	record.object.account = account->session_id;
+	record.object.pages = pages;
+	record.object.offset = offset;
+	record.object.bytes = bytes;
+	record.object.shift = shift;
+	record.object.class_ = (uint8_t)class_;
+	err = gmem_record_put(&core->keep, &record, &number);
+	if (!err)
+		err = gmem_object_adopt(core, account, &record, number, ret);
+	if (err) {
+		gmem_record_drop(&core->keep, &number);
+		gmem_lpt_extent_free(&core->lpt, record.id, pages);
+	}
+	return err;
+}
+
+int gmem_object_adopt(struct gmem_core *core, struct gmem_account *account, const struct gmem_record *known,
+		      uint32_t record, struct gmem_object **ret)
+{
 	struct gmem_object *object = calloc(1, sizeof(*object));
-	int err;
 
 	if (!object)
 		return -ENOMEM;
 	object->refs = 1;
 	object->core = core;
-	object->offset = offset;
-	object->bytes = bytes;
-	object->pages = (bytes + (1ull << shift) - 1) >> shift;
-	object->shift = shift;
-	object->class_ = class_;
-	err = gmem_lpt_extent_alloc(&core->lpt, object->pages, &object->pn);
-	if (err) {
-		free(object);
-		return err;
-	}
+	object->pn = known->id;
+	object->pages = known->object.pages;
+	object->offset = known->object.offset;
+	object->bytes = known->object.bytes;
+	object->shift = known->object.shift;
+	object->class_ = (enum gmem_class)known->object.class_;
+	object->record = record;
 	object->account = gmem_account_ref(account);
 	gmem_mutex_init(&object->lock, GMEM_RANK_OBJECT);
-	atomic_fetch_add(&account->mapped_bytes, bytes);
+	gmem_account_map(account, (int64_t)object->bytes);
 	atomic_fetch_add(&core->object_count, 1);
 	*ret = object;
 	return 0;
@@ -153,10 +117,14 @@ void gmem_object_unref(struct gmem_object *object)
 	core = object->core;
 	for (int h = 0; h < GMEM_HNODE_MAX; h++)
 		gmem_alias_unmap(atomic_load(&object->aliases[h]), object->bytes);
+	gmem_crash(GMEM_CRASH_OBJECT_FREE);
 	if (!atomic_load(&core->stopping))
 		free_pages(object);
+	gmem_crash(GMEM_CRASH_OBJECT_FREED);
+	gmem_record_drop(&core->keep, &object->record); /* before its ranges may come to be another's */
+	gmem_crash(GMEM_CRASH_OBJECT_FORGOTTEN);
 	gmem_lpt_extent_free(&core->lpt, object->pn, object->pages);
-	atomic_fetch_sub(&object->account->mapped_bytes, object->bytes);
+	gmem_account_map(object->account, -(int64_t)object->bytes);
 	atomic_fetch_sub(&core->committed_bytes[object->class_], object->bytes);
 	atomic_fetch_sub(&core->object_count, 1);
 	gmem_range_free(&core->va[object->class_], core->window.base + object->offset, object->bytes);

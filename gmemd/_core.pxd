@@ -30,6 +30,8 @@ cdef extern from "gmem/types.h" nogil:
         GMEM_ADVISE_NO_READ_MOSTLY
         GMEM_ADVISE_PREFERRED
         GMEM_ADVISE_COLD
+        GMEM_ADVISE_ACCESSED_BY
+        GMEM_ADVISE_NOT_ACCESSED_BY
     enum gmem_class:
         pass
     enum gmem_fork:
@@ -64,6 +66,14 @@ cdef extern from "gmem/driver.h" nogil:
         uint32_t caps
         uint64_t bandwidth_bytes_per_s
         uint64_t latency_ns
+        uint64_t assured_bytes
+    struct gmem_device_usage:
+        uint64_t pages, page_bytes, stored_bytes, raw_pages
+    struct gmem_peer_io:
+        uint64_t key
+        void *memory
+        size_t bytes
+        int result
     struct gmem_sg:
         void *dst
         const void *src
@@ -98,6 +108,15 @@ cdef extern from "gmem/driver.h" nogil:
         int (*peer_free)(gmem_device *, uint64_t, size_t) noexcept
         int (*peer_hmemcpy)(gmem_device *, uint64_t, size_t, void *, size_t, c_bool) noexcept
         void (*invalidate)(gmem_device *, uint64_t, gmem_range, gmem_cause, uint64_t) noexcept
+        int (*peer_map_batch)(gmem_device *, gmem_peer_io *, size_t) noexcept
+        int (*peer_unmap_batch)(gmem_device *, gmem_peer_io *, size_t) noexcept
+        int (*peer_usage)(gmem_device *, gmem_device_usage *) noexcept
+
+
+cdef extern from "gmem/keep.h" nogil:
+    struct gmem_kept_fd:
+        char name[64]
+        int fd
 
 
 cdef extern from "gmem/core.h" nogil:
@@ -106,7 +125,12 @@ cdef extern from "gmem/core.h" nogil:
     struct gmem_core_config:
         uint64_t window_base, window_bytes, host_limit_bytes, feature_mask
         uint32_t fault_threads
-        c_bool hugepages, overcommit, event_fork
+        c_bool hugepages, overcommit, event_fork, no_fault_ahead
+        const char *policy
+        int keep_socket
+        uint32_t keep_max_fds
+        const gmem_kept_fd *kept
+        size_t kept_count
     struct gmem_core_features:
         uint64_t uffd
         c_bool event_fork, continue_wp, poison, hugepages, uffd_device
@@ -124,18 +148,22 @@ cdef extern from "gmem/core.h" nogil:
         uint64_t bytes, page_bytes
         gmem_fork fork
         c_bool small_only
+        uint64_t asked
+        c_bool again
     struct gmem_hnode_stats:
         int hnid
         char name[32]
         char driver[32]
         gmem_device_info info
+        gmem_device_usage usage
         uint64_t used_bytes, peak_bytes, pinned_bytes, contexts, faults, in_bytes, out_bytes, evictions
         uint64_t evicted_clean, errors
         int health
+        const char *policy
     struct gmem_core_stats:
         uint64_t host_faults, device_faults, write_protect_faults, spurious_faults, first_touches
         uint64_t h2d_bytes, d2h_bytes, d2d_bytes, duplicates, invalidations, evictions, evicted_clean
-        uint64_t prefetched_pages, ahead_pages, discarded_pages, poisoned_pages, retries, parked_faults
+        uint64_t prefetched_pages, ahead_pages, discarded_pages, poisoned_pages, retries, parked_faults, aged_pages
         uint64_t migration_ns, fault_ns, sessions, contexts, regions, objects, lpt_bytes, events_lost
         uint64_t ring_requests, ring_errors
     struct gmem_session_stats:
@@ -144,6 +172,7 @@ cdef extern from "gmem/core.h" nogil:
         pid_t pid
         uint64_t mapped_bytes, regions, contexts, host_faults, device_faults
         uint64_t resident_bytes[16]
+        uint64_t quota_bytes[16]
     struct gmem_event:
         uint32_t type
         int32_t hnid
@@ -159,6 +188,8 @@ cdef extern from "gmem/core.h" nogil:
         GMEM_EVENT_DEVICE_LOST
         GMEM_EVENT_ERROR
 
+    c_bool gmem_core_recovers(gmem_core *)
+    int gmem_core_resume(gmem_core *)
     int gmem_core_create(const gmem_core_config *, gmem_core **)
     void gmem_core_destroy(gmem_core *)
     void gmem_core_features_ "gmem_core_features"(gmem_core *, gmem_core_features *)
@@ -166,9 +197,12 @@ cdef extern from "gmem/core.h" nogil:
     void gmem_core_reap(gmem_core *)
     void gmem_core_stats_ "gmem_core_stats"(gmem_core *, gmem_core_stats *)
     int gmem_session_create(gmem_core *, uid_t, pid_t, uint64_t *)
+    void gmem_session_ids(gmem_core *, uint64_t *, size_t, size_t *)
+    int gmem_session_disown(gmem_core *, uint64_t)
     int gmem_session_destroy(gmem_core *, uint64_t)
     int gmem_session_files(gmem_core *, uint64_t, int *)
     int gmem_session_ring(gmem_core *, uint64_t, int *)
+    int gmem_view_agent(gmem_core *, uint64_t, uint64_t, int *)
     int gmem_session_attach(gmem_core *, uint64_t, int, int)
     int gmem_session_regions(gmem_core *, uint64_t, gmem_region_info *, size_t, size_t *)
     int gmem_session_fork(gmem_core *, uint64_t, uid_t, pid_t, uint64_t *, c_bool *)
@@ -188,7 +222,13 @@ cdef extern from "gmem/core.h" nogil:
     int gmem_acquire(gmem_core *, uint64_t, const gmem_range *, size_t, c_bool)
     int gmem_release(gmem_core *, uint64_t, const gmem_range *, size_t)
     int gmem_device_attach(gmem_core *, const gmem_driver_ops *, const gmem_driver_config *, int *)
+    int gmem_device_attach_at(gmem_core *, const gmem_driver_ops *, const gmem_driver_config *, int)
     int gmem_device_detach(gmem_core *, int, c_bool)
+    int gmem_limit(gmem_core *, int, uint64_t)
+    int gmem_tier_rank(gmem_core *, int, uint32_t)
+    void gmem_quota_default(gmem_core *, int, uint64_t, uint64_t)
+    int gmem_quota_session(gmem_core *, uint64_t, int, uint64_t)
+    int gmem_quota_uid(gmem_core *, uid_t, int, uint64_t)
     const gmem_driver_ops *gmem_driver_builtin(const char *)
     void gmem_hnodes(gmem_core *, gmem_hnode_stats *, size_t *)
     int gmem_event_fd(gmem_core *)

@@ -15,7 +15,7 @@ import structlog
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdlib cimport calloc, free, malloc
-from libc.string cimport memset
+from libc.string cimport memset, strncpy
 from posix.unistd cimport close as close_fd
 
 from gmemd._pydriver cimport Table, probing
@@ -26,6 +26,7 @@ _ADVICE = {
     "discard": GMEM_ADVISE_DISCARD, "prefetch": GMEM_ADVISE_PREFETCH, "pinned": GMEM_ADVISE_PINNED,
     "unpinned": GMEM_ADVISE_UNPINNED, "read_mostly": GMEM_ADVISE_READ_MOSTLY,
     "no_read_mostly": GMEM_ADVISE_NO_READ_MOSTLY, "preferred": GMEM_ADVISE_PREFERRED, "cold": GMEM_ADVISE_COLD,
+    "accessed_by": GMEM_ADVISE_ACCESSED_BY, "not_accessed_by": GMEM_ADVISE_NOT_ACCESSED_BY,
 }
 _FORK = {"share": GMEM_FORK_SHARE, "none": GMEM_FORK_NONE}
 _FORK_NAMES = {number: name for name, number in _FORK.items()}
@@ -101,9 +102,13 @@ cdef class Core:
     def __cinit__(
         self, *, uint64_t window_base=0, uint64_t window_bytes=0, uint64_t host_limit_bytes=0,
         uint64_t feature_mask=0xFFFFFFFFFFFFFFFF, uint32_t fault_threads=0, bint hugepages=True, bint overcommit=False,
-        bint event_fork=True,
+        bint event_fork=True, bint fault_ahead=True, str policy=None, int keep_socket=0, uint32_t keep_max_fds=0,
+        list kept=None,
     ):
+        """keep_socket and the descriptors of kept, pairs of name and number, are taken over; see gmem/keep.h."""
         cdef gmem_core_config config
+        cdef gmem_kept_fd *left = NULL
+        cdef bytes policy_name = policy.encode() if policy else None
         cdef int err
         memset(&config, 0, sizeof(config))
         config.window_base = window_base
@@ -114,10 +119,27 @@ cdef class Core:
         config.hugepages = hugepages
         config.overcommit = overcommit
         config.event_fork = event_fork
+        if policy_name is not None:
+            config.policy = policy_name
+        config.no_fault_ahead = not fault_ahead
+        config.keep_socket = keep_socket
+        config.keep_max_fds = keep_max_fds
+        if kept:
+            left = <gmem_kept_fd *>calloc(len(kept), sizeof(gmem_kept_fd))
+            if left is NULL:
+                raise MemoryError
+            for i, (name, fd) in enumerate(kept):
+                strncpy(left[i].name, <bytes>name.encode(), 63)
+                left[i].fd = fd
+            config.kept = left
+            config.kept_count = len(kept)
         self._idle = threading.Event()
         self._tables = []
         with nogil:
             err = gmem_core_create(&config, &self._core)
+        free(left)
+        if err == -errno.EPROTO:
+            raise OSError(errno.EPROTO, "the state that another gmemd has left is of another version; it was not touched")
         if err:
             _raise(err)
 
@@ -151,6 +173,25 @@ cdef class Core:
         with nogil:
             gmem_core_destroy(core)
         self._core = NULL
+
+    def recovers(self):
+        """Whether a predecessor's state is being taken over: devices are to be attached again, then resume()."""
+        cdef gmem_core *core = self._enter()
+        cdef c_bool recovers
+        with nogil:
+            recovers = gmem_core_recovers(core)
+        self._leave()
+        return bool(recovers)
+
+    def resume(self):
+        """(blocks) Finishes or undoes what the predecessor was doing, wakes everybody and goes on."""
+        cdef gmem_core *core = self._enter()
+        cdef int err
+        with nogil:
+            err = gmem_core_resume(core)
+        self._leave()
+        if err:
+            _raise(err)
 
     # ---- what it is ----
 
@@ -205,6 +246,30 @@ cdef class Core:
             _raise(err)
         return session
 
+    def session_ids(self):
+        cdef gmem_core *core = self._enter()
+        cdef size_t capacity = 65536, count = 0
+        cdef uint64_t *ids = <uint64_t *>malloc(capacity * sizeof(uint64_t))
+        try:
+            if ids is NULL:
+                raise MemoryError
+            with nogil:
+                gmem_session_ids(core, ids, capacity, &count)
+            return [ids[i] for i in range(min(count, capacity))]
+        finally:
+            free(ids)
+            self._leave()
+
+    def session_disown(self, uint64_t session):
+        """A predecessor's session that had not come to its client."""
+        cdef gmem_core *core = self._enter()
+        cdef int err
+        with nogil:
+            err = gmem_session_disown(core, session)
+        self._leave()
+        if err:
+            _raise(err)
+
     def session_destroy(self, uint64_t session):
         cdef gmem_core *core = self._enter()
         cdef int err
@@ -237,6 +302,18 @@ cdef class Core:
         if err:
             _raise(err)
         return fds[0], fds[1]
+
+    def view_agent(self, uint64_t session, uint64_t context):
+        """Descriptor of the file through which a process's agent is spoken to; context 0 is the session's own process."""
+        cdef gmem_core *core = self._enter()
+        cdef int fd = -1
+        cdef int err
+        with nogil:
+            err = gmem_view_agent(core, session, context, &fd)
+        self._leave()
+        if err:
+            _raise(err)
+        return fd
 
     def session_attach(self, uint64_t session, int uffd, int pidfd):
         """Takes both descriptors in every case."""
@@ -308,6 +385,7 @@ cdef class Core:
             "session": s.session, "uid": s.uid, "pid": s.pid, "mapped_bytes": s.mapped_bytes, "regions": s.regions,
             "contexts": s.contexts, "host_faults": s.host_faults, "device_faults": s.device_faults,
             "resident_bytes": {h: s.resident_bytes[h] for h in range(GMEM_HNODE_MAX) if s.resident_bytes[h]},
+            "quota_bytes": {h: s.quota_bytes[h] for h in range(GMEM_HNODE_MAX) if s.quota_bytes[h]},
         }
 
     # ---- contexts ----
@@ -360,6 +438,8 @@ cdef class Core:
         args.page_bytes = page_bytes
         args.fork = <gmem_fork>fork_number
         args.small_only = small
+        args.asked = 0
+        args.again = False
         with nogil:
             err = gmem_mmap(core, session, &args, &region)
         self._leave()
@@ -474,8 +554,8 @@ cdef class Core:
         """Whether the core has a driver of that name."""
         return gmem_driver_builtin(name.encode()) is not NULL
 
-    def device_attach(self, str driver, str name, dict config, object py=None):
-        """hnid. With py, a Python driver object, driver is only the name it goes by."""
+    def device_attach(self, str driver, str name, dict config, object py=None, int at=0):
+        """hnid, at if that is not 0. With py, a Python driver object, driver is only the name it goes by."""
         cdef const gmem_driver_ops *ops
         cdef Table table
         cdef int hnid
@@ -483,18 +563,18 @@ cdef class Core:
             ops = gmem_driver_builtin(driver.encode())
             if ops is NULL:
                 raise OSError(errno.ENOENT, f"driver: there is no driver {driver!r}")
-            return self._attach(ops, name, config)
+            return self._attach(ops, name, config, at)
         table = Table(py, driver)
         with _probe_lock:
             probing(py)
             try:
-                hnid = self._attach(&table.ops, name, config)
+                hnid = self._attach(&table.ops, name, config, at)
                 self._tables.append(table)  # the core keeps its name, also after a detach
                 return hnid
             finally:
                 probing(None)
 
-    cdef int _attach(self, const gmem_driver_ops *ops, str name, dict config) except -1:
+    cdef int _attach(self, const gmem_driver_ops *ops, str name, dict config, int at) except -1:
         cdef gmem_driver_config c
         cdef char message[160]
         cdef list texts = [text.encode() for pair in config.items() for text in pair]
@@ -517,7 +597,11 @@ cdef class Core:
             c.message = message
             core = self._enter()
             with nogil:
-                err = gmem_device_attach(core, ops, &c, &hnid)
+                if at:
+                    hnid = at
+                    err = gmem_device_attach_at(core, ops, &c, at)
+                else:
+                    err = gmem_device_attach(core, ops, &c, &hnid)
             self._leave()
         finally:
             free(pointers)
@@ -536,6 +620,48 @@ cdef class Core:
         if err:
             _raise(err)
 
+    def limit(self, int hnid, uint64_t size):
+        cdef gmem_core *core = self._enter()
+        cdef int err
+        with nogil:
+            err = gmem_limit(core, hnid, size)
+        self._leave()
+        if err:
+            _raise(err)
+
+    def tier_rank(self, int hnid, uint32_t rank):
+        cdef gmem_core *core = self._enter()
+        cdef int err
+        with nogil:
+            err = gmem_tier_rank(core, hnid, rank)
+        self._leave()
+        if err:
+            _raise(err)
+
+    def quota_default(self, int hnid, uint64_t session_bytes, uint64_t uid_bytes):
+        cdef gmem_core *core = self._enter()
+        with nogil:
+            gmem_quota_default(core, hnid, session_bytes, uid_bytes)
+        self._leave()
+
+    def quota_session(self, uint64_t session, int hnid, uint64_t size):
+        cdef gmem_core *core = self._enter()
+        cdef int err
+        with nogil:
+            err = gmem_quota_session(core, session, hnid, size)
+        self._leave()
+        if err:
+            _raise(err)
+
+    def quota_uid(self, uid_t uid, int hnid, uint64_t size):
+        cdef gmem_core *core = self._enter()
+        cdef int err
+        with nogil:
+            err = gmem_quota_uid(core, uid, hnid, size)
+        self._leave()
+        if err:
+            _raise(err)
+
     def hnodes(self):
         cdef gmem_core *core = self._enter()
         cdef gmem_hnode_stats stats[16]
@@ -550,12 +676,16 @@ cdef class Core:
             found.append({
                 "hnid": s.hnid, "name": (<bytes>s.name).decode("utf-8", "replace"),
                 "driver": (<bytes>s.driver).decode("utf-8", "replace"),
+                "assured_bytes": s.info.assured_bytes or s.info.capacity_bytes,
+                "stored_pages": s.usage.pages, "stored_page_bytes": s.usage.page_bytes,
+                "stored_bytes": s.usage.stored_bytes, "raw_pages": s.usage.raw_pages,
                 "capacity_bytes": s.info.capacity_bytes, "page_bytes_mask": s.info.page_bytes_mask,
                 "caps": s.info.caps, "bandwidth_bytes_per_s": s.info.bandwidth_bytes_per_s,
                 "latency_ns": s.info.latency_ns, "used_bytes": s.used_bytes, "peak_bytes": s.peak_bytes,
                 "pinned_bytes": s.pinned_bytes, "contexts": s.contexts, "faults": s.faults, "in_bytes": s.in_bytes,
                 "out_bytes": s.out_bytes, "evictions": s.evictions, "evicted_clean": s.evicted_clean,
                 "errors": s.errors, "health": s.health,
+                "policy": (<bytes>s.policy).decode(),
             })
         return found
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from gmemd._core cimport (
-    GMEM_CAP_SLOW, GMEM_DRIVER_ABI, c_bool, gmem_cause, gmem_device, gmem_device_info, gmem_driver_config,
-    gmem_driver_ops, gmem_fence_t, gmem_pmap, gmem_prot, gmem_range, gmem_sg,
+    GMEM_CAP_SLOW, GMEM_DRIVER_ABI, c_bool, gmem_cause, gmem_device, gmem_device_info, gmem_device_usage,
+    gmem_driver_config, gmem_driver_ops, gmem_fence_t, gmem_peer_io, gmem_pmap, gmem_prot, gmem_range, gmem_sg,
 )
 
 

@@ -22,7 +22,7 @@ log = structlog.get_logger("gmemd.driver")
 
 _OPTIONAL_OPS = (
     "health", "copy", "fill", "fence_wait", "invalidate", "peer_va_alloc_fixed", "peer_va_free", "peer_map",
-    "peer_unmap", "peer_free", "peer_hmemcpy", "pmap_create", "pmap_enter", "pmap_release", "pmap_protect",
+    "peer_unmap", "peer_free", "peer_hmemcpy", "peer_map_batch", "peer_unmap_batch", "peer_usage", "pmap_create", "pmap_enter", "pmap_release", "pmap_protect",
     "tlb_invl", "tlb_invl_coalesced",
 )
 
@@ -144,6 +144,7 @@ cdef int _py_info(gmem_device *handle, gmem_device_info *ret) noexcept with gil:
         made.caps = cap_mask(info.caps) | <uint32_t>GMEM_CAP_SLOW
         made.bandwidth_bytes_per_s = info.bandwidth_bytes_per_s
         made.latency_ns = info.latency_ns
+        made.assured_bytes = info.assured_bytes
         ret[0] = made
         return 0
     except BaseException as error:
@@ -184,6 +185,49 @@ cdef int _py_peer_unmap(gmem_device *handle, uint64_t key, void *dst, size_t siz
         return 0
     except BaseException as error:
         return _failed(device, "peer_unmap", error)
+
+
+cdef int _batch(py_device *device, str op, gmem_peer_io *io, size_t count, bint readonly) noexcept:
+    """The method's answer is None, or for each page None or the exception that befell it. An exception that it raises
+    says that no page was touched."""
+    cdef size_t i
+    try:
+        pages = [(io[i].key, _lend(io[i].memory, io[i].bytes, readonly)) for i in range(count)]
+        outcomes = _with_views(device, op, [view for _, view in pages], (pages,))
+        if outcomes is None:
+            outcomes = [None] * len(pages)
+        outcomes = list(outcomes)
+        if len(outcomes) != len(pages):
+            raise ValueError(f"{op} answered for {len(outcomes)} of {len(pages)} pages")
+        for i in range(count):
+            io[i].result = 0 if outcomes[i] is None else _failed(device, op, outcomes[i])
+        return 0
+    except BaseException as error:
+        return _failed(device, op, error)
+
+
+cdef int _py_peer_map_batch(gmem_device *handle, gmem_peer_io *io, size_t count) noexcept with gil:
+    return _batch(<py_device *>handle, "peer_map_batch", io, count, True)
+
+
+cdef int _py_peer_unmap_batch(gmem_device *handle, gmem_peer_io *io, size_t count) noexcept with gil:
+    return _batch(<py_device *>handle, "peer_unmap_batch", io, count, False)
+
+
+cdef int _py_peer_usage(gmem_device *handle, gmem_device_usage *ret) noexcept with gil:
+    cdef py_device *device = <py_device *>handle
+    cdef gmem_device_usage made
+    try:
+        usage = _call(device, "peer_usage", ())
+        memset(&made, 0, sizeof(made))
+        made.pages = usage.pages
+        made.page_bytes = usage.page_bytes
+        made.stored_bytes = usage.stored_bytes
+        made.raw_pages = usage.raw_pages
+        ret[0] = made
+        return 0
+    except BaseException as error:
+        return _failed(device, "peer_usage", error)
 
 
 cdef int _py_peer_free(gmem_device *handle, uint64_t key, size_t size) noexcept with gil:
@@ -337,6 +381,12 @@ cdef class Table:
             self.ops.peer_free = _py_peer_free
         if "peer_hmemcpy" in has:
             self.ops.peer_hmemcpy = _py_peer_hmemcpy
+        if "peer_map_batch" in has:
+            self.ops.peer_map_batch = _py_peer_map_batch
+        if "peer_unmap_batch" in has:
+            self.ops.peer_unmap_batch = _py_peer_unmap_batch
+        if "peer_usage" in has:
+            self.ops.peer_usage = _py_peer_usage
 
     cdef void _set_pmap(self, set has):
         if "pmap_create" not in has:

@@ -54,6 +54,19 @@ class Admission:
     finish: Callable[[int], Close] | None = None
     ready: bool = True
     close: Close = _nothing
+    find_agent: Callable[[], int] | None = None
+    keep: Callable[[bool], tuple[int, int]] | None = None  # (blocks) SessionTable.note(), or note_context()
+
+    def agent(self) -> int | None:
+        """(blocks) The descriptor for the process's agent, once it is attached; None where there is no use for one."""
+        if self.find_agent is None:
+            return None
+        try:
+            return _duplicate(self, self.find_agent())
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:
+                log.warning("no agent for a process: what it uses can't be told from what is idle", error=str(error))
+            return None
 
     def close_fds(self) -> None:
         for fd in self.lent.values():
@@ -126,6 +139,8 @@ class Admissions:
             return close
 
         admission = Admission(wire.Welcome(), close=close, finish=None if stored else finish)
+        admission.find_agent = lambda: self._core.view_agent(core_id, 0)
+        admission.keep = lambda told: self._sessions.note(session, told)
         try:
             with self._sessions.hold(session):
                 flags = self._lend(admission, *self._core.session_files(core_id))
@@ -168,6 +183,8 @@ class Admissions:
             with _giving(uffd, who.pidfd) as pidfd:
                 context_id = self._core.context_attach(session.core_id, hnid, uffd, pidfd, who.pid)
             context = Context(context_id, session, hnid, who.pid, who.on_end)
+            admission.find_agent = lambda: self._core.view_agent(session.core_id, context_id)
+            admission.keep = lambda told: self._sessions.note_context(context, told)
             try:
                 self._sessions.open_context(session, context)
             except RequestError:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import sys
@@ -17,10 +19,12 @@ from gmemd import __version__
 from gmemd.config import LOG_LEVELS, Config, ConfigError, load, override
 from gmemd.control import Control, socket_path
 from gmemd.errors import RequestError
+from gmemd.sizes import parse_size
 
 EXIT_FAILURE, EXIT_USAGE = 1, 2
 # Bringing home what a large device holds takes as long as the link takes.
 _DETACH_TIMEOUT_S = 3600.0
+_UPGRADE_TIMEOUT_S = 60.0
 
 
 def _parser(prog: str, description: str) -> argparse.ArgumentParser:
@@ -55,6 +59,13 @@ def gmemd_parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--log-level", choices=LOG_LEVELS, help="default: info, embedded: warning")
     run.add_argument("--embedded", action="store_true", help="belong to one process tree and end with it")
+    run.add_argument(
+        "--supervised", action="store_true", help="with a small parent, so that nothing is lost when it is killed"
+    )
+    run.add_argument(
+        "--watchdog", metavar="SECONDS", type=float, default=30.0, help="of --supervised: a daemon that says nothing "
+        "for so long is ended and started again; default: 30, 0: never",
+    )  # fmt: skip
     run.add_argument("--ready-fd", metavar="N", type=int, default=-1, help="write READY=1 here when clients may come")
     run.add_argument(
         "--parent-fd",
@@ -83,7 +94,34 @@ def config_of(args: argparse.Namespace) -> Config:
     return config
 
 
+def _supervise(args: argparse.Namespace) -> int:
+    """The same command line without --supervised, its descriptors out of the way of those that are passed later."""
+    from gmemd import supervise
+
+    config_of(args)  # mistakes are told before anything is started
+    command = [sys.executable, "-m", "gmemd", "run"]
+    for flag, values in (("--config", [args.config]), ("--runtime-dir", [args.runtime_dir]),
+                         ("--device", args.device), ("--set", args.settings),
+                         ("--log-level", [args.log_level])):  # fmt: skip
+        command += [part for value in values if value for part in (flag, value)]
+    command += ["--embedded"] if args.embedded else []
+    if args.parent_fd >= 0:
+        command += ["--parent-fd", str(_out_of_the_way(args.parent_fd))]
+    ready_fd = _out_of_the_way(args.ready_fd) if args.ready_fd >= 0 else -1
+    return supervise.run(command, watchdog_s=args.watchdog, ready_fd=ready_fd)
+
+
+def _out_of_the_way(fd: int) -> int:
+    from gmemd.supervise import HELD_MAX
+
+    moved = fcntl.fcntl(fd, fcntl.F_DUPFD, HELD_MAX + 64)
+    os.close(fd)
+    return moved
+
+
 def _run(args: argparse.Namespace) -> int:
+    if args.supervised:
+        return _supervise(args)
     from gmemd import log
     from gmemd.service import Service
 
@@ -148,6 +186,16 @@ def gmemctl_parser() -> argparse.ArgumentParser:
     detach = command("detach", "bring every page of a device home and detach it")
     detach.add_argument("name")
     detach.add_argument("--force", action="store_true", help="end the contexts that are open on it")
+    limit = command("limit", "how much of an hnode's capacity may be used, from now on")
+    limit.add_argument("name", help="host, or a device")
+    limit.add_argument("size", help="for example 2G")
+    quota = command("quota", "how much of an hnode a session or a user may hold")
+    quota.add_argument("name", help="host, or a device")
+    quota.add_argument("size", help="for example 512M; 0: no quota")
+    whose = quota.add_mutually_exclusive_group(required=True)
+    whose.add_argument("--session", type=int, metavar="ID")
+    whose.add_argument("--uid", type=int, metavar="UID")
+    command("upgrade", "start gmemd again on what is installed now; clients go on and lose nothing")
     command("drivers", "drivers that can be attached")
     command("sessions", "client processes")
     command("stats", "counters")
@@ -178,6 +226,41 @@ def _detach(control: Control, args: argparse.Namespace) -> dict[str, Any]:
     return control.request("detach", _DETACH_TIMEOUT_S, name=args.name, force=args.force)
 
 
+def _bytes(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise ConfigError(f"size: {error}") from None
+
+
+def _limit(control: Control, args: argparse.Namespace) -> dict[str, Any]:
+    return control.request("limit", _DETACH_TIMEOUT_S, name=args.name, bytes=_bytes(args.size))
+
+
+def _quota(control: Control, args: argparse.Namespace) -> dict[str, Any]:
+    whose = {"session": args.session} if args.uid is None else {"uid": args.uid}
+    return control.request("quota", _DETACH_TIMEOUT_S, name=args.name, bytes=_bytes(args.size), **whose)
+
+
+def _upgrade(control: Control, args: argparse.Namespace) -> dict[str, Any]:
+    """Until the new one answers."""
+    before = control.request("ping")["pid"]
+    control.request("upgrade")
+    until = time.monotonic() + _UPGRADE_TIMEOUT_S
+    while True:
+        try:
+            with Control(socket_path(args.socket)) as again:
+                now = again.request("ping")
+            if now["pid"] != before:
+                return now
+            last: OSError = RequestError(errno.ETIMEDOUT, "the old gmemd still answers")
+        except OSError as error:
+            last = error
+        if time.monotonic() > until:
+            raise last
+        time.sleep(0.05)
+
+
 def _status(control: Control, args: argparse.Namespace) -> dict[str, Any]:
     return {
         **control.request("ping"),
@@ -200,6 +283,9 @@ _COMMANDS: dict[str, Callable[[Control, argparse.Namespace], dict[str, Any]]] = 
     "devices": lambda control, args: control.request("devices"),
     "attach": _attach,
     "detach": _detach,
+    "limit": _limit,
+    "quota": _quota,
+    "upgrade": _upgrade,
     "drivers": lambda control, args: control.request("drivers"),
     "sessions": _sessions,
     "stats": lambda control, args: control.request("stats"),

@@ -16,6 +16,7 @@ from typing import Any
 from gmemd.sizes import parse_size
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
+POLICIES = ("acme", "s3fifo", "sieve", "clock", "lfu", "lru")  # of csrc/policy.c, the default first
 SYSTEM_RUNTIME_DIR = Path("/run/gmem")
 WINDOW_ALIGN = 4 << 20  # two parts, each of whole 2 MiB pages
 # sun_path holds 107 bytes and the longest name in the directory is control.sock; the endpoint travels with "ipc://"
@@ -58,9 +59,12 @@ class Config:
     hugepages: bool = True
     overcommit: bool = False
     event_fork: bool = True
+    policy: str = POLICIES[0]
+    fault_ahead: bool = True
     log_level: str = "info"
     host_limit_bytes: int = 0
     limits: Limits = Limits()
+    quotas: dict[str, dict[str, int]] = field(default_factory=dict)  # "session" and "user": bytes by hnode name
     devices: tuple[Device, ...] = ()
 
 
@@ -97,6 +101,13 @@ def _size(value: Any) -> int:
     return parse_size(value)
 
 
+def _quota(value: Any) -> int:
+    size = _size(value)
+    if size < 2 << 20:
+        raise ValueError("must be 2 MiB or more")
+    return size
+
+
 def _window_part(value: Any) -> int:
     size = _size(value)
     if size % WINDOW_ALIGN:
@@ -106,10 +117,13 @@ def _window_part(value: Any) -> int:
     return size
 
 
-def _log_level(value: Any) -> str:
-    if value not in LOG_LEVELS:
-        raise ValueError(f"must be one of {', '.join(LOG_LEVELS)}")
-    return value
+def _one_of(*words: str) -> Check:
+    def check(value: Any) -> str:
+        if value not in words:
+            raise ValueError(f"must be one of {', '.join(words)}")
+        return value
+
+    return check
 
 
 def _directory(value: Any) -> Path:
@@ -129,10 +143,13 @@ _TABLES: dict[str, dict[str, tuple[str, Check]]] = {
         "hugepages": ("hugepages", _boolean),
         "overcommit": ("overcommit", _boolean),
         "event_fork": ("event_fork", _boolean),
-        "log_level": ("log_level", _log_level),
+        "policy": ("policy", _one_of(*POLICIES)),
+        "log_level": ("log_level", _one_of(*LOG_LEVELS)),
+        "fault_ahead": ("fault_ahead", _boolean),
     },
     "host": {"limit": ("host_limit_bytes", _size)},
 }
+_QUOTAS = ("session", "user")
 _LIMITS: dict[str, Check] = {
     "connections_per_uid": _between(1, 65536),
     "handshakes_per_uid": _between(1, 65536),
@@ -143,7 +160,7 @@ _LIMITS: dict[str, Check] = {
     "handshake_timeout_s": _seconds(0.1, 600),
     "stop_timeout_s": _seconds(0.1, 600),
 }
-_SECTIONS = (*_TABLES, "limits", "devices")
+_SECTIONS = (*_TABLES, "limits", "quotas", "devices")
 
 
 def load(path: Path | str) -> Config:
@@ -173,8 +190,25 @@ def parse(tables: Mapping[str, Any], source: str) -> Config:
     limits = tables.get("limits", {})
     _known(limits, _LIMITS, source, "limits")
     values["limits"] = Limits(**{k: _checked(_LIMITS[k], v, source, "limits", k) for k, v in limits.items()})
+    values["quotas"] = _quotas(tables.get("quotas", {}), source)
     values["devices"] = tuple(_device(name, table, source) for name, table in tables.get("devices", {}).items())
     return Config(**values)
+
+
+def _quotas(table: Mapping[str, Any], source: str) -> dict[str, dict[str, int]]:
+    """Bytes by hnode name, for each session and for each user. The names are of the host, and of devices that may be
+    attached later."""
+    _known(table, _QUOTAS, source, "quotas")
+    quotas: dict[str, dict[str, int]] = {}
+    for whose, sizes in table.items():
+        if not isinstance(sizes, dict):
+            raise ConfigError(f"{source}: [quotas.{whose}]: must be a table of sizes by hnode name")
+        quotas[whose] = {}
+        for name, size in sizes.items():
+            if not DEVICE_NAME.fullmatch(name):
+                raise ConfigError(f"{source}: quotas.{whose}.{name}: is no name of a device, nor host")
+            quotas[whose][name] = _checked(_quota, size, source, f"quotas.{whose}", name)
+    return quotas
 
 
 def _known(table: Mapping[str, Any], keys: Iterable[str], source: str, section: str) -> None:

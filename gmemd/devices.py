@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import structlog
 from gmemd.caps import cap_names, page_sizes
 from gmemd.drivers.registry import Registry
 from gmemd.errors import RequestError, as_request_error
+from gmemd.notes import Notes
 from gmemd.sessions import SessionTable
 
 log = structlog.get_logger("gmemd.devices")
@@ -21,9 +23,12 @@ log = structlog.get_logger("gmemd.devices")
 HOST = 0
 _COUNTERS = (
     "used_bytes", "peak_bytes", "pinned_bytes", "contexts", "faults", "in_bytes", "out_bytes", "evictions",
-    "evicted_clean", "errors",
+    "evicted_clean", "errors", "assured_bytes", "stored_pages", "stored_page_bytes", "stored_bytes", "raw_pages",
 )  # fmt: skip
 _HOLD_WAIT_S = 5.0
+_TIER = "tier"  # an option of every device that only stores pages: its place in the chain below the host
+_TIER_MAX = 999
+_RANK_FIRST = _TIER_MAX + 1  # of those that do not say: behind all that do, in the order in which they come
 
 
 class DeviceTable:
@@ -31,8 +36,9 @@ class DeviceTable:
     that is being attached or detached is busy meanwhile."""
 
     def __init__(
-        self, core: Any, drivers: Registry, sessions: SessionTable, publish: Callable[[str, dict[str, Any]], None]
-    ) -> None:
+        self, core: Any, drivers: Registry, sessions: SessionTable, publish: Callable[[str, dict[str, Any]], None],
+        quotas: Mapping[str, Mapping[str, int]] | None = None, notes: Notes | None = None,
+    ) -> None:  # fmt: skip
         self._core = core
         self._drivers = drivers
         self._sessions = sessions
@@ -41,17 +47,27 @@ class DeviceTable:
         self._hnids: dict[str, int] = {}
         self._busy: set[str] = set()
         self._holds: dict[int, int] = {}
+        self._quotas = quotas or {}
+        self._notes = notes or Notes()
+        self._ranks = itertools.count(_RANK_FIRST)
+        if self._quotas:
+            self._set_quotas("host", HOST)
 
-    def attach(self, driver: str, name: str, config: Mapping[str, str]) -> int:
-        """(blocks) hnid of the new device."""
+    def attach(self, driver: str, name: str, config: Mapping[str, str], at: int = 0) -> int:
+        """(blocks) hnid of the new device; at, if that is not 0."""
         found = self._drivers.find(driver)
         with self._changed:
             if name == "host" or name in self._hnids:
                 raise RequestError(errno.EEXIST, f"name: {name} is attached already", "name")
             self._begin_locked(name)
         try:
+            options = dict(config)
+            tier = _place(options.pop(_TIER)) if _TIER in options else None
             instance = found.load()
-            hnid = self._core.device_attach(found.name, name, dict(config), instance)
+            hnid = self._core.device_attach(found.name, name, options, instance, at)
+            self._take_place(name, hnid, tier)
+            self._set_quotas(name, hnid)
+            self._notes.put("devices", name, {"driver": driver, "config": dict(config), "hnid": hnid})
             with self._changed:
                 self._hnids[name] = hnid
         except RequestError:
@@ -71,6 +87,49 @@ class DeviceTable:
         )
         return hnid
 
+    def attach_again(self) -> None:
+        """(blocks) A predecessor's devices, at their numbers. One that can't be attached is lost, and told of."""
+        for name, note in sorted(self._notes.table("devices").items(), key=lambda item: item[1]["hnid"]):
+            try:
+                self.attach(note["driver"], name, note["config"], note["hnid"])
+            except RequestError as error:
+                log.error("device lost: it can't be attached again", name=name, error=error.message)
+                self._notes.drop("devices", name)
+
+    def note_setting(self, op: str, key: list[Any], args: Mapping[str, Any]) -> None:
+        """A limit or a quota that was set while it ran, for a successor."""
+        self._notes.put("settings", "/".join(map(str, [op, *key])), {"op": op, **args})
+
+    def set_again(self) -> None:
+        """(blocks) Limits and quotas that a predecessor was told of."""
+        for key, note in self._notes.table("settings").items():
+            try:
+                hnid = self.hnid_of(note["name"])
+                if note["op"] == "limit":
+                    self._core.limit(hnid, note["bytes"])
+                elif note.get("uid") is not None:
+                    self._core.quota_uid(note["uid"], hnid, note["bytes"])
+                else:
+                    self._core.quota_session(note["session"], hnid, note["bytes"])
+            except OSError as error:
+                log.warning("a setting could not be made again", setting=key, error=str(error))
+                self._notes.drop("settings", key)
+
+    def _take_place(self, name: str, hnid: int, tier: int | None) -> None:
+        """In the chain of tiers; numbers of hnodes are used again, so the order is said for each."""
+        try:
+            self._core.tier_rank(hnid, tier if tier is not None else next(self._ranks))
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            if tier is not None:
+                self._core.device_detach(hnid, True)
+                raise RequestError(errno.EINVAL, f"config: tier: {name} is no tier", "config") from None
+
+    def _set_quotas(self, name: str, hnid: int) -> None:
+        session, user = (self._quotas.get(whose, {}).get(name, 0) for whose in ("session", "user"))
+        self._core.quota_default(hnid, session, user)
+
     def detach(self, name: str, force: bool) -> None:
         """(blocks) Brings every page home first. EBUSY while contexts are open, unless force, which ends them."""
         with self._changed:
@@ -84,6 +143,7 @@ class DeviceTable:
             if contexts and not force:
                 raise RequestError(errno.EBUSY, f"name: {name} has open contexts ({len(contexts)})", "name")
             self._core.device_detach(hnid, force)
+            self._notes.drop("devices", name)
             with self._changed:
                 del self._hnids[name]
             # The core has killed their processes: whatever they touched next would have blocked them for ever.
@@ -131,6 +191,14 @@ class DeviceTable:
         if not known and not least <= hnid <= HOST:
             raise RequestError(errno.EINVAL, f"hnid: there is no hnode {hnid}", "hnid")
 
+    def hnid_of(self, name: str) -> int:
+        """ENOENT for a name that is none."""
+        with self._changed:
+            hnid = HOST if name == "host" else self._hnids.get(name)
+        if hnid is None:
+            raise RequestError(errno.ENOENT, f"name: no device {name} is attached", "name")
+        return hnid
+
     def name_of(self, hnid: int) -> str:
         with self._changed:
             return next((name for name, number in self._hnids.items() if number == hnid), "host" if not hnid else "")
@@ -147,6 +215,12 @@ class DeviceTable:
         return next((hnode for hnode in self.describe_all() if hnode["hnid"] == hnid), None)
 
 
+def _place(text: str) -> int:
+    if not text.isdecimal() or int(text) > _TIER_MAX:
+        raise RequestError(errno.EINVAL, f"config: tier: {text!r} is not a whole number, 0 to {_TIER_MAX}", "config")
+    return int(text)
+
+
 def _describe(hnode: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "hnid": hnode["hnid"],
@@ -158,5 +232,6 @@ def _describe(hnode: Mapping[str, Any]) -> dict[str, Any]:
         "bandwidth_bytes_per_s": hnode["bandwidth_bytes_per_s"],
         "latency_ns": hnode["latency_ns"],
         **{name: hnode[name] for name in _COUNTERS},
+        "policy": hnode["policy"],
         "health": hnode["health"],
     }

@@ -155,14 +155,16 @@ class EventPump:
         self._publish("context.not_acquired", fields)
 
     def _pressure(self, event: dict[str, Any]) -> None:
-        if self._worth_telling("pressure", event["hnid"]):
-            self._defer(self._tell_pressure, event["hnid"])
+        if self._worth_telling("pressure", event["hnid"], event["session"]):
+            self._defer(self._tell_pressure, event["hnid"], event["session"])
 
-    def _tell_pressure(self, hnid: int) -> None:
-        """(blocks) The core's counters wait for a device that is being attached or detached."""
+    def _tell_pressure(self, hnid: int, session: int) -> None:
+        """(blocks) The core's counters wait for a device that is being attached or detached. session: whose quota is
+        near, 0 if the whole hnode is."""
         hnode = self._devices.describe(hnid)
         if hnode is not None:
             fields = {name: hnode[name] for name in ("hnid", "name", "used_bytes", "capacity_bytes")}
+            fields["session"] = session
             log.debug("memory pressure", **fields)
             self._publish("memory.pressure", fields)
 

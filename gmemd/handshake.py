@@ -13,6 +13,7 @@ import array
 import asyncio
 import contextlib
 import errno
+import functools
 import os
 import socket
 import struct
@@ -27,7 +28,9 @@ from gmemd import wire
 from gmemd.admission import Admission, Admissions, Claimant, Close
 from gmemd.config import Limits
 from gmemd.errors import RequestError, as_request_error
+from gmemd.keep import Keep
 from gmemd.pool import FairPool, PoolClosed, QueueFull
+from gmemd.sessions import SessionTable
 
 log = structlog.get_logger("gmemd.handshake")
 
@@ -50,6 +53,7 @@ class Peer:
     over: asyncio.Event = field(default_factory=asyncio.Event)
     reason: str = ""
     welcomed: bool = False
+    kept_as: str = ""
 
     def end(self, reason: str) -> None:
         self.reason = self.reason or reason
@@ -89,8 +93,9 @@ def _close_all(fds: list[int]) -> None:
 class HandshakeServer:
     """All on one loop; only what end_of() returns may be called from other threads."""
 
-    def __init__(self, admissions: Admissions, limits: Limits) -> None:
+    def __init__(self, admissions: Admissions, limits: Limits, keep: Keep | None = None) -> None:
         self._admissions = admissions
+        self._keep = keep
         self._limits = limits
         self._connections: Counter[int] = Counter()
         self._halfway: Counter[int] = Counter()
@@ -112,6 +117,56 @@ class HandshakeServer:
         self._listener = listener
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(listener, self._accept)
+
+    def take_over(self, sessions: SessionTable) -> None:
+        """A predecessor's connections go on where they were; sessions and contexts without one end."""
+        owners: dict[tuple[int, int], tuple[Any, Close]] = {
+            (session.core_id, 0): (session, functools.partial(sessions.end, session)) for session in sessions.live()
+        }
+        for session in sessions.live():
+            for context in sessions.contexts_of(session):
+                owners[session.core_id, context.id] = (context, functools.partial(sessions.end_context, context))
+        for session_id, context_id, sock in self._keep.connections() if self._keep else ():
+            name = f"conn.{session_id}.{context_id}"
+            try:
+                peer = peer_of(sock)
+                owner, close = owners.pop((session_id, context_id))
+            except (OSError, KeyError):  # its process is gone, or it had not come far
+                sock.close()
+                self._forget(name)
+                continue
+            sock.setblocking(False)
+            if not sessions.was_told(session_id, context_id):
+                with contextlib.suppress(OSError):
+                    sock.send(wire.pack_ready(), socket.MSG_NOSIGNAL)
+            owner.on_end = self._end_of(peer)
+            peer.kept_as = name
+            self._connections[peer.uid] += 1
+            task = self._loop.create_task(self._restored(peer, close))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        for _, close in owners.values():
+            self._loop.run_in_executor(None, close, "its connection was lost")
+
+    async def _restored(self, peer: Peer, close: Close) -> None:
+        try:
+            await self._until_over(peer)
+        except asyncio.CancelledError:
+            peer.reason = peer.reason or "gmemd is stopping"
+        finally:
+            await self._let_go(peer, close)
+
+    def _forget(self, name: str) -> None:
+        if self._keep is not None and name:
+            self._keep.forget(name)
+
+    async def _let_go(self, peer: Peer, close: Close | None) -> None:
+        if close is not None:
+            await self._tear_down(peer, close)
+        self._forget(peer.kept_as)
+        _decrement(self._connections, peer.uid)
+        peer.sock.close()
+        os.close(peer.pidfd)
 
     def refuse_new(self) -> None:
         """No more connections; those there are stay."""
@@ -199,11 +254,7 @@ class HandshakeServer:
         except Exception:
             log.exception("unexpected failure in a handshake", uid=peer.uid, pid=peer.pid)
         finally:
-            if close is not None:
-                await self._tear_down(peer, close)
-            _decrement(self._connections, peer.uid)
-            peer.sock.close()
-            os.close(peer.pidfd)
+            await self._let_go(peer, close)
 
     async def _handshake(self, peer: Peer) -> Close:
         """Through READY, or to WELCOME for ADMIN; what is to be called when the connection is over."""
@@ -219,7 +270,13 @@ class HandshakeServer:
                 uffd = await self._receive_uffd(peer)
                 admission.close = await self._in_pool(peer, admission.finish, uffd)
             if admission.ready:
-                await self._send(peer, wire.pack_ready(), [])
+                agent = await self._in_pool(peer, admission.agent) if hello.wants_agent else None
+                flags, fds = (0, []) if agent is None else (wire.HAS_AGENT, [agent])
+                if admission.keep is not None:
+                    peer.kept_as = await self._in_pool(peer, self._put_away, peer, admission)
+                await self._send(peer, wire.pack_ready(flags=flags), fds)
+                if admission.keep is not None:
+                    await self._in_pool(peer, admission.keep, True)
         except BaseException:
             await self._tear_down(peer, admission.close)
             raise
@@ -228,6 +285,15 @@ class HandshakeServer:
         kind, session = wire.KIND_NAMES[hello.kind], admission.welcome.session
         log.info("connected", kind=kind, uid=peer.uid, pid=peer.pid, session=session)
         return admission.close
+
+    def _put_away(self, peer: Peer, admission: Admission) -> str:
+        """(blocks) Before the client learns that it is in."""
+        assert admission.keep is not None
+        session_id, context_id = admission.keep(False)
+        name = f"conn.{session_id}.{context_id}"
+        if self._keep is not None:
+            self._keep.hold(name, peer.sock.fileno())
+        return name
 
     async def _receive_hello(self, peer: Peer) -> bytes:
         data, fds = await self._receive(peer)
@@ -320,7 +386,8 @@ class HandshakeServer:
             if isinstance(result, Admission):
                 result.close_fds()
                 result = result.close
-            await self._tear_down(peer, result)
+            if callable(result):
+                await self._tear_down(peer, result)
             raise asyncio.CancelledError
         return result
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,10 +25,15 @@ _PAGE_SHIFT_OFFSET = 5  # of struct gmem_page_info
 _RANGE = {errno.EINVAL: "va", errno.ENODEV: "hnid", errno.ENOMEM: "bytes", errno.ENOSPC: "bytes"}
 _RANGES = {errno.EINVAL: "ranges", errno.ENOMEM: "ranges", errno.ENOSPC: "ranges", errno.ENOENT: "context"}
 _BLAME: dict[str, dict[int, str]] = {
-    "mmap": {errno.ENOMEM: "bytes", errno.EINVAL: "bytes"},
+    "mmap": {errno.ENOMEM: "bytes", errno.EINVAL: "bytes", errno.EDQUOT: "bytes"},
+    "limit": {errno.EINVAL: "bytes", errno.EBUSY: "bytes", errno.ENOMEM: "bytes", errno.EAGAIN: "bytes"},
+    "quota": {
+        errno.EINVAL: "bytes", errno.ENOMEM: "bytes", errno.EAGAIN: "bytes", errno.EDQUOT: "bytes",
+        errno.ENOENT: "session",
+    },
     "mmap_commit": {errno.EINVAL: "va", errno.ENOMEM: "va"},
     "munmap": {errno.EINVAL: "va"},
-    "advise": {**_RANGE, errno.EOPNOTSUPP: "advice"},
+    "advise": _RANGE,
     "prefetch": _RANGE,
     "discard": {errno.EINVAL: "va"},
     "hmemcpy": {errno.EINVAL: "dst", errno.ENODEV: "hnid", errno.EOPNOTSUPP: "hnid", errno.ENOMEM: "bytes"},
@@ -39,12 +45,21 @@ _BLAME: dict[str, dict[int, str]] = {
 # What the core's errno means, where the system's own words would leave people guessing.
 _MEANING: dict[tuple[str, int], str] = {
     ("mmap", errno.ENOMEM): "more than the host and all devices together could hold, or than the window has room for",
-    ("mmap_commit", errno.EINVAL): "not the start of a region that waits for its commit, or not mapped there",
+    ("mmap", errno.EDQUOT): "more than the quotas of this session or this user allow on all hnodes together",
+    ("limit", errno.EINVAL): "below 2 MiB, or above the capacity",
+    ("limit", errno.EBUSY): "more than that is pinned",
+    ("limit", errno.ENOMEM): "there is nowhere for the rest to go; nothing has changed",
+    ("limit", errno.EAGAIN): "the rest is in use just now; nothing has changed",
+    ("quota", errno.EINVAL): "below 2 MiB; 0 is no quota",
+    ("quota", errno.ENOMEM): "there is nowhere for the rest to go; nothing has changed",
+    ("quota", errno.EDQUOT): "there is nowhere for the rest to go within its other quotas; nothing has changed",
+    ("quota", errno.EAGAIN): "the rest is in use just now; nothing has changed",
+    ("quota", errno.ENOENT): "there is no such session, or no session of that user",
+    ("mmap_commit", errno.EINVAL): "not the start of a region, or not mapped there",
     ("mmap_commit", errno.ENOTCONN): "the session's userfaultfd has not been attached",
     ("query", errno.EINVAL): "the range is not within one region of this session",
     ("hmemcpy", errno.EINVAL): "source or destination is not mapped by this session, or they overlap",
     ("hmemcpy", errno.EOPNOTSUPP): "this device can't be copied to directly",
-    ("advise", errno.EOPNOTSUPP): "this advice is not supported yet",
 }
 _MEANING_OF_ANY: dict[int, str] = {
     errno.EINVAL: "the range is not mapped by this session",
@@ -77,12 +92,17 @@ def _blaming(op: str) -> Iterator[None]:
 class Operations:
     """One method for each op of schema.OPS, by its name. They run on several threads at once."""
 
-    def __init__(self, core: Any, sessions: SessionTable, devices: DeviceTable, drivers: Registry) -> None:
+    def __init__(
+        self, core: Any, sessions: SessionTable, devices: DeviceTable, drivers: Registry,
+        upgrade: Callable[[], None] | None = None,
+    ) -> None:  # fmt: skip
+        self._upgrade = upgrade
         self._core = core
         self._sessions = sessions
         self._devices = devices
         self._drivers = drivers
         self._window = core.window()
+        self._quota_lock = threading.Lock()
         self._methods: dict[str, Callable[[Session, Args], Reply]] = {
             name: getattr(self, f"_op_{name}") for name in schema.OPS
         }
@@ -130,7 +150,7 @@ class Operations:
 
     def _op_advise(self, session: Session, args: Args) -> Reply:
         # -1 is "no hnode": advice that holds wherever the pages are needs none.
-        least = 0 if args["advice"] in ("prefetch", "pinned", "cold") else -1
+        least = 0 if args["advice"] in ("prefetch", "pinned", "cold", "accessed_by", "not_accessed_by") else -1
         self._devices.check_hnid(args["hnid"], least)
         self._check_window("va", args["va"], args["bytes"])
         self._core.advise(session.core_id, args["hnid"], args["va"], args["bytes"], args["advice"])
@@ -187,6 +207,43 @@ class Operations:
         self._devices.detach(args["name"], args["force"])
         return {}
 
+    def _op_limit(self, session: Session, args: Args) -> Reply:
+        self._core.limit(self._devices.hnid_of(args["name"]), args["bytes"])
+        self._devices.note_setting("limit", [args["name"]], args)
+        return {}
+
+    def _op_upgrade(self, session: Session, args: Args) -> Reply:
+        if self._upgrade is None:
+            raise RequestError(errno.EOPNOTSUPP, "this gmemd can't be started again")
+        self._upgrade()
+        return {}
+
+    def _op_quota(self, session: Session, args: Args) -> Reply:
+        """A session may lower its own; everything else is an administrator's."""
+        wanted, uid = args["session"], args["uid"]
+        if wanted is None and uid is None:
+            wanted = session.core_id
+        if (wanted is None) == (uid is None) or not (wanted or uid is not None):
+            raise RequestError(errno.EINVAL, "session: name a session or a uid, one of them", "session")
+        hnid = self._devices.hnid_of(args["name"])
+        with self._quota_lock:  # between the look at a quota and its change
+            if not session.admin:
+                self._check_lowers_own(session, wanted, hnid, args["bytes"])
+            if uid is not None:
+                self._core.quota_uid(uid, hnid, args["bytes"])
+            else:
+                self._core.quota_session(wanted, hnid, args["bytes"])
+        whose = {"session": wanted, "uid": uid}
+        self._devices.note_setting("quota", [args["name"], wanted or 0, uid or 0], {**args, **whose})
+        return {}
+
+    def _check_lowers_own(self, session: Session, wanted: int | None, hnid: int, size: int) -> None:
+        if wanted != session.core_id or not session.core_id:
+            raise RequestError(errno.EPERM, "session: quotas of others are for administrators of this gmemd", "session")
+        quota = self._core.session_stats(session.core_id)["quota_bytes"].get(hnid, 0)
+        if quota and not 0 < size <= quota:
+            raise RequestError(errno.EPERM, f"bytes: this session's quota is {quota}; it can only be lowered", "bytes")
+
     def _op_contexts(self, session: Session, args: Args) -> Reply:
         contexts = self._sessions.contexts_of(session)
         return {"contexts": [{"context": c.id, "hnid": c.hnid, "pid": c.pid} for c in contexts]}
@@ -207,7 +264,8 @@ class Operations:
             except OSError:
                 continue  # ended between the list and the look
             # Keys of a map are strings on the wire, as msgpack's decoders want them by default.
-            stats["resident_bytes"] = {str(hnid): size for hnid, size in stats["resident_bytes"].items()}
+            for key in ("resident_bytes", "quota_bytes"):
+                stats[key] = {str(hnid): size for hnid, size in stats.get(key, {}).items()}
             rows.append({**stats, "session": other.core_id, "uid": other.uid, "pid": other.pid, "name": other.name})
         return {"sessions": rows}
 

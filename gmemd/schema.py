@@ -36,7 +36,10 @@ _PAGE_BYTES = (0, 4096, 65536, 2 << 20)
 # Who may ask: ANY token, a SESSION that has memory, an ADMIN.
 ANY, SESSION, ADMIN = "any", "session", "admin"
 
-ADVICE = ("discard", "prefetch", "pinned", "unpinned", "read_mostly", "no_read_mostly", "preferred", "cold")
+ADVICE = (
+    "discard", "prefetch", "pinned", "unpinned", "read_mostly", "no_read_mostly", "preferred", "cold", "accessed_by",
+    "not_accessed_by",
+)  # fmt: skip
 
 Check = Callable[[str, Any], Any]
 
@@ -208,6 +211,17 @@ OPS: dict[str, Op] = {
     "drivers": Op(ANY, {}),
     "attach": Op(ADMIN, {"driver": _DRIVER, "name": _DEVICE, "config": optional(string_map, {})}),
     "detach": Op(ADMIN, {"name": _DEVICE, "force": optional(boolean, False)}),
+    "limit": Op(ADMIN, {"name": _DEVICE, "bytes": _BYTES}),
+    "quota": Op(
+        ANY,
+        {
+            "name": _DEVICE,
+            "bytes": Field(uint(_BYTES_LIMIT - 1)),
+            "session": optional(uint()),
+            "uid": optional(uint((1 << 32) - 2)),
+        },
+    ),
+    "upgrade": Op(ADMIN, {}),
     "contexts": Op(SESSION, {}, inline=True),
     "context_close": Op(SESSION, {"context": _CONTEXT}),
     "sessions": Op(ANY, {}),

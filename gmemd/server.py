@@ -8,6 +8,7 @@ clients match them by id.
 
 from __future__ import annotations
 
+import collections
 import errno
 import os
 import queue
@@ -29,6 +30,7 @@ log = structlog.get_logger("gmemd.server")
 _INLINE_BYTES_MAX = 4096
 _BATCH = 64
 _DECODE_BACKLOG = 32
+_ANSWERED_MAX = 4096
 _LINGER_MS = 200
 # Per connection, in messages. A client that does not read its replies loses those beyond this; gmemd does not wait.
 _SEND_HWM = 2048
@@ -44,6 +46,9 @@ class Server:
         self._operations = operations
         self._in_flight_max = requests_in_flight
         self._in_flight: dict[Session, int] = {}
+        # Clients ask again what is not answered soon. Those under way, and the last ones that were answered.
+        self._under_way: set[tuple[bytes, int]] = set()
+        self._answered: collections.OrderedDict[tuple[bytes, int], None] = collections.OrderedDict()
         self._lock = threading.Lock()
         # Four threads of sixteen for one session, and never all of them for one user.
         self._pool = FairPool(
@@ -160,7 +165,8 @@ class Server:
             self._operations.allow(session, request)
             if request.op.inline:
                 return schema.encode_reply(request.id, self._operations.execute(session, request))
-            self._enter(session)
+            if not self._enter(session, (identity, request.id)):
+                return None
         except RequestError as error:
             return schema.encode_error(request.id, error)
         except Exception as error:
@@ -178,7 +184,7 @@ class Server:
         except Exception as error:
             body = self._unexpected(request, error)
         finally:
-            self._leave(session)
+            self._leave(session, (identity, request.id))
         self._reply(identity, body)
 
     def _submit(self, identity: bytes, request_id: int, key: object, owner: object, work, session=None) -> None:
@@ -190,18 +196,27 @@ class Server:
         except PoolClosed:
             error = RequestError(errno.ESHUTDOWN, "gmemd is stopping")
         if session is not None:
-            self._leave(session)
+            self._leave(session, (identity, request_id))
         self._reply(identity, schema.encode_error(request_id, error))
 
-    def _enter(self, session: Session) -> None:
+    def _enter(self, session: Session, request: tuple[bytes, int]) -> bool:
+        """False: it is a request that was asked again."""
         with self._lock:
+            if request in self._under_way or request in self._answered:
+                return False
             count = self._in_flight.get(session, 0)
             if count >= self._in_flight_max:
                 raise RequestError(errno.EAGAIN, f"{count} requests of the session are in flight, which is the limit")
             self._in_flight[session] = count + 1
+            self._under_way.add(request)
+            return True
 
-    def _leave(self, session: Session) -> None:
+    def _leave(self, session: Session, request: tuple[bytes, int]) -> None:
         with self._lock:
+            self._under_way.discard(request)
+            self._answered[request] = None
+            if len(self._answered) > _ANSWERED_MAX:
+                self._answered.popitem(last=False)
             count = self._in_flight[session] - 1
             if count:
                 self._in_flight[session] = count

@@ -16,6 +16,7 @@ import resource
 import signal
 import socket
 import stat
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,18 +30,22 @@ from gmemd.admission import Admissions
 from gmemd.config import Config, check_runtime_dir, resolve_runtime_dir
 from gmemd.devices import DeviceTable
 from gmemd.drivers.registry import Registry
+from gmemd.errors import RequestError
 from gmemd.events import EventPump, Publisher
 from gmemd.handshake import HandshakeServer
+from gmemd.keep import Keep
 from gmemd.ops import Operations
 from gmemd.server import Server
 from gmemd.sessions import SessionTable
-from gmemd.systemd import Notifier, activated_socket
+from gmemd.supervise import UPGRADE_STATUS
+from gmemd.systemd import Notifier, passed_descriptors
 
 log = structlog.get_logger("gmemd.service")
 
 HANDSHAKE, CONTROL, EVENTS = "gmemd.sock", "control.sock", "events.sock"
 _IDLE_CHECK_S = 0.05
 _REAP_S = 5.0
+_UPGRADE_PAUSE_S = 0.1  # for the answer to whoever asked
 
 
 class RuntimeDir:
@@ -101,15 +106,16 @@ class RuntimeDir:
         self._fd = -1
 
 
-def _listen(runtime: RuntimeDir) -> tuple[socket.socket, bool]:
-    """The handshake socket and whether it is ours to unlink: systemd's, or a new one."""
-    passed = activated_socket()
+def _listen(runtime: RuntimeDir, keep: Keep) -> tuple[socket.socket, bool]:
+    """The handshake socket and whether it is ours to unlink: a predecessor's, the manager's, or a new one."""
+    passed, activated = keep.listener()
     if passed is not None:
-        return passed, False
+        return passed, not activated
     runtime.unlink(HANDSHAKE)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC)
     sock.bind(runtime.file(HANDSHAKE))
     runtime.admit(HANDSHAKE)
+    keep.hold("listen", sock.fileno())
     return sock, True
 
 
@@ -120,13 +126,13 @@ def _raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def make_core(config: Config) -> Any:
+def make_core(config: Config, **kept: Any) -> Any:
     from gmemd._core import Core  # here, so that what needs no core can be used without it
 
     return Core(
         window_base=config.window_base, window_bytes=config.window_bytes, host_limit_bytes=config.host_limit_bytes,
         fault_threads=config.fault_threads, hugepages=config.hugepages, overcommit=config.overcommit,
-        event_fork=config.event_fork,
+        event_fork=config.event_fork, fault_ahead=config.fault_ahead, policy=config.policy, **kept,
     )  # fmt: skip
 
 
@@ -135,7 +141,7 @@ class Service:
 
     def __init__(
         self, config: Config, *, embedded: bool = False, ready_fd: int = -1, parent_fd: int = -1,
-        core_factory: Callable[[Config], Any] = make_core,
+        core_factory: Callable[..., Any] = make_core,
     ) -> None:  # fmt: skip
         self._config = config
         self._embedded = embedded
@@ -145,12 +151,14 @@ class Service:
         self._stop = asyncio.Event()
         self._why = ""
         self._notifier = Notifier()
+        self.keep = Keep(self._notifier, passed_descriptors())
         self.sessions: SessionTable
         self.devices: DeviceTable
         self.handshake: HandshakeServer
         self.runtime: RuntimeDir
         self.core: Any
         self._pump: EventPump | None = None
+        self._in_charge = False
 
     def request_stop(self, why: str) -> None:
         self._why = self._why or why
@@ -183,7 +191,9 @@ class Service:
         stack.callback(runtime.close)
         if self._embedded:
             runtime.adopt()
-        self.core = self._core_factory(config)
+        self.core = self._core_factory(config, **self.keep.core_arguments())
+        self._in_charge = not self.core.recovers()
+        stack.callback(self._end_keep)
         stack.push_async_callback(self._close_core)
         zmq_context = zmq.Context(io_threads=1)
         stack.callback(zmq_context.term)
@@ -195,20 +205,52 @@ class Service:
         drivers = Registry(self.core.driver_builtin)
         self.sessions = SessionTable(
             self.core, sessions_per_uid=config.limits.sessions_per_uid,
-            contexts_per_session=config.limits.contexts_per_session, publish=publisher.publish,
+            contexts_per_session=config.limits.contexts_per_session, publish=publisher.publish, notes=self.keep.notes,
         )  # fmt: skip
-        self.devices = DeviceTable(self.core, drivers, self.sessions, publisher.publish)
+        self.devices = DeviceTable(
+            self.core, drivers, self.sessions, publisher.publish, config.quotas, notes=self.keep.notes
+        )
         self._start_events(stack, publisher)
         self._warn_of_what_is_missing()
-        for device in config.devices:
-            await asyncio.to_thread(self.devices.attach, device.driver, device.name, device.config)
-        operations = Operations(self.core, self.sessions, self.devices, drivers)
+        if self.core.recovers():
+            await asyncio.to_thread(self._take_over)
+        else:
+            for device in config.devices:
+                await asyncio.to_thread(self.devices.attach, device.driver, device.name, device.config)
+        operations = Operations(self.core, self.sessions, self.devices, drivers, upgrade=self._upgrade)
         await self._open_doors(stack, runtime, zmq_context, operations, publisher, control, events)
         tasks = [self._loop.create_task(self._housekeeping())]
         stack.callback(tasks[0].cancel)
         if self._embedded:
             tasks.append(self._loop.create_task(self._until_orphaned()))
             stack.callback(tasks[1].cancel)
+
+    def _take_over(self) -> None:
+        """(blocks) Goes on where a predecessor was killed: its devices, then every page, then its clients."""
+        began = time.monotonic()
+        self.devices.attach_again()
+        self.core.resume()
+        self._in_charge = True
+        self.devices.set_again()
+        self.sessions.restore()
+        took = time.monotonic() - began
+        log.info("took over", sessions=len(self.sessions), devices=self.devices.names(), seconds=round(took, 3))
+
+    def _end_keep(self) -> None:
+        """Nobody takes over from a daemon that has ended in order; but in place of one that could not, somebody may."""
+        if self._in_charge:
+            self.keep.end()
+
+    def _upgrade(self) -> None:
+        """Ends at once and as it is: whoever started us starts what is installed now, which takes over."""
+        if not self.keep.max_fds:
+            raise RequestError(errno.EOPNOTSUPP, "gmemd was not started with --supervised or by systemd's unit")
+
+        def leave() -> None:
+            os._exit(UPGRADE_STATUS)
+
+        log.info("upgrade: leaving everything to the next gmemd")
+        self._loop.call_soon_threadsafe(self._loop.call_later, _UPGRADE_PAUSE_S, leave)
 
     def _start_events(self, stack: contextlib.AsyncExitStack, publisher: Publisher) -> None:
         executor = ThreadPoolExecutor(1, "gmemd-event")
@@ -242,15 +284,16 @@ class Service:
         admissions = Admissions(
             self.core, self.sessions, self.devices, control=control, events=events, publish=publisher.publish
         )
-        self.handshake = HandshakeServer(admissions, limits)
+        self.handshake = HandshakeServer(admissions, limits, self.keep)
         stack.push_async_callback(self.handshake.stop)
         stack.push_async_callback(self._close_core)
         stack.push_async_callback(asyncio.to_thread, self.sessions.release_all, "gmemd stopped")
         stack.push_async_callback(asyncio.to_thread, server.stop, limits.stop_timeout_s)
-        listener, ours = _listen(runtime)
+        listener, ours = _listen(runtime, self.keep)
         if ours:
             stack.callback(runtime.unlink, HANDSHAKE)
         self.handshake.start(listener)
+        self.handshake.take_over(self.sessions)
         stack.callback(self.handshake.refuse_new)
 
     def _on_signal(self, number: int) -> None:

@@ -26,6 +26,7 @@ from typing import Any
 import structlog
 
 from gmemd.errors import RequestError
+from gmemd.notes import Notes
 from gmemd.wire import TOKEN_BYTES
 
 log = structlog.get_logger("gmemd.sessions")
@@ -42,6 +43,10 @@ def process_name(pid: int) -> str:
     except OSError:
         return ""
     return "".join(c if c.isprintable() else "?" for c in raw.removesuffix(b"\n").decode("utf-8", "replace"))
+
+
+def _nobody(reason: str) -> None:
+    """Whom to tell while a predecessor's connection has not been found again."""
 
 
 @dataclass(eq=False)
@@ -76,11 +81,13 @@ class Session:
 class SessionTable:
     """All sessions. One lock guards the maps and every Session's fields; it is never held over a call of the core."""
 
-    def __init__(self, core: Any, *, sessions_per_uid: int, contexts_per_session: int, publish: Publish) -> None:
+    def __init__(self, core: Any, *, sessions_per_uid: int, contexts_per_session: int, publish: Publish,
+                 notes: Notes | None = None) -> None:  # fmt: skip
         self._core = core
         self._sessions_per_uid = sessions_per_uid
         self._contexts_per_session = contexts_per_session
         self._publish = publish
+        self._notes = notes or Notes()
         self._changed = threading.Condition()
         self._all: set[Session] = set()
         self._by_core: dict[int, Session] = {}
@@ -108,6 +115,50 @@ class SessionTable:
                 self._by_core[core_id] = session
             self._by_digest[self._digest(token)] = session
         return session
+
+    def note(self, session: Session, told: bool) -> tuple[int, int]:
+        """From now on it outlives this daemon. told: its client knows that it is in. The numbers that it goes by."""
+        self._notes.put(
+            "sessions",
+            session.core_id,
+            {"token": session.token, "uid": session.uid, "pid": session.pid, "name": session.name,
+             "admin": session.admin, "started": session.started, "told": told},
+        )  # fmt: skip
+        return session.core_id, 0
+
+    def note_context(self, context: Context, told: bool) -> tuple[int, int]:
+        note = {"session": context.session.core_id, "hnid": context.hnid, "pid": context.pid, "told": told}
+        self._notes.put("contexts", context.id, note)
+        return context.session.core_id, context.id
+
+    def was_told(self, core_id: int, context_id: int) -> bool:
+        table, key = ("contexts", context_id) if context_id else ("sessions", core_id)
+        note = self._notes.table(table).get(key)
+        return bool(note and note["told"])
+
+    def restore(self) -> None:
+        """(blocks) A predecessor's sessions and contexts; their connections come later. Those that it had not noted had
+        not come to a client."""
+        known = set(self._core.session_ids())
+        for core_id, note in self._notes.table("sessions").items():
+            if core_id not in known:
+                self._notes.drop("sessions", core_id)
+                continue
+            known.discard(core_id)
+            session = Session(core_id, note["uid"], note["pid"], note["name"], note["admin"], note["token"], _nobody)
+            session.started = note["started"]
+            with self._changed:
+                self._all.add(session)
+                self._by_core[core_id] = session
+                self._by_digest[self._digest(session.token)] = session
+        for core_id in known:
+            self._quietly("session_disown", core_id)
+        for context_id, note in self._notes.table("contexts").items():
+            owner = self.by_core_id(note["session"])
+            if owner is None:
+                self._notes.drop("contexts", context_id)
+            else:
+                self.open_context(owner, Context(context_id, owner, note["hnid"], note["pid"], _nobody))
 
     def by_token(self, token: bytes) -> Session:
         """The live session that a token belongs to; EPERM otherwise."""
@@ -182,6 +233,7 @@ class SessionTable:
             if self._contexts.pop(context.id, None) is None:
                 return
             context.session.contexts.pop(context.id, None)
+        self._notes.drop("contexts", context.id)
         self._quietly("context_detach", context.id)
         context.on_end(reason)
 
@@ -213,6 +265,8 @@ class SessionTable:
             if session.core_id and destroy:
                 self._quietly("session_destroy", session.core_id)
         finally:
+            if session.core_id:
+                self._notes.drop("sessions", session.core_id)
             with self._changed:
                 self._all.discard(session)
                 self._by_core.pop(session.core_id, None)

@@ -39,17 +39,23 @@ def _plural(value: int, noun: str) -> str:
 
 def devices_table(hnodes: list[Reply]) -> Table:
     table = _table(
-        "hnid", "<name", "<driver", "used", "peak", "capacity", "pinned", "contexts", "faults", "in", "out",
-        "evictions", "errors", "<health",
+        "hnid", "<name", "<driver", "used", "stored", "peak", "capacity", "pinned", "contexts", "faults", "in", "out",
+        "evictions", "<policy", "errors", "<health",
     )  # fmt: skip
     for h in hnodes:
         table.add_row(
             str(h["hnid"]), Text(h["name"]), Text(h["driver"]), format_size(h["used_bytes"]),
+            format_size(h["stored_bytes"]) if h["stored_bytes"] else "",
             format_size(h["peak_bytes"]), format_size(h["capacity_bytes"]), format_size(h["pinned_bytes"]),
             _count(h["contexts"]), _count(h["faults"]), format_size(h["in_bytes"]), format_size(h["out_bytes"]),
-            _count(h["evictions"]), _count(h["errors"]), "ok" if not h["health"] else f"errno {-h['health']}",
+            _count(h["evictions"]), h["policy"], _count(h["errors"]),
+            "ok" if not h["health"] else f"errno {-h['health']}",
         )  # fmt: skip
     return table
+
+
+def _of(quota: int) -> str:
+    return f"/{format_size(quota)}" if quota else ""
 
 
 def sessions_table(sessions: list[Reply], hnodes: list[Reply] | None = None) -> Table:
@@ -59,7 +65,9 @@ def sessions_table(sessions: list[Reply], hnodes: list[Reply] | None = None) -> 
     )
     for s in sessions:
         resident = "  ".join(
-            f"{names.get(hnid, hnid)}:{format_size(size)}" for hnid, size in s["resident_bytes"].items() if size
+            f"{names.get(hnid, hnid)}:{format_size(size)}{_of(s['quota_bytes'].get(hnid, 0))}"
+            for hnid, size in s["resident_bytes"].items()
+            if size
         )
         table.add_row(
             str(s["session"]), str(s["uid"]), str(s["pid"]), Text(s["name"]), format_size(s["mapped_bytes"]),
@@ -131,6 +139,9 @@ SHOW: dict[str, Callable[[Reply, Namespace], None]] = {
     "devices": lambda reply, args: _print(devices_table(reply["devices"])),
     "attach": lambda reply, args: _print(f"{args.name} is attached as hnode {reply['hnid']}"),
     "detach": lambda reply, args: _print(f"{args.name} is detached"),
+    "limit": lambda reply, args: _print(f"{args.name}: at most {args.size}"),
+    "quota": lambda reply, args: _print(f"{args.name}: {'no quota' if args.size == '0' else 'at most ' + args.size}"),
+    "upgrade": lambda reply, args: _print(f"gmemd {reply['version']}, pid {reply['pid']}, has taken over"),
     "drivers": _drivers,
     "sessions": lambda reply, args: _print(sessions_table(reply["sessions"], reply["hnodes"])),
     "stats": lambda reply, args: _print(Group(stats_table(reply["stats"]), "", devices_table(reply["hnodes"]))),

@@ -4,6 +4,7 @@ call does nothing."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import MutableMapping
@@ -23,6 +24,8 @@ class Notifier:
         pid = environ.pop("WATCHDOG_PID", "")
         mine = not pid or pid == str(os.getpid())
         self._watchdog_s = int(usec) / 1e6 if usec.isdigit() and mine else 0.0
+        most = environ.pop("FDSTORE", "")
+        self.fd_store_max = int(most) if most.isdigit() and self._address else 0
 
     @property
     def watchdog_interval_s(self) -> float:
@@ -32,12 +35,18 @@ class Notifier:
     def send(self, *assignments: str) -> None:
         if not self._address:
             return
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-            try:
-                sock.connect(self._address)
-                sock.sendall("\n".join(assignments).encode())
-            except OSError:
-                pass  # a manager that is gone is no reason to stop
+        with contextlib.suppress(OSError), self.connect() as sock:  # a manager that is gone is no reason to stop
+            sock.sendall("\n".join(assignments).encode())
+
+    def connect(self) -> socket.socket:
+        """A socket to the manager, for messages of one's own."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        try:
+            sock.connect(self._address)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
 
     def ready(self, status: str) -> None:
         self.send("READY=1", f"STATUS={status}", f"MAINPID={os.getpid()}")
@@ -49,24 +58,29 @@ class Notifier:
         self.send("WATCHDOG=1")
 
 
-def activated_socket(environ: MutableMapping[str, str] | None = None) -> socket.socket | None:
-    """The listening SEQPACKET Unix socket of gmemd.socket, if systemd passed one; other descriptors are closed."""
+def passed_descriptors(environ: MutableMapping[str, str] | None = None) -> list[tuple[str, int]]:
+    """Those that the manager passed, close-on-exec from now on, each with its name: a listening socket of gmemd.socket,
+    and what a predecessor had it hold."""
     environ = os.environ if environ is None else environ
     pid, count = environ.pop("LISTEN_PID", ""), environ.pop("LISTEN_FDS", "")
-    environ.pop("LISTEN_FDNAMES", None)
+    names = environ.pop("LISTEN_FDNAMES", "").split(":")
     if pid != str(os.getpid()) or not count.isdigit():
-        return None
-    found: socket.socket | None = None
-    for fd in range(_LISTEN_FDS_START, _LISTEN_FDS_START + int(count)):
+        return []
+    fds = range(_LISTEN_FDS_START, _LISTEN_FDS_START + int(count))
+    for fd in fds:
         os.set_inheritable(fd, False)
-        try:
-            sock = socket.socket(fileno=fd)
-        except OSError:
-            os.close(fd)
-            continue
-        fits = sock.family == socket.AF_UNIX and sock.type == socket.SOCK_SEQPACKET
-        if fits and found is None and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-            found = sock
-        else:
-            sock.close()
-    return found
+    return [(names[i] if i < len(names) else "", fd) for i, fd in enumerate(fds)]
+
+
+def listening_socket(fd: int) -> socket.socket | None:
+    """The descriptor as what a handshake socket must be; None, and closed, if it is anything else."""
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError:
+        os.close(fd)
+        return None
+    fits = sock.family == socket.AF_UNIX and sock.type == socket.SOCK_SEQPACKET
+    if fits and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+        return sock
+    sock.close()
+    return None

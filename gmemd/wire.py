@@ -22,6 +22,7 @@ CLIENT, FORK_CHILD, CONTEXT, ADMIN = 1, 2, 3, 4
 KIND_NAMES = {CLIENT: "client", FORK_CHILD: "fork child", CONTEXT: "context", ADMIN: "admin"}
 
 WANT_RING = 1 << 0
+WANT_AGENT = 1 << 1
 
 HAS_UFFD_DEV = 1 << 0
 HAS_HUGE = 1 << 1
@@ -29,6 +30,8 @@ HAS_SMALL = 1 << 2
 EVENT_FORK = 1 << 3
 FORK_STORED = 1 << 4
 HAS_RING = 1 << 5
+
+HAS_AGENT = 1 << 0  # of READY
 
 REGION_HUGE = 1 << 0
 
@@ -57,6 +60,7 @@ class Hello:
     token: bytes
     device: str
     wants_ring: bool = False
+    wants_agent: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,15 +117,16 @@ def unpack_hello(data: bytes) -> Hello:
     _, _, _, kind, flags, token, device = _HELLO.unpack(data)
     if kind not in KIND_NAMES:
         raise RequestError(errno.EINVAL, f"HELLO: unknown kind {kind}", "kind")
-    if flags & ~WANT_RING:
-        raise _malformed(f"HELLO: unknown flags 0x{flags & ~WANT_RING:x}")
+    unknown = flags & ~(WANT_RING | WANT_AGENT)
+    if unknown:
+        raise _malformed(f"HELLO: unknown flags 0x{unknown:x}")
     if b"\0" not in device:
         raise RequestError(errno.EINVAL, "HELLO: device is not NUL-terminated", "device")
     try:
         name = device.split(b"\0", 1)[0].decode("ascii")
     except UnicodeDecodeError:
         raise RequestError(errno.EINVAL, "HELLO: device is not ASCII", "device") from None
-    return Hello(kind, token, name, bool(flags & WANT_RING))
+    return Hello(kind, token, name, bool(flags & WANT_RING), bool(flags & WANT_AGENT))
 
 
 def pack_welcome(welcome: Welcome) -> bytes:
@@ -164,8 +169,8 @@ def unpack_uffd(data: bytes) -> bool:
     return bool(user_mode_only)
 
 
-def pack_ready(status: int = 0, message: str = "") -> bytes:
-    return _READY.pack(MAGIC, VERSION, READY, status, 0, _text(message, MESSAGE_BYTES))
+def pack_ready(status: int = 0, message: str = "", flags: int = 0) -> bytes:
+    return _READY.pack(MAGIC, VERSION, READY, status, flags, _text(message, MESSAGE_BYTES))
 
 
 def unpack_ready(data: bytes) -> tuple[int, str]:

@@ -34,6 +34,7 @@ from gmem._errors import (
     OutOfMemory,
     PermissionDenied,
     Poisoned,
+    QuotaExceeded,
 )  # fmt: skip
 from gmem._fence import Fence
 from gmem._file import from_file
@@ -44,8 +45,8 @@ from gmem._session import Session, connect, default
 __all__ = [
     "ADVICE", "DIRTY", "PAGE_DTYPE", "PINNED", "READ_MOSTLY", "STATES", "Buffer", "Busy", "ConnectionLost",
     "Context", "ContextLost", "Device", "Fence", "GmemError", "InvalidArgument", "KernelError", "KernelTimeout",
-    "MemoryResource", "NotFound", "NotSupported", "OutOfMemory", "PermissionDenied", "Poisoned", "Session",
-    "acquire", "advise", "advise_async", "alloc", "array", "cfunc", "connect", "default", "device", "devices",
-    "discard", "empty", "from_file", "full", "memcpy", "memcpy_async", "prefetch", "prefetch_async", "stats",
-    "where", "zeros",
+    "MemoryResource", "NotFound", "NotSupported", "OutOfMemory", "PermissionDenied", "Poisoned",
+    "QuotaExceeded", "Session", "acquire", "advise", "advise_async", "alloc", "array", "cfunc", "connect", "default",
+    "device", "devices", "discard", "empty", "from_file", "full", "memcpy", "memcpy_async", "prefetch",
+    "prefetch_async", "stats", "where", "zeros",
 ]  # fmt: skip

@@ -15,7 +15,12 @@ from gmem._fence import Fence
 from gmem._memory import managed_extent
 from gmem._session import Session, default
 
-ADVICE = ("discard", "prefetch", "pinned", "unpinned", "read_mostly", "no_read_mostly", "cold")
+ADVICE = (
+    "discard", "prefetch", "pinned", "unpinned", "read_mostly", "no_read_mostly", "preferred", "cold", "accessed_by",
+    "not_accessed_by",
+)  # fmt: skip
+_ALSO = {"preferred_location": "preferred", "will_need": "prefetch", "dont_need": "discard"}  # what others call it
+_LOCAL = ("prefetch", "pinned", "cold", "accessed_by", "not_accessed_by")
 STATES = ("NOMAP", "RESIDENT", "BUSY", "POISONED")
 DIRTY, PINNED, WILLNEED, READ_MOSTLY, REFERENCED = 1, 2, 4, 8, 16
 PAGE_DTYPE = np.dtype(
@@ -47,17 +52,24 @@ def prefetch_async(array: Any, device: Any, *, stream: int = 0, session: Session
 
 
 def _advise_args(session: Session, array: Any, advice: str, device: Any) -> Args:
+    advice = _ALSO.get(advice, advice)
     if advice not in ADVICE:
         raise InvalidArgument(f"advice: {advice!r} is none of {', '.join(ADVICE)}", argument="advice")
     va, nbytes = managed_extent(array, session)
     hnid = -1 if device is None else session.hnid(device)
-    if hnid < 0 and advice in ("prefetch", "pinned", "cold"):
+    if hnid < 0 and advice in _LOCAL:
         raise InvalidArgument(f"device: {advice} needs one", argument="device")
     return {"hnid": hnid, "va": va, "bytes": nbytes, "advice": advice}
 
 
 def advise(array: Any, advice: str, device: Any = None, session: Session | None = None) -> None:
-    """One of ADVICE. "pinned" needs the device to pin to; "cold" the one it is cold on."""
+    """One of ADVICE.
+
+    "prefetch" ("will_need") and "pinned" need the device to move to, "cold" the one where it shall be the first to
+    leave, "accessed_by" the one that will use all of it and shall fetch far ahead. "preferred" ("preferred_location")
+    says where it is best kept, None takes that back: it leaves there last, and goes there when it has to leave
+    elsewhere. "read_mostly" keeps a copy wherever it is read. "discard" ("dont_need") drops the content. What
+    "preferred", "read_mostly" and "accessed_by" say holds for pages that are first touched later, too."""
     session = session if session is not None else default()
     session.request("advise", **_advise_args(session, array, advice, device))
 

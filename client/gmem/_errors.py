@@ -37,6 +37,12 @@ class OutOfMemory(GmemError, MemoryError):
     default_errno = _errno.ENOMEM
 
 
+class QuotaExceeded(GmemError, MemoryError):
+    """More than this session, or this user, may hold."""
+
+    default_errno = _errno.EDQUOT
+
+
 class Busy(GmemError):
     """In use just now: a device with open contexts, a page held by an acquire."""
 
@@ -94,7 +100,7 @@ _BY_ERRNO: dict[int, type[GmemError]] = {
     _errno.EOPNOTSUPP: NotSupported, _errno.ENOENT: NotFound, _errno.ENODEV: NotFound, _errno.ENOMEM: OutOfMemory,
     _errno.ENOSPC: OutOfMemory, _errno.EBUSY: Busy, _errno.EPERM: PermissionDenied, _errno.EACCES: PermissionDenied,
     _errno.ENOTCONN: ConnectionLost, _errno.ECONNREFUSED: ConnectionLost, _errno.ECONNRESET: ConnectionLost,
-    _errno.EIO: Poisoned,
+    _errno.EIO: Poisoned, _errno.EDQUOT: QuotaExceeded,
 }  # fmt: skip
 
 

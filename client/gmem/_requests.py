@@ -14,7 +14,9 @@ import zmq
 
 from gmem._errors import ConnectionLost, from_errno
 
-_PATIENCE_MS = 500  # how often a waiting thread looks whether the daemon is still there
+# How often a waiting thread looks whether the daemon is still there, and asks again: one that was killed and started
+# again knows of no request that the former had not answered; one that works on it, or has answered, takes no notice.
+_PATIENCE_MS = 500
 
 
 class Requests:
@@ -55,9 +57,11 @@ class Requests:
         waiting: dict[int, dict[str, Any] | None] = self._local.waiting
         waiting[number] = None
         try:
-            socket.send(msgpack.packb({"v": 1, "id": number, "op": op, "token": self._token(), **args}))
+            request = msgpack.packb({"v": 1, "id": number, "op": op, "token": self._token(), **args})
+            socket.send(request)
             while waiting[number] is None:
-                self._receive(socket, op, waiting)
+                if not self._receive(socket, op, waiting):
+                    socket.send(request, zmq.NOBLOCK)
             reply = waiting[number]
         finally:
             del waiting[number]
@@ -67,20 +71,22 @@ class Requests:
             raise from_errno(error.get("errno", 0), error.get("message", "gmemd gave no reason"), error.get("argument"))
         return reply
 
-    def _receive(self, socket: zmq.Socket[bytes], op: str, waiting: dict[int, dict[str, Any] | None]) -> None:
+    def _receive(self, socket: zmq.Socket[bytes], op: str, waiting: dict[int, dict[str, Any] | None]) -> bool:
+        """False: nothing has come for a while."""
         if not socket.poll(_PATIENCE_MS):
             if self._lost():
                 socket.close()
                 raise ConnectionLost(f"{op}: gmemd is gone")
-            return
+            return False
         try:
             reply = msgpack.unpackb(socket.recv(zmq.NOBLOCK))
         except zmq.Again:
-            return  # the finaliser's request has received ours, too
+            return True  # the finaliser's request has received ours, too
         # Others are answers to requests whose caller was interrupted; 0 is for one that could not be read.
         number = reply.get("id") or max(waiting)
         if number in waiting:
             waiting[number] = reply
+        return True
 
     def close(self) -> None:
         if self._pid == os.getpid():

@@ -76,6 +76,8 @@ enum gmem_advice {
 	GMEM_ADVISE_NO_READ_MOSTLY = 0x1011,
 	GMEM_ADVISE_PREFERRED = 0x1012,  /* best kept at hnid; GMEM_NO_HNID clears that */
 	GMEM_ADVISE_COLD = 0x1013,       /* first to be evicted from hnid */
+	GMEM_ADVISE_ACCESSED_BY = 0x1014, /* hnid will use all of it: fetch far ahead from its first fault on */
+	GMEM_ADVISE_NOT_ACCESSED_BY = 0x1015,
 };
 
 GMEM_API int gmem_hmadvise(struct gmem *session, int hnid, void *va, size_t bytes, int advice);

@@ -11,7 +11,7 @@
  *                ◄─────────────────────────── REGION × welcome.region_count, each + 1 fd
  *     (maps the regions)
  *     UFFD + fd ───────────────────────────►   checks the fd, UFFDIO_API, UFFDIO_REGISTER
- *                ◄─────────────────────────── READY
+ *                ◄─────────────────────────── READY    + fds: [agent]
  *
  * The connection stays open for as long as the session (or context) lives; its end is the session's end.
  * All integers are in host byte order: both ends are on one machine. Reserved fields are zero.
@@ -45,6 +45,7 @@ enum gmem_wire_kind {
 
 /* hello.flags */
 #define GMEM_WIRE_WANT_RING (1u << 0)      /* the client can take two more descriptors with WELCOME */
+#define GMEM_WIRE_WANT_AGENT (1u << 1)     /* it has an agent: the file of struct gmem_agent_shared may come with READY */
 
 /* welcome.flags */
 #define GMEM_WIRE_HAS_UFFD_DEV (1u << 0)   /* an open /dev/userfaultfd is passed: ioctl(fd, USERFAULTFD_IOC_NEW) */
@@ -102,10 +103,13 @@ struct gmem_wire_uffd { /* + 1 fd: O_NONBLOCK userfaultfd, no ioctl done on it y
 	uint32_t reserved;
 };
 
-struct gmem_wire_ready {
+/* ready.flags */
+#define GMEM_WIRE_HAS_AGENT (1u << 0)      /* one descriptor: struct gmem_agent_shared to map */
+
+struct gmem_wire_ready { /* + [agent] */
 	struct gmem_wire_header header;
 	int32_t status;
-	uint32_t reserved;
+	uint32_t flags;
 	char message[GMEM_WIRE_MESSAGE_BYTES];
 };
 
@@ -211,6 +215,30 @@ struct gmem_ring_shared {
 	uint32_t cq_head, pad3[15];      /* client */
 	uint32_t server_flags, pad4[15]; /* gmemd */
 	uint32_t client_waits, pad5[15]; /* client: gmemd is to wake its futex */
+};
+
+/* ---- the agent: ageing without access bits ----
+ *
+ * A thread of the client's that drops translations when gmemd asks: madvise(MADV_DONTNEED) of a shared mapping keeps its
+ * pages, and the next touch of each is a cheap fault that says it is in use. What is not touched leaves first.
+ *
+ * gmemd writes entries, then head (release), and wakes head (FUTEX_WAKE, shared); the client stores tail (release) behind
+ * what it has done. Heads and tails count up for ever; entry i is at i % GMEM_AGENT_ENTRIES. A range outside the window is
+ * ignored.
+ */
+#define GMEM_AGENT_MAGIC 0x544e4741u /* "AGNT" */
+#define GMEM_AGENT_ENTRIES 240u
+#define GMEM_AGENT_BYTES 4096u
+
+struct gmem_agent_entry {
+	uint64_t va, bytes;
+};
+
+struct gmem_agent_shared {
+	uint32_t magic, pad0[15];
+	uint32_t head, pad1[15]; /* gmemd; the client's futex */
+	uint32_t tail, pad2[15]; /* client */
+	struct gmem_agent_entry entries[GMEM_AGENT_ENTRIES];
 };
 
 #endif

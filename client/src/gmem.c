@@ -316,6 +316,10 @@ static const char *advice_word(int advice)
 		return "preferred";
 	case GMEM_ADVISE_COLD:
 		return "cold";
+	case GMEM_ADVISE_ACCESSED_BY:
+		return "accessed_by";
+	case GMEM_ADVISE_NOT_ACCESSED_BY:
+		return "not_accessed_by";
 	default:
 		return NULL;
 	}

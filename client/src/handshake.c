@@ -7,12 +7,16 @@
 #include <sys/socket.h>
 #include <sys/time.h>
 #include <sys/un.h>
+#include <time.h>
 #include <unistd.h>
 
+#include "agent.h"
 #include "link.h"
 #include "ring.h"
 
 #define FDS_MAX 8
+#define TRIES_MAX 50
+#define AGAIN_NS 50000000
 #define ANSWER_S 30 /* a daemon that is silent for so long is not one */
 
 static struct gmem_wire_header header(enum gmem_wire_type type)
@@ -173,6 +177,11 @@ static int get_ready(struct gmem_link *link)
 	size_t count;
 
 	err = get(link, GMEM_WIRE_READY, &ready, sizeof(ready), fds, &count);
+	if (!err && !ready.status && count && (ready.flags & GMEM_WIRE_HAS_AGENT)) {
+		err = gmem_agent_start(fds[--count], link->hello.window_base, link->hello.window_bytes, &link->agent);
+		if (err)
+			failed(link, err, "agent");
+	}
 	/* To a forked child whose uffd came by event: everybody has a descriptor of his own (see struct gmem_link). */
 	if (!err && !ready.status && count && link->uffd < 0)
 		link->uffd = fds[--count];
@@ -186,15 +195,15 @@ static int get_ready(struct gmem_link *link)
 	return err;
 }
 
-/* GMEM_RING=0: every request goes over the control plane. */
-static bool wants_ring(uint32_t kind)
+/* GMEM_RING=0: every request goes over the control plane. GMEM_AGENT=0: translations stay. */
+static bool wanted(const char *variable)
 {
-	const char *chosen = secure_getenv("GMEM_RING");
+	const char *chosen = secure_getenv(variable);
 
-	return kind != GMEM_WIRE_CONTEXT && (!chosen || strcmp(chosen, "0") != 0);
+	return !chosen || strcmp(chosen, "0") != 0;
 }
 
-int gmem_link_handshake(struct gmem_link *link, uint32_t kind, const uint8_t *token, const char *device)
+static int attempt(struct gmem_link *link, uint32_t kind, const uint8_t *token, const char *device)
 {
 	struct gmem_wire_hello hello = { .header = header(GMEM_WIRE_HELLO), .kind = kind };
 	bool stored;
@@ -203,7 +212,10 @@ int gmem_link_handshake(struct gmem_link *link, uint32_t kind, const uint8_t *to
 	link->sock = link->uffd = link->uffd_dev = link->files[0] = link->files[1] = -1;
 	link->message[0] = '\0';
 	link->ring = NULL;
-	if (wants_ring(kind))
+	link->agent = NULL;
+	if (wanted("GMEM_AGENT"))
+		hello.flags |= GMEM_WIRE_WANT_AGENT;
+	if (kind != GMEM_WIRE_CONTEXT && wanted("GMEM_RING"))
 		hello.flags |= GMEM_WIRE_WANT_RING;
 	if (token)
 		memcpy(hello.token, token, sizeof(hello.token));
@@ -228,8 +240,27 @@ int gmem_link_handshake(struct gmem_link *link, uint32_t kind, const uint8_t *to
 		err = give_uffd(link);
 	if (!err)
 		err = get_ready(link);
+	if (err && kind == GMEM_WIRE_CONTEXT)
+		gmem_link_unmap_window(link);
 	if (err)
 		gmem_link_hang_up(link);
+	return err;
+}
+
+/* gmemd closes a connection without a word only if it is killed. One that is started again takes the next one. */
+int gmem_link_handshake(struct gmem_link *link, uint32_t kind, const uint8_t *token, const char *device)
+{
+	const struct timespec pause = { 0, AGAIN_NS };
+	uint8_t kept[GMEM_WIRE_TOKEN_BYTES];
+	int err = -ECONNRESET;
+
+	if (token) /* perhaps that of the WELCOME which is about to be replaced */
+		token = memcpy(kept, token, sizeof(kept));
+	for (int tries = 0; (err == -ECONNRESET || err == -EPIPE) && tries < TRIES_MAX; tries++) {
+		if (tries)
+			nanosleep(&pause, NULL);
+		err = attempt(link, kind, token, device);
+	}
 	return err;
 }
 
@@ -240,6 +271,9 @@ void gmem_link_hang_up(struct gmem_link *link)
 	if (link->ring)
 		gmem_ring_destroy(link->ring);
 	link->ring = NULL;
+	if (link->agent)
+		gmem_agent_stop(link->agent);
+	link->agent = NULL;
 	for (size_t i = 0; i < sizeof(fds) / sizeof(fds[0]); i++) {
 		if (*fds[i] >= 0)
 			close(*fds[i]);

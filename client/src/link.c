@@ -10,9 +10,11 @@
 #include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/socket.h>
 #include <string.h>
 #include <unistd.h>
 
+#include "agent.h"
 #include "link.h"
 #include "ring.h"
 
@@ -70,6 +72,9 @@ static void rejoin(struct gmem_link *link)
 	if (link->ring)
 		gmem_ring_abandon(link->ring);
 	link->ring = NULL;
+	if (link->agent)
+		gmem_agent_abandon(link->agent);
+	link->agent = NULL;
 	gmem_link_hang_up(link);
 	link->pid = getpid();
 	if (context) { /* a context's child has none of its memory */
@@ -170,6 +175,9 @@ void gmem_link_close(struct gmem_link *link)
 	if (link->ring)
 		gmem_ring_destroy(link->ring);
 	link->ring = NULL;
+	if (link->agent)
+		gmem_agent_stop(link->agent);
+	link->agent = NULL;
 	/* If gmemd is gone, ours is the last: munmap would wait for it to read an event. */
 	if (link->uffd >= 0)
 		close(link->uffd);
@@ -226,11 +234,18 @@ int gmem_link_socket(const struct gmem_link *link)
 	return link->sock;
 }
 
+/* After READY gmemd says nothing, but that a successor, which can't know whether it was said, says it again. */
 bool gmem_link_is_lost(const struct gmem_link *link)
 {
-	struct pollfd end = { .fd = link->sock, .events = POLLIN }; /* gmemd says nothing after READY */
+	struct gmem_wire_ready again;
+	ssize_t n = -1;
 
-	return link->sock < 0 || poll(&end, 1, 0) > 0;
+	if (link->sock < 0)
+		return true;
+	do {
+		n = recv(link->sock, &again, sizeof(again), MSG_DONTWAIT);
+	} while (n > 0 || (n < 0 && errno == EINTR));
+	return n == 0 || (errno != EAGAIN && errno != EWOULDBLOCK);
 }
 
 int gmem_link_status(const struct gmem_link *link)

@@ -19,6 +19,7 @@
 
 #define GMEM_FILES 2 /* small, huge */
 
+struct gmem_agent;
 struct gmem_ring;
 
 struct gmem_link_region {
@@ -32,6 +33,7 @@ struct gmem_link {
 	int uffd;                       /* our dup: while it is open, a lost daemon leaves us blocked, not reading zeros */
 	int files[GMEM_FILES];          /* -1 where there is none */
 	struct gmem_ring *ring;         /* NULL: requests go over the control plane only */
+	struct gmem_agent *agent;       /* NULL: gmemd has not asked for one */
 	struct gmem_wire_welcome hello; /* what the daemon said */
 	char path[GMEM_WIRE_PATH_BYTES];
 	char message[GMEM_WIRE_MESSAGE_BYTES]; /* why the last handshake failed */
@@ -83,6 +85,7 @@ void gmem_link_unmap_all(struct gmem_link *link);
 int gmem_link_map_region(struct gmem_link *link, const struct gmem_wire_region *region, int fd, bool inherit);
 /* Both parts of the window, whole, in a context's process. */
 int gmem_link_map_window(struct gmem_link *link);
+void gmem_link_unmap_window(struct gmem_link *link);
 
 /* ---- uffd.c ---- */
 

@@ -18,6 +18,9 @@
 #include "rpc.h"
 
 #define IDLE_MAX 16
+/* How often a waiting request is sent again: a gmemd that was killed and started again knows of none that the former had
+ * not answered; one that works on it, or has answered, takes no notice. */
+#define AGAIN_MS 500
 #define PROTOCOL 1
 #define ENVELOPE_FIELDS 4
 
@@ -230,22 +233,37 @@ static int compose(const struct gmem_rpc *rpc, const struct gmem_request *reques
 
 /* ---- reply ---- */
 
-static int wait_readable(struct gmem_rpc *rpc, void *socket, const char *op)
+static int send_request(void *socket, const char *op, const msgpack_sbuffer *message)
+{
+	while (zmq_send(socket, message->data, message->size, ZMQ_DONTWAIT) < 0)
+		if (errno == EAGAIN)
+			return 0; /* many wait to be sent already */
+		else if (errno != EINTR)
+			return gmem_fail(-EIO, "%s: %s", op, zmq_strerror(errno));
+	return 0;
+}
+
+static int wait_readable(struct gmem_rpc *rpc, void *socket, const char *op, const msgpack_sbuffer *message)
 {
 	zmq_pollitem_t items[] = {
 		{ .socket = socket, .events = ZMQ_POLLIN },
-		{ .fd = gmem_link_socket(rpc->link), .events = ZMQ_POLLIN }, /* readable at its end only */
+		{ .fd = gmem_link_socket(rpc->link), .events = ZMQ_POLLIN },
 	};
 
 	for (;;) {
-		if (zmq_poll(items, 2, -1) < 0) {
-			if (errno == EINTR)
-				continue;
+		int ready = zmq_poll(items, 2, AGAIN_MS), err = 0;
+
+		if (ready < 0 && errno != EINTR)
 			return gmem_fail(-EIO, "%s: %s", op, zmq_strerror(errno));
-		}
+		if (!ready)
+			err = send_request(socket, op, message);
+		if (err)
+			return err;
+		if (ready <= 0)
+			continue;
 		if (items[0].revents)
 			return 0;
-		if (items[1].revents)
+		if (items[1].revents && gmem_link_is_lost(rpc->link))
 			return gmem_fail(-ECONNRESET, "%s: gmemd has gone, or has ended this session", op);
 	}
 }
@@ -291,13 +309,13 @@ static int exchange(struct gmem_rpc *rpc, void *socket, const char *op, const ms
 	int err;
 
 	*ret_sound = false;
-	while (zmq_send(socket, message->data, message->size, 0) < 0)
-		if (errno != EINTR)
-			return gmem_fail(-EIO, "%s: %s", op, zmq_strerror(errno));
+	err = send_request(socket, op, message);
+	if (err)
+		return err;
 	for (;;) {
 		uint64_t got = 0;
 
-		err = wait_readable(rpc, socket, op);
+		err = wait_readable(rpc, socket, op, message);
 		if (err)
 			return err;
 		err = receive(socket, op, reply);

@@ -9,6 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include <gmem/lockrank.h>
 #include <gmem/memfd.h>
@@ -63,6 +65,7 @@ struct gmem_slabs {
 	struct gmem_file *file;           /* (C) */
 	struct spans small, large;
 	struct slab *slabs;               /* by span, sparse; guarded by the class's lock */
+	uint8_t *taken[2];                /* (C) until settled: by small and by large span, class + 1 of what is there */
 	struct size_class classes[CLASSES];
 };
 
@@ -432,6 +435,87 @@ int gmem_slabs_read(struct gmem_slabs *slabs, gmem_place_t place, uint64_t from,
 	return gmem_file_read(slabs->file, offset_of(slabs, place) + header + from, dst, bytes);
 }
 
+/* ---- a predecessor's ---- */
+
+static int take_span(struct gmem_slabs *slabs, bool large, gmem_place_t place, bool *ret_new)
+{
+	struct spans *spans = large ? &slabs->large : &slabs->small;
+	uint32_t span = span_of(place);
+	uint8_t mine = (uint8_t)(class_of(place) + 1);
+
+	if (span >= spans->count || (slabs->taken[large][span] && (slabs->taken[large][span] != mine || mine > CLASSES)))
+		return -EPROTO;
+	*ret_new = !slabs->taken[large][span];
+	slabs->taken[large][span] = mine;
+	if (span >= spans->fresh)
+		spans->fresh = span + 1;
+	return 0;
+}
+
+static int take_in_slab(struct gmem_slabs *slabs, gmem_place_t place, bool is_new)
+{
+	struct size_class *c = &slabs->classes[class_of(place)];
+	struct slab *slab = &slabs->slabs[span_of(place)];
+	uint64_t bit = 1ull << slot_of(place) % 64;
+
+	if (is_new) {
+		*slab = (struct slab){ .group = FULL };
+		atomic_fetch_add(&slabs->quota->used, c->frames * GMEM_FRAME_BYTES + sizeof(*slab));
+	}
+	if (slot_of(place) >= c->slots || (slab->used[slot_of(place) / 64] & bit))
+		return -EPROTO;
+	slab->used[slot_of(place) / 64] |= bit;
+	slab->live++;
+	return 0;
+}
+
+int gmem_slabs_take(struct gmem_slabs *slabs, gmem_place_t place)
+{
+	bool large = class_of(place) == EXTENT_LARGE, is_new;
+	int err = class_of(place) > EXTENT_LARGE ? -EPROTO : take_span(slabs, large, place, &is_new);
+
+	if (err)
+		return err;
+	if (class_of(place) < CLASSES)
+		return take_in_slab(slabs, place, is_new);
+	atomic_fetch_add(&slabs->quota->used, (slot_of(place) + 1ull) * GMEM_FRAME_BYTES);
+	return 0;
+}
+
+/* What nobody has taken is free, and has no memory, whatever was being written there. */
+static void settle_spans(struct gmem_slabs *slabs, bool large)
+{
+	struct spans *spans = large ? &slabs->large : &slabs->small;
+
+	for (uint32_t span = 0; span < spans->fresh; span++) {
+		uint8_t class_ = slabs->taken[large][span];
+		struct size_class *c = &slabs->classes[class_ ? class_ - 1u : 0];
+
+		if (!class_) {
+			spans->spare[spans->spare_count++] = span;
+			gmem_file_punch(slabs->file, spans->base + ((uint64_t)span << spans->shift), 1ull << spans->shift);
+		} else if (class_ <= CLASSES) {
+			gmem_mutex_lock(&c->lock);
+			atomic_fetch_add(&c->free_slots, c->slots - slabs->slabs[span].live);
+			link_slab_locked(slabs, c, span);
+			gmem_mutex_unlock(&c->lock);
+		}
+	}
+	/* beyond what is known there may be what was new when the predecessor ended */
+	gmem_file_punch(slabs->file, spans->base + ((uint64_t)spans->fresh << spans->shift),
+			(uint64_t)(spans->count - spans->fresh) << spans->shift);
+}
+
+void gmem_slabs_settle(struct gmem_slabs *slabs)
+{
+	for (int large = 0; large < 2; large++) {
+		if (slabs->taken[large])
+			settle_spans(slabs, large);
+		free(slabs->taken[large]);
+		slabs->taken[large] = NULL;
+	}
+}
+
 /* ---- all of it ---- */
 
 static void init_classes(struct gmem_slabs *slabs)
@@ -461,7 +545,31 @@ static int make_file(struct gmem_slabs *slabs, const char *name)
 	return err ? err : gmem_file_write(slabs->file, 0, &head, sizeof(head));
 }
 
-int gmem_slabs_create(const char *name, struct gmem_quota *quota, struct gmem_slabs **ret)
+static int adopt_file(struct gmem_slabs *slabs, int fd)
+{
+	uint64_t bytes = slabs->large.base + ((uint64_t)slabs->large.count << slabs->large.shift);
+	struct head head;
+	struct stat st;
+	int err = fstat(fd, &st) || (uint64_t)st.st_size != bytes || pread(fd, &head, sizeof(head), 0) != sizeof(head) ||
+		  head.magic != MAGIC || head.version != VERSION || head.limit != slabs->quota->limit ? -EPROTO : 0;
+
+	slabs->taken[0] = calloc(slabs->small.count, 1);
+	slabs->taken[1] = calloc(slabs->large.count, 1);
+	if (!err && (!slabs->taken[0] || !slabs->taken[1]))
+		err = -ENOMEM;
+	if (!err)
+		err = gmem_file_adopt(fd, GMEM_CLASS_SMALL, bytes, 0, &slabs->file);
+	if (!err)
+		atomic_fetch_add(&slabs->quota->used, GMEM_FRAME_BYTES);
+	return err;
+}
+
+int gmem_slabs_fd(const struct gmem_slabs *slabs)
+{
+	return slabs->file->fd;
+}
+
+int gmem_slabs_create(const char *name, struct gmem_quota *quota, int fd, struct gmem_slabs **ret)
 {
 	uint32_t small = (uint32_t)(quota->limit / GMEM_FRAME_BYTES), large = small / 17 + 1; /* large: 17 frames or more */
 	uint64_t large_base = HEAD_BYTES + (((uint64_t)small << GMEM_SHIFT_64K) + GMEM_HUGE_BYTES - 1) / GMEM_HUGE_BYTES *
@@ -477,7 +585,7 @@ int gmem_slabs_create(const char *name, struct gmem_quota *quota, struct gmem_sl
 	err_large = spans_init(&slabs->large, large_base, GMEM_SHIFT_2M, large);
 	slabs->slabs = sparse_map(small * sizeof(*slabs->slabs));
 	if (!err)
-		err = err_large ? err_large : slabs->slabs ? make_file(slabs, name) : -ENOMEM;
+		err = err_large ? err_large : !slabs->slabs ? -ENOMEM : fd >= 0 ? adopt_file(slabs, fd) : make_file(slabs, name);
 	if (err)
 		gmem_slabs_destroy(slabs);
 	else
@@ -493,6 +601,8 @@ void gmem_slabs_destroy(struct gmem_slabs *slabs)
 		munmap(slabs->slabs, slabs->small.count * sizeof(*slabs->slabs));
 	spans_deinit(&slabs->small);
 	spans_deinit(&slabs->large);
+	free(slabs->taken[0]);
+	free(slabs->taken[1]);
 	gmem_file_unref(slabs->file);
 	free(slabs);
 }

@@ -30,7 +30,13 @@
 struct gmem_slabs;
 typedef uint64_t gmem_place_t;
 
-int gmem_slabs_create(const char *name, struct gmem_quota *quota, struct gmem_slabs **ret);
+/* fd: a predecessor's, taken over on success: then each place that its index has is to be taken, and after the last one
+ * gmem_slabs_settle() called. -1: a new one. -EPROTO: it is none, or of another size. */
+int gmem_slabs_create(const char *name, struct gmem_quota *quota, int fd, struct gmem_slabs **ret);
+int gmem_slabs_fd(const struct gmem_slabs *slabs);
+/* -EPROTO: it can't be a place, or is taken; -ENOMEM. */
+int gmem_slabs_take(struct gmem_slabs *slabs, gmem_place_t place);
+void gmem_slabs_settle(struct gmem_slabs *slabs);
 void gmem_slabs_destroy(struct gmem_slabs *slabs);
 /* The most that slabs which are not full can waste once they have been squeezed. */
 uint64_t gmem_slabs_slack_max(void);

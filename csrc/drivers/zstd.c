@@ -21,7 +21,7 @@
 
 #include "codec.h"
 #include "crc32c.h"
-#include "peerindex.h"
+#include "entries.h"
 #include "slab.h"
 
 #define CAPACITY_MIN (4ull << 20)
@@ -39,7 +39,7 @@ enum kind { NOTHING = 0, WORD, RAW, PACKED_ZSTD, PACKED_LZ4 };
 struct gmem_device {
 	struct gmem_quota quota;
 	struct gmem_slabs *slabs;          /* (C) */
-	struct gmem_index *index;          /* (C) */
+	struct gmem_entries *entries;          /* (C) */
 	struct gmem_codec *codec;          /* (C) */
 	enum kind packed;                  /* (C) */
 	uint64_t key_count, ratio, bytes_per_s, latency_ns; /* (C) */
@@ -115,23 +115,23 @@ static int damaged(struct gmem_device *tier)
 static void move_slot(void *arg, uint64_t key, gmem_place_t place)
 {
 	struct gmem_device *tier = arg;
-	uint64_t word = key < tier->key_count ? gmem_index_get(tier->index, key).word : 0;
+	uint64_t word = key < tier->key_count ? gmem_entries_get(tier->entries, key).word : 0;
 	gmem_place_t to;
 
 	if (kind_of(word) < PACKED_ZSTD || place_of(word) != place || gmem_slabs_copy(tier->slabs, place, &to))
 		return;
-	gmem_slabs_free(tier->slabs, gmem_index_move(tier->index, key, word, (word & 31) | to << 5) ? place : to);
+	gmem_slabs_free(tier->slabs, gmem_entries_move(tier->entries, key, word, (word & 31) | to << 5) ? place : to);
 }
 
 static int reserve(struct gmem_device *tier, uint64_t key, uint64_t bytes, gmem_place_t *ret)
 {
-	int err = gmem_index_reserve(tier->index, key);
+	int err = gmem_entries_reserve(tier->entries, key);
 
 	if (err || !bytes)
 		return err;
 	err = gmem_slabs_alloc(tier->slabs, bytes, ret);
 	if (err)
-		gmem_index_release(tier->index, key);
+		gmem_entries_release(tier->entries, key);
 	return err;
 }
 
@@ -160,7 +160,7 @@ static int store_word(struct gmem_device *tier, const uint8_t *page, uint64_t ke
 		return err;
 	memcpy(&entry.check, page, sizeof(entry.check));
 	count(tier, entry.word, 1);
-	dispose(tier, gmem_index_put(tier->index, key, entry));
+	dispose(tier, gmem_entries_put(tier->entries, key, entry));
 	return 0;
 }
 
@@ -182,11 +182,11 @@ static int store_bytes(struct gmem_device *tier, struct gmem_codec_worker *worke
 	err = gmem_slabs_write(tier->slabs, place, key, from, stored);
 	if (err) {
 		gmem_slabs_free(tier->slabs, place);
-		gmem_index_release(tier->index, key);
+		gmem_entries_release(tier->entries, key);
 		return err;
 	}
 	count(tier, entry.word, 1);
-	dispose(tier, gmem_index_put(tier->index, key, entry));
+	dispose(tier, gmem_entries_put(tier->entries, key, entry));
 	return 0;
 }
 
@@ -272,12 +272,12 @@ static int load(struct gmem_device *tier, struct gmem_codec_worker *worker, uint
 
 	if (err)
 		return err;
-	entry = gmem_index_get(tier->index, key);
+	entry = gmem_entries_get(tier->entries, key);
 	for (;;) {
 		err = load_entry(tier, worker, key, entry, dst, bytes);
 		if (err != -EBADMSG)
 			return err;
-		again = gmem_index_get(tier->index, key);
+		again = gmem_entries_get(tier->entries, key);
 		if (again.word == entry.word)
 			return damaged(tier);
 		entry = again; /* its slab was squeezed meanwhile */
@@ -341,7 +341,7 @@ static int zstd_free(struct gmem_device *tier, uint64_t key, size_t bytes)
 	(void)bytes;
 	if (key >= tier->key_count)
 		return -EINVAL;
-	dispose(tier, gmem_index_take(tier->index, key));
+	dispose(tier, gmem_entries_take(tier->entries, key));
 	return 0;
 }
 
@@ -387,8 +387,8 @@ static const char *zstd_last_error(struct gmem_device *tier)
 
 static void zstd_remove(struct gmem_device *tier)
 {
-	if (tier->index)
-		gmem_index_destroy(tier->index);
+	if (tier->entries)
+		gmem_entries_destroy(tier->entries);
 	if (tier->slabs)
 		gmem_slabs_destroy(tier->slabs);
 	if (tier->codec)
@@ -437,6 +437,46 @@ static int read_options(const struct gmem_driver_config *config, struct options 
 	return 0;
 }
 
+/* Everything that the entries say is stored is; the rest of the slabs is free. */
+static int count_stored(struct gmem_device *tier)
+{
+	uint64_t key = 0;
+	int err = 0;
+
+	for (; !err && !gmem_entries_next(tier->entries, &key); key++) {
+		uint64_t word = gmem_entries_get(tier->entries, key).word;
+
+		if (kind_of(word) == RAW || kind_of(word) == PACKED_ZSTD || kind_of(word) == PACKED_LZ4)
+			err = gmem_slabs_take(tier->slabs, place_of(word));
+		else if (kind_of(word) != WORD)
+			err = -EPROTO;
+		count(tier, word, 1);
+	}
+	gmem_slabs_settle(tier->slabs);
+	return err;
+}
+
+/* New, or what a predecessor has left. */
+static int open_memory(const struct gmem_driver_config *config, struct gmem_device *tier)
+{
+	int slabs = gmem_driver_kept_fd(config, "slabs"), entries = gmem_driver_kept_fd(config, "entries"), err;
+	bool kept = slabs >= 0 && entries >= 0;
+
+	err = gmem_slabs_create("gmem-zstd-slabs", &tier->quota, slabs, &tier->slabs);
+	if (!err)
+		err = gmem_entries_create("gmem-zstd-entries", config->key_count, &tier->quota, entries, &tier->entries);
+	if (!err && kept)
+		err = count_stored(tier);
+	if (!err && !kept)
+		err = gmem_driver_keep_fd(config, "slabs", gmem_slabs_fd(tier->slabs));
+	if (!err && !kept)
+		err = gmem_driver_keep_fd(config, "entries", gmem_entries_fd(tier->entries));
+	if (err)
+		snprintf(config->message, GMEM_MESSAGE_MAX, "%s: %s", kept ? "what was left can't be taken over" : "memory",
+			 strerror(-err));
+	return err;
+}
+
 static int open_tier(const struct gmem_driver_config *config, const struct options *options, struct gmem_device *tier)
 {
 	bool lz4 = !strcmp(options->algorithm, "lz4");
@@ -453,11 +493,7 @@ static int open_tier(const struct gmem_driver_config *config, const struct optio
 					&tier->codec);
 	if (!err)
 		err = gmem_codec_measure(tier->codec, &tier->bytes_per_s, &tier->latency_ns);
-	if (!err)
-		err = gmem_slabs_create("gmem-zstd-slabs", &tier->quota, &tier->slabs);
-	if (!err)
-		err = gmem_index_create("gmem-zstd-index", config->key_count, &tier->quota, &tier->index);
-	return err;
+	return err ? err : open_memory(config, tier);
 }
 
 static int zstd_probe(const struct gmem_driver_config *config, struct gmem_device **ret)

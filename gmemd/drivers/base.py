@@ -29,6 +29,17 @@ class Info:
     caps: Sequence[str] = ("peer",)
     bandwidth_bytes_per_s: int = 0  # of the link; 0 = memory speed
     latency_ns: int = 0  # of one copy
+    assured_bytes: int = 0  # of the capacity, what fits whatever its content; 0: all of it
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What peer_usage() returns: what the pages that are stored take."""
+
+    pages: int
+    page_bytes: int  # their size before compression
+    stored_bytes: int  # what they take, the allocator's waste included
+    raw_pages: int = 0  # of pages, those stored as they are
 
 
 class Driver:
@@ -58,6 +69,10 @@ class Driver:
     # peer_map(key: int, src: memoryview) -> None          stores a page under a key
     # peer_unmap(key: int, dst: memoryview) -> None        reads it back, and keeps it
     # peer_free(key: int, size: int) -> None               forgets it
+    # peer_map_batch(pages: list[tuple[int, memoryview]]) -> Sequence[Exception | None] | None
+    # peer_unmap_batch(pages: list[tuple[int, memoryview]]) -> Sequence[Exception | None] | None
+    #     several pages, each with what befell it (None = all went well); raising says that no page was touched
+    # peer_usage() -> Usage                                for operators
     # peer_hmemcpy(key: int, offset: int, buffer: memoryview, to_peer: bool) -> None
     # peer_va_alloc_fixed(va: int, size: int) -> None
     # peer_va_free(va: int, size: int) -> None

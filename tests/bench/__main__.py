@@ -36,18 +36,24 @@ INCLUDES = ["-Icsrc/include", "-Iclient/include"]
 TIMEOUT_S = 240
 
 
+def has_liburing(compiler: str) -> bool:
+    header = subprocess.run([compiler, "-xc", "-E", "-"], input="#include <liburing.h>", text=True, capture_output=True)
+    return header.returncode == 0
+
+
 def build() -> Path:
     """The C program: this folder's sources, the core's and the C tests' harness, compiled again where older."""
     sources = [
         *(source for source in sorted(HERE.glob("*.c")) if source.name != "heap.c"),  # that is a client
-        *sorted(ROOT.glob("csrc/*.c")),
-        *sorted(ROOT.glob("csrc/drivers/*.c")),
+        *sorted(ROOT.glob("csrc/**/*.c")),
         ROOT / "tests/unit_c/harness.c",
     ]
-    headers = [*HERE.glob("*.h"), *ROOT.glob("csrc/include/gmem/*.h"), *ROOT.glob("client/include/*.h")]
-    headers.append(ROOT / "tests/unit_c/harness.h")
+    headers = [*HERE.glob("*.h"), *ROOT.glob("csrc/**/*.h"), *ROOT.glob("client/include/*.h")]
+    headers += [ROOT / "tests/unit_c/harness.h"]
     newest_header = max(header.stat().st_mtime for header in headers)
     compiler = os.environ.get("CC", "gcc")
+    uring = has_liburing(compiler)
+    flags = [*FLAGS, *INCLUDES, *(["-DGMEM_LIBURING"] if uring else [])]
     objects = []
     for source in sources:
         target = BUILD / source.relative_to(ROOT).with_suffix(".o")
@@ -55,9 +61,10 @@ def build() -> Path:
         if target.exists() and target.stat().st_mtime > max(newest_header, source.stat().st_mtime):
             continue
         target.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run([compiler, *FLAGS, *INCLUDES, "-c", str(source), "-o", str(target)], cwd=ROOT, check=True)
+        subprocess.run([compiler, *flags, "-c", str(source), "-o", str(target)], cwd=ROOT, check=True)
     program = BUILD / "bench"
-    subprocess.run([compiler, *FLAGS, *objects, "-o", str(program)], cwd=ROOT, check=True)
+    libraries = ["-luring"] if uring else []
+    subprocess.run([compiler, *FLAGS, *objects, *libraries, "-o", str(program)], cwd=ROOT, check=True)
     return program
 
 

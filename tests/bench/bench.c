@@ -34,6 +34,7 @@ static const struct {
 	{ { "mmap" }, mappings, true },
 	{ { "lpt" }, page_table, true },
 	{ { "ring" }, ring_requests, true },
+	{ { "file" }, file_tier, true },
 	{ { "bare" }, primitives, false },
 };
 

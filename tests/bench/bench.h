@@ -35,6 +35,7 @@ void evictions(void);
 void mappings(void);
 void page_table(void);
 void ring_requests(void);
+void file_tier(void);
 void primitives(void);
 
 extern bool huge_pages; /* enough of them can be had for every group */

@@ -11,7 +11,7 @@
 #include <unistd.h>
 
 #include <gmem/internal.h>
-#include <gmem/reclaim.h>
+#include <gmem/evict.h>
 
 #define REPETITIONS 5 /* of each mode */
 #define PAUSE_US 100
@@ -341,7 +341,7 @@ static void evict_all(struct gmem_core *core, struct client *client, struct move
 		CHECK_EQ(gmem_as_lookup(&session->as, moves->shared->va + page * bytes, &place), 0);
 		do { /* a fault thread may still be on its way out of the page */
 			start = now_ns();
-			err = gmem_reclaim_evict(device, place.object, place.index, false);
+			err = gmem_evict_page(device, place.object, place.index, false);
 			middle = now_ns();
 		} while (err == -EBUSY);
 		CHECK_EQ(err, 0);

@@ -247,5 +247,5 @@ def test_throttled_link(connect):
     a = gmem.full(4 << 20, 1, np.uint8, page_size="64K")
     started = time.monotonic()
     gmem.prefetch(a, "slow")
-    assert time.monotonic() - started >= 4 / 20 + 64 * 0.001
+    assert time.monotonic() - started >= 4 / 20 + 0.001  # of the latency, a run of pages pays one
     assert (gmem.where(a)["writer"] == 1).all() and (a == 1).all()

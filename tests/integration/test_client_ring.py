@@ -86,9 +86,9 @@ def test_errors_name_the_argument_at_the_fence(session):
         with pytest.raises(gmem.InvalidArgument) as caught:
             fence.wait(20)
         assert caught.value.argument == "hnid" and "hnid" in str(caught.value)
-    with pytest.raises(gmem.NotSupported) as caught:
-        session.start("advise", 0, None, hnid=0, va=a.ctypes.data, bytes=8, advice="preferred").wait(20)
-    assert caught.value.argument == "advice"
+    with pytest.raises(gmem.InvalidArgument) as caught:
+        session.start("advise", 0, None, hnid=-1, va=a.ctypes.data, bytes=8, advice="accessed_by").wait(20)
+    assert caught.value.argument == "hnid"
     overlap = (a.ctypes.data, 4096), (a.ctypes.data + 8, 4096)
     with pytest.raises(gmem.InvalidArgument, match="overlap"):
         asyncio.run(_awaited(gmem.memcpy_async(*overlap)))

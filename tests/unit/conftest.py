@@ -33,6 +33,9 @@ class FakeCore:
         self.sessions: dict[int, dict[str, Any]] = {}
         self.contexts: dict[int, tuple[int, int]] = {}
         self.devices: dict[int, tuple[str, str]] = {0: ("host", "host")}
+        self.tiers: set[str] = set()  # drivers that only store pages
+        self.ranks: dict[int, int] = {}
+        self.quotas: dict[int, dict[int, int]] = {}
         self.fds: dict[int, int] = {}
         self.events: list[dict[str, Any]] = []
         self.closed = False
@@ -96,6 +99,15 @@ class FakeCore:
             "uffd_device_fd": self._device_fd,
         }  # fmt: skip
 
+    def do_recovers(self) -> bool:
+        return False
+
+    def do_session_ids(self) -> list[int]:
+        return list(self.sessions)
+
+    def do_resume(self) -> None:
+        pass
+
     def do_reap(self) -> None:
         pass
 
@@ -156,6 +168,7 @@ class FakeCore:
         return {
             "session": session, "uid": known["uid"], "pid": known["pid"], "mapped_bytes": 4096, "regions": 1,
             "contexts": 0, "host_faults": 2, "device_faults": 3, "resident_bytes": {0: 4096},
+            "quota_bytes": dict(self.quotas.get(session, {})),
         }  # fmt: skip
 
     def do_context_files(self, session: int, hnid: int) -> tuple[int, int]:
@@ -216,8 +229,8 @@ class FakeCore:
     def do_release(self, context: int, ranges: list[Any]) -> None:
         pass
 
-    def do_device_attach(self, driver: str, name: str, config: dict[str, str], py: Any = None) -> int:
-        hnid = next(h for h in range(1, 16) if h not in self.devices)
+    def do_device_attach(self, driver: str, name: str, config: dict[str, str], py: Any = None, at: int = 0) -> int:
+        hnid = at or next(h for h in range(1, 16) if h not in self.devices)
         self.devices[hnid] = (name, driver)
         return hnid
 
@@ -226,13 +239,32 @@ class FakeCore:
             raise OSError(errno.ENOENT, "no such device")
         del self.devices[hnid]
 
+    def do_tier_rank(self, hnid: int, rank: int) -> None:
+        if self.devices[hnid][1] not in self.tiers:
+            raise OSError(errno.EINVAL, "no tier")
+        self.ranks[hnid] = rank
+
+    def do_limit(self, hnid: int, size: int) -> None:
+        pass
+
+    def do_quota_default(self, hnid: int, session_bytes: int, uid_bytes: int) -> None:
+        pass
+
+    def do_quota_session(self, session: int, hnid: int, size: int) -> None:
+        self._known(session)
+        self.quotas.setdefault(session, {})[hnid] = size
+
+    def do_quota_uid(self, uid: int, hnid: int, size: int) -> None:
+        pass
+
     def do_hnodes(self) -> list[dict[str, Any]]:
         zero = dict.fromkeys(
             ("used_bytes", "peak_bytes", "pinned_bytes", "contexts", "faults", "in_bytes", "out_bytes", "evictions",
-             "evicted_clean", "errors", "health", "bandwidth_bytes_per_s", "latency_ns"), 0)  # fmt: skip
+             "evicted_clean", "errors", "health", "bandwidth_bytes_per_s", "latency_ns", "assured_bytes",
+             "stored_pages", "stored_page_bytes", "stored_bytes", "raw_pages"), 0)  # fmt: skip
         return [
             {"hnid": h, "name": name, "driver": driver, "capacity_bytes": 1 << 20, "page_bytes_mask": 1 << 12,
-             "caps": 0x041, **zero}
+             "caps": 0x041, "policy": "acme", **zero}
             for h, (name, driver) in sorted(self.devices.items())
         ]  # fmt: skip
 

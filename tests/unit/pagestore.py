@@ -3,7 +3,7 @@
 
 import errno
 
-from gmemd.drivers import Driver, Info
+from gmemd.drivers import Driver, Info, Usage
 
 KEPT = []
 
@@ -57,3 +57,36 @@ class Lying(PageStore):
 class Unknown(PageStore):
     def info(self):
         return Info(1 << 20, caps=("fast",))
+
+
+class Batches(PageStore):
+    """Only batches, a tier that compresses to half, and for fail=some there is no room for every second key."""
+
+    peer_map = peer_unmap = None
+
+    def info(self):
+        return Info(self.capacity, caps=("peer",), assured_bytes=self.capacity // 2)
+
+    def peer_map_batch(self, pages):
+        self.batches = [*getattr(self, "batches", []), len(pages)]
+        if self.fail == "peer_map_batch":
+            raise OSError(errno.ENOSPC, "the store is full")
+        if self.fail == "short":
+            return [None] * (len(pages) + 1)
+        outcomes = []
+        for key, src in pages:
+            assert src.readonly
+            if self.fail == "some" and key % 2:
+                outcomes.append(OSError(errno.ENOSPC, "the store is full"))
+                continue
+            self.pages[key] = bytes(src)
+            outcomes.append(None)
+        return outcomes
+
+    def peer_unmap_batch(self, pages):
+        for key, dst in pages:
+            dst[:] = self.pages[key]
+
+    def peer_usage(self):
+        size = sum(map(len, self.pages.values()))
+        return Usage(len(self.pages), size, size // 2, 1)

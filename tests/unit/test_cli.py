@@ -68,14 +68,16 @@ class FakeControl:
     """Answers from a table; remembers what was asked."""
 
     asked = []
+    upgraded = False
     hnode = {
         "hnid": 1, "name": "[red]gpu", "driver": "simgpu", "used_bytes": 1 << 20, "peak_bytes": 1 << 21,
         "capacity_bytes": 48 << 20, "pinned_bytes": 0, "contexts": 1, "faults": 12345, "in_bytes": 0, "out_bytes": 0,
-        "evictions": 7, "errors": 0, "health": -5,
+        "evictions": 7, "errors": 0, "health": -5, "policy": "acme", "stored_bytes": 3 << 20,
     }  # fmt: skip
     session = {
         "session": 3, "uid": 1000, "pid": 77, "name": "py[b]thon", "mapped_bytes": 4096, "regions": 2, "contexts": 1,
         "host_faults": 5, "device_faults": 6, "resident_bytes": {"0": 4096, "1": 8192},
+        "quota_bytes": {"1": 1 << 20},
     }  # fmt: skip
     region = {"session": 3, "va": 0x660000000000, "bytes": 8192, "page_bytes": 4096, "huge": False, "fork": "share"}
     counters = {"sessions": 1, "regions": 2, "contexts": 1, "h2d_bytes": 1 << 20, "d2h_bytes": 0, "evictions": 7,
@@ -84,7 +86,7 @@ class FakeControl:
         "ping": {"version": "9", "pid": 5}, "devices": {"devices": [hnode]}, "sessions": {"sessions": [session]},
         "stats": {"stats": counters, "hnodes": [hnode]}, "map": {"regions": [region], "total": 9},
         "drivers": {"drivers": [{"name": "simgpu", "builtin": True, "origin": "gmemd"}]},
-        "attach": {"hnid": 4}, "detach": {},
+        "attach": {"hnid": 4}, "detach": {}, "limit": {}, "quota": {}, "upgrade": {},
     }  # fmt: skip
 
     def __init__(self, path):
@@ -98,6 +100,10 @@ class FakeControl:
 
     def request(self, op, timeout_s=None, **args):
         self.asked.append((self.path, op, args))
+        if op == "upgrade":
+            FakeControl.upgraded = True
+        if op == "ping":
+            return {"version": "9", "pid": 6 if FakeControl.upgraded else 5}
         if args.get("name") == "bad":
             raise RequestError(2, "name: no device bad is attached", "name")
         return dict(self.replies[op])
@@ -109,6 +115,7 @@ def ctl(monkeypatch, capsys):
     FakeControl.asked = []
 
     def ctl(*argv):
+        FakeControl.upgraded = False
         status = cli.main_gmemctl(argv)
         captured = capsys.readouterr()
         return status, captured.out, captured.err
@@ -121,9 +128,9 @@ def ctl(monkeypatch, capsys):
     [
         (
             ["status"],
-            ["gmemd 9, pid 5", "1 session, 2 regions, 1 context;", "[red]gpu", "py[b]thon", "[red]gpu:8.0 KiB"],
+            ["gmemd 9, pid 5", "1 session, 2 regions, 1 context;", "[red]gpu", "py[b]thon", "[red]gpu:8.0 KiB/1.0 MiB"],
         ),
-        (["devices"], ["[red]gpu", "48.0 MiB", "12,345", "errno 5"]),
+        (["devices"], ["[red]gpu", "48.0 MiB", "3.0 MiB", "12,345", "errno 5"]),
         (["sessions"], ["py[b]thon", "1000", "77", "[red]gpu:8.0 KiB"]),
         (["drivers"], ["simgpu", "yes"]),
         (["stats"], ["migration", "1.500 s", "h2d", "1.0 MiB"]),
@@ -131,6 +138,10 @@ def ctl(monkeypatch, capsys):
         (["top", "--count", "2", "--interval", "0.05"], ["gmemd 9"]),
         (["attach", "simgpu", "g", "capacity=1M", "x=a=b"], ["g is attached as hnode 4"]),
         (["detach", "g", "--force"], ["g is detached"]),
+        (["limit", "host", "2G"], ["host: at most 2G"]),
+        (["quota", "host", "512M", "--uid", "1000"], ["host: at most 512M"]),
+        (["quota", "g", "0", "--session", "3"], ["g: no quota"]),
+        (["upgrade"], ["gmemd 9, pid 6, has taken over"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -153,10 +164,16 @@ def test_every_command_has_a_table():
 def test_what_is_asked(ctl):
     ctl("--socket", "/s", "attach", "simgpu", "g", "capacity=1M", "x=a=b")
     ctl("--socket", "/s", "detach", "g", "--force")
+    ctl("--socket", "/s", "limit", "host", "2G")
+    ctl("--socket", "/s", "quota", "g", "512M", "--session", "3")
+    ctl("--socket", "/s", "quota", "g", "0", "--uid", "1000")
     ctl("--socket", "/s", "map", "--session", "3", "--limit", "5")
     assert FakeControl.asked == [
         ("/s", "attach", {"driver": "simgpu", "name": "g", "config": {"capacity": "1M", "x": "a=b"}}),
         ("/s", "detach", {"name": "g", "force": True}),
+        ("/s", "limit", {"name": "host", "bytes": 2 << 30}),
+        ("/s", "quota", {"name": "g", "bytes": 512 << 20, "session": 3}),
+        ("/s", "quota", {"name": "g", "bytes": 0, "uid": 1000}),
         ("/s", "map", {"limit": 5, "session": 3}),
     ]
 
@@ -172,12 +189,15 @@ def test_where_the_socket_comes_from(ctl, monkeypatch):
 def test_failures(ctl, monkeypatch, tmp_path):
     assert ctl("attach", "simgpu", "g", "capacity")[::2] == (2, "gmemctl: 'capacity' is not KEY=VALUE\n")
     assert ctl("detach", "bad")[::2] == (1, "gmemctl: name: no device bad is attached (ENOENT)\n")
+    status, _, err = ctl("limit", "host", "lots")
+    assert status == 2 and "size" in err and "lots" in err
     monkeypatch.undo()
     status, _, err = ctl("--socket", str(tmp_path / "none"), "devices")
     assert status == 1 and f"no gmemd at {tmp_path}/none" in err
 
 
-@pytest.mark.parametrize("argv", [[], ["explode"], ["attach"], ["map", "--session", "x"]])
+@pytest.mark.parametrize("argv", [[], ["explode"], ["attach"], ["map", "--session", "x"], ["quota", "g", "1G"],
+                                  ["quota", "g", "1G", "--session", "1", "--uid", "1"]])  # fmt: skip
 def test_usage(argv):
     with pytest.raises(SystemExit) as caught:
         cli.main_gmemctl(argv)

@@ -21,12 +21,19 @@ fault_threads = 3
 hugepages = false
 overcommit = true
 event_fork = false
+policy = "sieve"
+fault_ahead = false
 log_level = "debug"
 [host]
 limit = "2G"
 [limits]
 sessions_per_uid = 5
 handshake_timeout_s = 1
+[quotas.session]
+host = "1G"
+cold = "8M"
+[quotas.user]
+host = "4G"
 [devices.simgpu0]
 driver = "simgpu"
 capacity = "48M"
@@ -52,9 +59,12 @@ def test_every_key(write):
     assert str(got.runtime_dir) == "/run/other"
     assert got.window_base == 0x650000000000 and got.window_bytes == 1 << 40
     assert (got.fault_threads, got.hugepages, got.overcommit, got.event_fork) == (3, False, True, False)
+    assert got.policy == "sieve" and Config().policy == config.POLICIES[0]
+    assert got.fault_ahead is False and Config().fault_ahead is True
     assert got.log_level == "debug" and got.host_limit_bytes == 2 << 30
     assert got.limits.sessions_per_uid == 5 and got.limits.handshake_timeout_s == 1.0
     assert got.limits.workers == config.Limits().workers
+    assert got.quotas == {"session": {"host": 1 << 30, "cold": 8 << 20}, "user": {"host": 4 << 30}}
     assert got.devices == (
         Device("simgpu0", "simgpu", {"capacity": "48M", "replayable": "off", "latency": "1000"}),
         Device("cold", "mypackage.tier:Tier", {}),
@@ -85,6 +95,10 @@ def test_nothing_is_everything_by_default(write):
         ("[limits]\nworkers=1", ["limits.workers"]),
         ("[limits]\nhandshake_timeout_s=0", ["limits.handshake_timeout_s", "seconds"]),
         ("daemon = 1", ["daemon", "table"]),
+        ("[quotas.everyone]\nhost='1G'", ["everyone", "[quotas]", "session", "user"]),
+        ("[quotas]\nuser='1G'", ["quotas.user", "table"]),
+        ("[quotas.user]\nhost='1M'", ["quotas.user.host", "2 MiB"]),
+        ("[quotas.user]\n\"a b\"='1G'", ["quotas.user.a b", "no name of a device"]),
         ("[devices]\nsimgpu0 = 1", ["devices.simgpu0", "table"]),
         ("[devices.simgpu0]\ncapacity='1M'", ["devices.simgpu0.driver"]),
         ("[devices.host]\ndriver='simgpu'", ["devices.host"]),

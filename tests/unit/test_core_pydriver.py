@@ -229,3 +229,27 @@ def test_capacity_is_kept(rig):
     to(client, 1, place)
     assert store_row(daemon)["peak_bytes"] <= 512 << 10
     assert client.ask("check", **place, step=PAGE) == 0
+
+
+@pytest.mark.parametrize("page_bytes", [4096, 65536, 2 << 20])
+def test_batches(rig, page_bytes):
+    daemon, client, place = rig(bytes=4 << 20, page_bytes=page_bytes, driver="pagestore:Batches")
+    assert to(client, 1, place)["ok"]
+    row = store_row(daemon)
+    assert row["assured_bytes"] == row["capacity_bytes"] // 2
+    assert (row["stored_page_bytes"], row["stored_bytes"], row["raw_pages"]) == (4 << 20, 2 << 20, 1)
+    assert row["stored_pages"] == (4 << 20) // page_bytes
+    assert client.ask("check", **place, step=PAGE) == 0
+    assert to(client, 1, place)["ok"] and to(client, 0, place)["ok"]
+    assert client.ask("check", **place, step=PAGE) == 0
+
+
+@pytest.mark.parametrize("fail", ["peer_map_batch", "some", "short"])
+def test_a_batch_that_fails_loses_nothing(rig, fail):
+    daemon, client, place = rig(f"fail={fail}", driver="pagestore:Batches", page_bytes=4096)
+    reply = to(client, 1, place)
+    assert reply["ok"] is False and reply["error"]["errno"] in (errno.ENOSPC, errno.ENOMEM, errno.EIO), reply
+    assert client.ask("check", **place, step=PAGE) == 0
+    assert "driver failed" in daemon.log
+    if fail != "some":
+        assert store_row(daemon)["used_bytes"] == 0

@@ -35,7 +35,7 @@ def refusal(call, *args):
 
 def test_attach_and_detach(devices, fake_core, published):
     assert devices.attach("simgpu", "simgpu0", {"capacity": "48M"}) == 1
-    assert fake_core.called("device_attach") == [("simgpu", "simgpu0", {"capacity": "48M"}, None)]
+    assert fake_core.called("device_attach") == [("simgpu", "simgpu0", {"capacity": "48M"}, None, 0)]
     assert devices.names() == ["simgpu0"] and devices.name_of(1) == "simgpu0" and devices.name_of(0) == "host"
     assert devices.describe(1)["caps"] == ["replayable", "compute"]
     devices.detach("simgpu0", False)
@@ -120,3 +120,44 @@ def test_caps_and_page_sizes():
     for size in (0, -4096, 5000):
         with pytest.raises(ValueError, match="power of two"):
             page_mask([size])
+
+
+def test_tiers_stand_in_the_order_of_their_places(devices, fake_core):
+    fake_core.tiers = {"simgpu"}
+    for name, config in [("a", {}), ("b", {"tier": "7"}), ("c", {}), ("d", {"tier": "0"})]:
+        devices.attach("simgpu", name, config)
+    assert "tier" not in fake_core.called("device_attach")[1][2], "the driver is not asked"
+    order = sorted(fake_core.ranks, key=fake_core.ranks.__getitem__)
+    assert [devices.name_of(hnid) for hnid in order] == ["d", "b", "a", "c"]
+    devices.detach("a", False)
+    devices.attach("simgpu", "e", {})
+    order = sorted(fake_core.ranks, key=fake_core.ranks.__getitem__)
+    assert [devices.name_of(hnid) for hnid in order] == ["d", "b", "c", "e"], "a number that is used again"
+
+
+@pytest.mark.parametrize("place", ["", "-1", "1000", "first", "1.5"])
+def test_a_bad_place(devices, fake_core, place):
+    fake_core.tiers = {"simgpu"}
+    assert refusal(devices.attach, "simgpu", "a", {"tier": place}) == (errno.EINVAL, "config")
+    assert not fake_core.called("device_attach") and devices.names() == []
+
+
+def test_a_place_for_what_is_no_tier(devices, fake_core):
+    devices.attach("simgpu", "plain", {})
+    assert refusal(devices.attach, "simgpu", "a", {"tier": "1"}) == (errno.EINVAL, "config")
+    assert fake_core.called("device_detach") == [(2, True)] and devices.names() == ["plain"]
+
+
+def test_quotas_of_the_configuration(fake_core, sessions):
+    quotas = {"session": {"host": 1 << 30, "a": 8 << 20}, "user": {"a": 9 << 20}}
+    registry = Registry(fake_core.driver_builtin)
+    devices = DeviceTable(fake_core, registry, sessions, lambda topic, fields: None, quotas)
+    devices.attach("simgpu", "a", {})
+    devices.attach("simgpu", "b", {})
+    assert fake_core.called("quota_default") == [(0, 1 << 30, 0), (1, 8 << 20, 9 << 20), (2, 0, 0)]
+
+
+def test_names_and_hnids(devices):
+    devices.attach("simgpu", "a", {})
+    assert devices.hnid_of("host") == 0 and devices.hnid_of("a") == 1
+    assert refusal(devices.hnid_of, "b") == (errno.ENOENT, "name")

@@ -69,7 +69,9 @@ def test_a_child_that_never_said_hello_is_destroyed(rig, fake_core):
          {"session": 3, "context": 8, "va": 1}),
         ({"type": "device_lost", "hnid": 1}, "device.lost", {"hnid": 1, "name": "g0"}),
         ({"type": "pressure", "hnid": 1}, "memory.pressure",
-         {"hnid": 1, "name": "g0", "used_bytes": 0, "capacity_bytes": 1 << 20}),
+         {"hnid": 1, "name": "g0", "used_bytes": 0, "capacity_bytes": 1 << 20, "session": 0}),
+        ({"type": "pressure", "hnid": 1, "session": 4}, "memory.pressure",
+         {"hnid": 1, "name": "g0", "used_bytes": 0, "capacity_bytes": 1 << 20, "session": 4}),
     ],
 )  # fmt: skip
 def test_what_is_told(rig, event, topic, fields):

@@ -116,6 +116,10 @@ def test_every_op_answers(rig):
     assert regions["regions"][0] == {"session": admin.core_id, "va": VA, "bytes": 8192, "page_bytes": 4096,
                                      "huge": False,
                                      "fork": "share"}  # fmt: skip
+    assert rig.ask(admin, "limit", name="host", bytes=1 << 30) == {"ok": True}
+    assert rig.core.called("limit") == [(0, 1 << 30)]
+    assert rig.ask(admin, "quota", name="g0", bytes=1 << 30, uid=5) == {"ok": True}
+    assert rig.core.called("quota_uid") == [(5, 1, 1 << 30)]
     assert rig.ask(admin, "munmap", va=VA, bytes=8192) == {"ok": True}
     assert rig.ask(admin, "detach", name="g0") == {"ok": True}
     assert rig.ask(admin, "close") == {"ok": True}
@@ -145,6 +149,9 @@ def test_bad_arguments_are_named_and_nothing_is_done(rig):
         ("explode", {}, ("ENOSYS", "op")),
         ("ping", {"extra": 1}, ("EINVAL", "extra")),
         ("map", {"session": 99}, ("ENOENT", "session")),
+        ("quota", {"name": "nope", "bytes": 1 << 21}, ("ENOENT", "name")),
+        ("quota", {"name": "host", "bytes": 1 << 21, "session": 1, "uid": 1}, ("EINVAL", "session")),
+        ("quota", {"name": "host", "bytes": -1}, ("EINVAL", "bytes")),
     ]:
         assert rig.error(session, op, **args) == expected, (op, args)
     assert len(rig.core.calls) == before
@@ -164,8 +171,12 @@ def test_a_query_of_too_many_pages(rig):
         ("prefetch", "prefetch", errno.EINVAL, ("EINVAL", "va")),
         ("prefetch", "prefetch", errno.ENOMEM, ("ENOMEM", "bytes")),
         ("prefetch", "prefetch", errno.EIO, ("EIO", None)),
-        ("advise", "advise", errno.EOPNOTSUPP, ("EOPNOTSUPP", "advice")),
+        ("advise", "advise", errno.EINVAL, ("EINVAL", "va")),
         ("discard", "discard", errno.ENOENT, ("ENOENT", None)),
+        ("mmap", "mmap", errno.EDQUOT, ("EDQUOT", "bytes")),
+        ("quota_session", "quota", errno.EINVAL, ("EINVAL", "bytes")),
+        ("quota_session", "quota", errno.EAGAIN, ("EAGAIN", "bytes")),
+        ("quota_session", "quota", errno.EDQUOT, ("EDQUOT", "bytes")),
     ],
 )
 def test_errors_of_the_core_name_the_argument_in_words(rig, method, op, number, expected):
@@ -173,7 +184,7 @@ def test_errors_of_the_core_name_the_argument_in_words(rig, method, op, number, 
     rig.core.fail[method] = number
     args = {"mmap": {"bytes": 1}, "mmap_commit": {"va": VA}, "prefetch": {"hnid": 0, "va": VA, "bytes": 1},
             "advise": {"hnid": 0, "va": VA, "bytes": 1, "advice": "cold"},
-            "discard": {"va": VA, "bytes": 1}}  # fmt: skip
+            "discard": {"va": VA, "bytes": 1}, "quota": {"name": "host", "bytes": 1 << 21}}  # fmt: skip
     reply = rig.ask(session, op, **args[op])
     assert (reply["error"]["code"], reply["error"].get("argument")) == expected
     assert len(reply["error"]["message"]) > 20 and reply["error"]["errno"] == number
@@ -189,7 +200,8 @@ def test_an_unexpected_exception_is_an_answer_and_tells_nothing(rig):
 
 def test_who_may_ask_what(rig):
     user, admin, tool = rig.session(uid=1000), rig.session(uid=0, admin=True), rig.session(uid=1000, memory=False)
-    for op, args in [("attach", {"driver": "os:system", "name": "x"}), ("detach", {"name": "x"})]:
+    for op, args in [("attach", {"driver": "os:system", "name": "x"}), ("detach", {"name": "x"}),
+                     ("limit", {"name": "host", "bytes": 1 << 30})]:  # fmt: skip
         assert rig.error(user, op, **args) == ("EPERM", "token")
         assert rig.error(tool, op, **args) == ("EPERM", "token")
     assert not rig.core.called("device_attach")
@@ -200,6 +212,24 @@ def test_who_may_ask_what(rig):
     assert [s["session"] for s in rig.ask(admin, "sessions")["sessions"]] == [user.core_id, admin.core_id]
     assert rig.error(user, "map", session=admin.core_id) == ("ENOENT", "session")
     assert rig.ask(admin, "map", session=user.core_id)["ok"]
+
+
+def test_a_session_lowers_its_own_quota_only(rig):
+    user, other, admin = rig.session(uid=1000), rig.session(uid=1000), rig.session(uid=0, admin=True)
+    tool = rig.session(uid=1000, memory=False)
+    quota = {"name": "host", "bytes": 8 << 20}
+    for session, whose in [(user, {"session": other.core_id}), (user, {"uid": 1000}), (tool, {"uid": 1000})]:
+        assert rig.error(session, "quota", **quota, **whose) == ("EPERM", "session")
+    assert rig.error(tool, "quota", **quota) == ("EINVAL", "session")
+    assert not rig.core.called("quota_session") and not rig.core.called("quota_uid")
+    assert rig.ask(user, "quota", **quota)["ok"]
+    for size in (0, 9 << 20):
+        assert rig.error(user, "quota", name="host", bytes=size) == ("EPERM", "bytes")
+    assert rig.ask(user, "quota", name="host", bytes=4 << 20)["ok"]
+    assert rig.ask(admin, "quota", name="host", bytes=0, session=user.core_id)["ok"]
+    assert rig.core.called("quota_session") == [
+        (user.core_id, 0, 8 << 20), (user.core_id, 0, 4 << 20), (user.core_id, 0, 0)]  # fmt: skip
+    assert rig.ask(user, "sessions")["sessions"][0]["quota_bytes"] == {"0": 0}
 
 
 def test_one_sessions_context_is_not_anothers(rig):

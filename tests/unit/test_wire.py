@@ -75,6 +75,7 @@ def test_round_trips():
     hello = wire.unpack_hello(wire.pack_hello(wire.CONTEXT, b"t" * 32, "simgpu0"))
     assert hello == wire.Hello(wire.CONTEXT, b"t" * 32, "simgpu0")
     assert wire.unpack_hello(wire.pack_hello(wire.CLIENT, flags=wire.WANT_RING)).wants_ring
+    assert wire.unpack_hello(wire.pack_hello(wire.CLIENT, flags=wire.WANT_AGENT)).wants_agent
     welcome = wire.Welcome(0, 3, 7, (1, 2), (3, 4), (5, 6), 2, 1, b"k" * 32, "ipc:///a", "ipc:///b", "fine")
     assert wire.unpack_welcome(wire.pack_welcome(welcome)) == welcome
     assert wire.unpack_region(wire.pack_region(1, 2, 3, 1, 4096)) == (1, 2, 3, 1, 4096)
@@ -103,7 +104,7 @@ def test_long_text_is_cut_at_a_character():
             errno.EPROTONOSUPPORT,
             "version",
         ),
-        (wire.pack_hello(wire.CLIENT)[:12] + b"\2" + wire.pack_hello(wire.CLIENT)[13:], errno.EPROTO, "flags"),
+        (wire.pack_hello(wire.CLIENT)[:12] + b"\4" + wire.pack_hello(wire.CLIENT)[13:], errno.EPROTO, "flags"),
         (wire.pack_hello(wire.CLIENT)[:-32] + b"x" * 32, errno.EINVAL, "NUL"),
         (wire.pack_hello(wire.CLIENT)[:-32] + b"\xff" + bytes(31), errno.EINVAL, "ASCII"),
     ],

@@ -121,6 +121,10 @@ int main(void)
 	run(core, 4096, ELSEWHERE, false, true, &ahead);
 	CHECK_EQ(ahead, 0);
 	gmem_core_destroy(core);
+	core = core_start((struct gmem_core_config){ .event_fork = true, .no_fault_ahead = true });
+	CHECK_EQ(run(core, 4096, UNTOUCHED, true, false, &ahead), pages());
+	CHECK_EQ(ahead, 0);
+	gmem_core_destroy(core);
 	printf("ahead: ok\n");
 	return 0;
 }

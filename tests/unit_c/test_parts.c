@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * The core's parts by themselves: ranges, LPT words and extents, events, SIEVE, guarded copies, options, uffd checks.
+ * The core's parts by themselves: ranges, LPT words and extents, events, guarded copies, options, uffd checks.
  */
 #define _GNU_SOURCE
 #include "harness.h"
@@ -14,7 +14,6 @@
 
 #include <gmem/event.h>
 #include <gmem/internal.h>
-#include <gmem/reclaim.h>
 #include <gmem/uffd.h>
 
 #define PIECES 512
@@ -88,7 +87,7 @@ static void test_lpt(void)
 	struct gmem_lpt lpt;
 	uint64_t a, b, at, stop;
 
-	CHECK_EQ(gmem_lpt_init(&lpt, 1 << 20), 0);
+	CHECK_EQ(gmem_lpt_init(&lpt, 1 << 20, -1), 0);
 	CHECK_EQ(gmem_lpt_extent_alloc(&lpt, 100000, &a), 0);
 	CHECK_EQ(gmem_lpt_extent_alloc(&lpt, 1, &b), 0);
 	CHECK(b >= a + 100000 || b < a);
@@ -125,34 +124,6 @@ static void test_events(void)
 	CHECK_EQ(got[GMEM_EVENT_RING - 4].value, GMEM_EVENT_RING - 1);
 	CHECK_EQ(read(events.fd, &signals, 8), -1); /* empty: nothing to wake up for */
 	gmem_events_deinit(&events);
-}
-
-/* SIEVE evicts what was not used, keeps what was, and survives removals under its hand. */
-static void test_sieve(struct gmem_core *core)
-{
-	struct gmem_hnode *hnode;
-
-	CHECK_EQ(gmem_hnode_create(core, 3, "t", 1 << 20, &hnode), 0);
-	for (uint32_t i = 1; i <= 8; i++)
-		gmem_sieve_insert(hnode, i);
-	hnode->frames[1].visited = hnode->frames[2].visited = 1;
-	CHECK_EQ(gmem_sieve_next(hnode), 3);
-	gmem_sieve_remove(hnode, 3);
-	CHECK_EQ(gmem_sieve_next(hnode), 4);
-	CHECK_EQ(hnode->hand, 5);
-	gmem_sieve_remove(hnode, 5);
-	CHECK_EQ(gmem_sieve_next(hnode), 6);
-	for (uint32_t i = 1; i <= 8; i++)
-		hnode->frames[i].visited = 1;
-	CHECK_EQ(gmem_sieve_next(hnode), 7); /* all used: one round clears, the second takes */
-	gmem_sieve_next_is(hnode, 2);
-	CHECK_EQ(gmem_sieve_next(hnode), 2);
-	for (uint32_t i = 1; i <= 8; i++)
-		if (i != 3 && i != 5)
-			gmem_sieve_remove(hnode, i);
-	CHECK_EQ(gmem_sieve_next(hnode), GMEM_FRAME_NONE);
-	CHECK(!hnode->head && !hnode->tail && !hnode->hand);
-	gmem_hnode_destroy(hnode);
 }
 
 /* A client can punch its memfd, or there may be no page to be had: an error, not a dead daemon. */
@@ -218,6 +189,89 @@ static void test_options(void)
 	CHECK(strstr(message, "colour"));
 }
 
+/* Random advice against one hint for each unit of a small space. */
+#define UNITS 64
+
+static void advise_units(struct gmem_hint *units, uint64_t va, uint64_t end, enum gmem_advice advice, int hnid)
+{
+	for (uint64_t at = va; at < end; at++) {
+		struct gmem_hint *hint = &units[at];
+
+		if (advice == GMEM_ADVISE_PREFERRED)
+			hint->preferred = (int8_t)hnid;
+		else if (advice == GMEM_ADVISE_ACCESSED_BY)
+			hint->accessed_by |= (uint16_t)(1 << hnid);
+		else if (advice == GMEM_ADVISE_NOT_ACCESSED_BY)
+			hint->accessed_by &= (uint16_t)~(1 << hnid);
+		else
+			hint->read_mostly = advice == GMEM_ADVISE_READ_MOSTLY;
+	}
+}
+
+static void check_hints(const struct gmem_hints *hints, const struct gmem_hint *units)
+{
+	for (uint64_t at = 0; at < UNITS; at++) {
+		struct gmem_hint hint = gmem_hints_at(hints, at);
+
+		CHECK_EQ(hint.preferred, units[at].preferred);
+		CHECK_EQ(hint.read_mostly, units[at].read_mostly);
+		CHECK_EQ(hint.accessed_by, units[at].accessed_by);
+	}
+	for (size_t i = 0; i < hints->count; i++) {
+		CHECK(hints->ranges[i].va < hints->ranges[i].end);
+		CHECK(!i || hints->ranges[i - 1].end <= hints->ranges[i].va);
+	}
+}
+
+static void test_hints(void)
+{
+	static const enum gmem_advice advices[] = { GMEM_ADVISE_PREFERRED, GMEM_ADVISE_READ_MOSTLY,
+						    GMEM_ADVISE_NO_READ_MOSTLY, GMEM_ADVISE_ACCESSED_BY,
+						    GMEM_ADVISE_NOT_ACCESSED_BY };
+	struct gmem_hints hints = { 0 }, copy = { 0 };
+	struct gmem_hint units[UNITS];
+	unsigned seed = 7;
+
+	for (int i = 0; i < UNITS; i++)
+		units[i] = GMEM_NO_HINT;
+	CHECK_EQ(gmem_hints_set(&hints, 0, 4, GMEM_ADVISE_COLD, 0), -EINVAL);
+	CHECK_EQ(hints.count, 0);
+	for (int round = 0; round < 20000; round++) {
+		uint64_t va = (uint64_t)rand_r(&seed) % UNITS, end = va + 1 + (uint64_t)rand_r(&seed) % (UNITS - va);
+		enum gmem_advice advice = advices[rand_r(&seed) % 5];
+		int hnid = advice == GMEM_ADVISE_PREFERRED ? rand_r(&seed) % 4 - 1 : rand_r(&seed) % 3;
+
+		CHECK_EQ(gmem_hints_set(&hints, va, end, advice, hnid), 0);
+		advise_units(units, va, end, advice, hnid);
+		check_hints(&hints, units);
+	}
+	CHECK_EQ(gmem_hints_copy(&hints, &copy), 0);
+	check_hints(&copy, units);
+	gmem_hints_deinit(&copy);
+	CHECK_EQ(gmem_hints_set(&hints, 0, UNITS, GMEM_ADVISE_PREFERRED, -1), 0);
+	gmem_hints_deinit(&hints);
+	/* a hint outlives mappings in it, and goes with the last of its range */
+	CHECK_EQ(gmem_hints_set(&hints, 10, 20, GMEM_ADVISE_PREFERRED, 1), 0);
+	CHECK_EQ(gmem_hints_set(&hints, 30, 32, GMEM_ADVISE_PREFERRED, 2), 0);
+	gmem_hints_unmapped(&hints, 12, 31);
+	CHECK_EQ(gmem_hints_at(&hints, 15).preferred, 1);
+	CHECK_EQ(gmem_hints_at(&hints, 31).preferred, 2);
+	gmem_hints_unmapped(&hints, 10, 31);
+	CHECK_EQ(gmem_hints_at(&hints, 15).preferred, -1);
+	CHECK_EQ(gmem_hints_at(&hints, 30).preferred, 2);
+	gmem_hints_unmapped(&hints, 0, 100);
+	CHECK_EQ(hints.count, 0);
+	gmem_hints_deinit(&hints);
+}
+
+static void test_policy_names(void)
+{
+	struct gmem_core_config config = { .feature_mask = ~0ull, .policy = "random" };
+	struct gmem_core *core;
+
+	CHECK_EQ(gmem_core_create(&config, &core), -EINVAL);
+}
+
 /* Bad requests: each refused, with nothing left behind. */
 static void test_refusals(struct gmem_core *core)
 {
@@ -272,8 +326,9 @@ int main(void)
 #endif
 	test_uffd_check();
 	test_options();
+	test_hints();
+	test_policy_names();
 	core = core_start((struct gmem_core_config){ .hugepages = false });
-	test_sieve(core);
 	test_refusals(core);
 	gmem_core_destroy(core);
 	printf("parts: ok\n");

@@ -5,6 +5,7 @@
 #ifndef GMEM_AS_H
 #define GMEM_AS_H
 
+#include <gmem/hints.h>
 #include <gmem/lockrank.h>
 #include <gmem/view.h>
 #include <gmem/vm_object.h>
@@ -16,26 +17,38 @@ struct gmem_region {
 	struct gmem_as *as;         /* (C) */
 	enum gmem_fork fork;        /* (C) */
 	bool committed;             /* (R) registered on the process's uffd */
+	uint64_t asked;             /* (R) for which request it waits to be committed; 0: unknown */
+	uint32_t record;            /* (R) */
 	struct gmem_region *next;   /* (O) in object->regions */
 };
 
 struct gmem_as {
 	struct gmem_rwlock lock;
+	uint64_t session_id;          /* (C) */
 	struct gmem_region **regions; /* (R) sorted by va */
 	size_t count, capacity;       /* (R) */
+	struct gmem_hints hints;      /* (R) */
 	struct gmem_mutex views_lock;
 	struct gmem_view *views;      /* views_lock */
 };
 
-int gmem_as_init(struct gmem_as *as);
+int gmem_as_init(struct gmem_as *as, uint64_t session_id);
 void gmem_as_deinit(struct gmem_as *as); /* no regions and no views are left */
 
 /* Adds a region on the object (a reference is taken). */
 int gmem_as_insert(struct gmem_as *as, struct gmem_object *object, uint64_t va, uint64_t offset, uint64_t bytes,
 		   enum gmem_fork fork, bool committed);
+/* The region at va was made for that request. */
+void gmem_as_asked(struct gmem_as *as, uint64_t va, uint64_t asked);
+/* The region of so many bytes that was made for that request, and is not committed. */
+bool gmem_as_find_asked(struct gmem_as *as, uint64_t asked, uint64_t bytes, uint64_t *ret_va);
 /* The same for an as that no other thread knows yet: takes no lock of the as. */
 int gmem_as_insert_private(struct gmem_as *as, struct gmem_object *object, uint64_t va, uint64_t offset, uint64_t bytes,
 			   enum gmem_fork fork, bool committed);
+/* A predecessor's region, which has its record already. */
+int gmem_as_adopt(struct gmem_as *as, struct gmem_object *object, const struct gmem_record *known, uint32_t record);
+/* Where the first region at or behind va begins; UINT64_MAX: there is none. */
+uint64_t gmem_as_next(struct gmem_as *as, uint64_t va);
 /* The region at va is registered on the process's uffd now. */
 void gmem_as_commit(struct gmem_as *as, uint64_t va);
 /* Removes [va, va + bytes) from the as: regions inside go, others are cut. For each piece, fn is called without locks
@@ -52,8 +65,12 @@ struct gmem_place {
 	struct gmem_range range; /* the part of that page this region maps, in the as's addresses */
 	uint64_t region_va, region_bytes, region_offset;
 	bool committed;
+	struct gmem_hint hint;
 };
 int gmem_as_lookup(struct gmem_as *as, uint64_t va, struct gmem_place *ret);
+
+/* Placement advice for a range; see hints.h. */
+int gmem_as_advise(struct gmem_as *as, uint64_t va, uint64_t bytes, enum gmem_advice advice, int hnid);
 
 void gmem_as_add_view(struct gmem_as *as, struct gmem_view *view);
 /* Drops the as's reference. False if it was not there. */

@@ -13,6 +13,7 @@
 #include <gmem/types.h>
 
 struct gmem_core;
+struct gmem_kept_fd;
 
 struct gmem_core_config {
 	uint64_t window_base;       /* 2 MiB aligned; 0: default */
@@ -23,6 +24,12 @@ struct gmem_core_config {
 	bool hugepages;             /* use hugetlb where it can be had */
 	bool overcommit;            /* mmap does not check that everything could be held */
 	bool event_fork;            /* ask for EVENT_FORK (needs CAP_SYS_PTRACE; falls back by itself) */
+	const char *policy;         /* who leaves a full hnode: a name of gmem_policy_name(); NULL: default */
+	bool no_fault_ahead;        /* a fault brings its own page only */
+	int keep_socket;            /* where descriptors are sent to be held (sd_notify), taken over; 0: nothing is kept */
+	uint32_t keep_max_fds;      /* how many may be held */
+	const struct gmem_kept_fd *kept; /* what a predecessor left there, taken over: keep.h */
+	size_t kept_count;
 };
 
 struct gmem_core_features {
@@ -35,7 +42,13 @@ struct gmem_core_features {
 	int uffd_device_fd;     /* borrowed, to be passed to clients; -1 */
 };
 
+/* With the state of a predecessor among config->kept, its sessions are there already, but nothing is served before
+ * gmem_core_resume(). -EPROTO: it is of another version; nothing has been touched. */
 int gmem_core_create(const struct gmem_core_config *config, struct gmem_core **ret);
+bool gmem_core_recovers(struct gmem_core *core);
+/* The predecessor's devices have been attached again, by gmem_device_attach_at(). Finishes or undoes what the predecessor was doing, wakes everybody and goes on. Pages that only a device which was
+ * not attached again had are poisoned. Does nothing if there was no predecessor. (blocks) */
+int gmem_core_resume(struct gmem_core *core);
 /* Brings every page home and leaves clients with plain shared memory that needs no daemon; then ends everything. */
 void gmem_core_destroy(struct gmem_core *core);
 void gmem_core_features(struct gmem_core *core, struct gmem_core_features *ret);
@@ -46,13 +59,24 @@ struct gmem_window {
 };
 void gmem_core_window(struct gmem_core *core, struct gmem_window *ret);
 
+/* Names of the policies, the default first; NULL beyond the last. */
+const char *gmem_policy_name(size_t index);
+
 /* ---- sessions: one client process each ---- */
 int gmem_session_create(struct gmem_core *core, uid_t uid, pid_t pid, uint64_t *ret_session);
 int gmem_session_destroy(struct gmem_core *core, uint64_t session); /* (blocks); frees everything it held */
+/* A predecessor's session that had not come to its client: a forked child can be claimed again; others end, and nothing
+ * is done to what their processes have mapped. */
+int gmem_session_disown(struct gmem_core *core, uint64_t session);
+/* Those that some process has claimed; fills at most capacity ids, ret_count is the full count. */
+void gmem_session_ids(struct gmem_core *core, uint64_t *ids, size_t capacity, size_t *ret_count);
 /* Files for the client to map, by class; borrowed; -1 where there is none. */
 int gmem_session_files(struct gmem_core *core, uint64_t session, int ret_fds[GMEM_CLASS_COUNT]);
 /* The session's ring (gmem_wire.h) and its doorbell, made at the first call; borrowed. */
 int gmem_session_ring(struct gmem_core *core, uint64_t session, int ret_fds[2]);
+/* The file through which the agent of a process hears of what to drop, made at the first call; borrowed. context 0: the
+ * session's own process. -ENOENT: it is not attached; -EOPNOTSUPP: its system calls would fail on what was dropped. */
+int gmem_view_agent(struct gmem_core *core, uint64_t session, uint64_t context, int *ret_fd);
 /* Takes ownership of both fds in every case. Checks that uffd is a non-blocking userfaultfd that nobody has
  * initialised; registers all committed regions of the session on it. */
 int gmem_session_attach(struct gmem_core *core, uint64_t session, int uffd, int pidfd);
@@ -61,6 +85,7 @@ struct gmem_region_info {
 	uint64_t va, bytes, offset, page_bytes;
 	enum gmem_class class_;
 	enum gmem_fork fork;
+	bool committed;
 	int fd; /* borrowed; open for as long as the session lives, also if the region goes */
 };
 /* Fills at most capacity entries, ret_count is the full count. */
@@ -89,6 +114,8 @@ struct gmem_mmap_args {
 	uint64_t page_bytes; /* 4096, 65536, 2 MiB, or 0: 2 MiB for 2 MiB and more, else 4 KiB */
 	enum gmem_fork fork;
 	bool small_only;     /* never hugetlb */
+	uint64_t asked;      /* a number of the request's, 0: none */
+	bool again;          /* a predecessor may have reserved it for the request of that number: then that range */
 };
 /* Reserves a range. The client maps it, then commits; without a commit it goes away with the session. */
 int gmem_mmap(struct gmem_core *core, uint64_t session, const struct gmem_mmap_args *args,
@@ -116,9 +143,24 @@ int gmem_release(struct gmem_core *core, uint64_t context, const struct gmem_ran
 /* message: GMEM_MESSAGE_MAX bytes, filled on failure. */
 int gmem_device_attach(struct gmem_core *core, const struct gmem_driver_ops *ops,
 		       const struct gmem_driver_config *config, int *ret_hnid);
+/* The same at a number that is free; for a device of a predecessor. -EEXIST: it is taken. */
+int gmem_device_attach_at(struct gmem_core *core, const struct gmem_driver_ops *ops,
+			  const struct gmem_driver_config *config, int hnid);
 /* Brings every page home, then removes the device. -EBUSY while contexts are open on it unless force; force detaches
  * them first. (blocks) */
 int gmem_device_detach(struct gmem_core *core, int hnid, bool force);
+/* How much of its capacity may be used, from now on; what is too much leaves. -EINVAL: below 2 MiB or above the capacity;
+ * -EBUSY: more is pinned; -ENOMEM, -EAGAIN: there is nowhere for the rest to go, and nothing has changed. (blocks) */
+int gmem_limit(struct gmem_core *core, int hnid, uint64_t bytes);
+/* Quotas: what one session, or all sessions of one user, may hold on an hnode; 0: no quota. Who reaches it makes room among
+ * his own pages, and if he can't, the access gets SIGBUS. A default is for everybody, now and later. -ENODEV, -ENOENT;
+ * -EINVAL: below 2 MiB. gmem_quota_session also moves away what is too much: -EAGAIN, -ENOMEM: it can't, and nothing has
+ * changed. (blocks) */
+void gmem_quota_default(struct gmem_core *core, int hnid, uint64_t session_bytes, uint64_t uid_bytes);
+int gmem_quota_session(struct gmem_core *core, uint64_t session, int hnid, uint64_t bytes);
+int gmem_quota_uid(struct gmem_core *core, uid_t uid, int hnid, uint64_t bytes);
+/* Where a tier stands in the chain below the host: the lowest rank is nearest, equal ones by hnid, new ones last. */
+int gmem_tier_rank(struct gmem_core *core, int hnid, uint32_t rank);
 const struct gmem_driver_ops *gmem_driver_builtin(const char *name); /* "simgpu"; NULL if unknown */
 
 struct gmem_hnode_stats {
@@ -135,6 +177,8 @@ struct gmem_hnode_stats {
 	uint64_t evicted_clean;  /* of these, without a copy */
 	uint64_t errors;
 	int health;
+	struct gmem_device_usage usage; /* of tiers; zeros where the driver does not say */
+	const char *policy;      /* who leaves next: constant for the life of the core */
 };
 /* Fills at most GMEM_HNODE_MAX entries. */
 void gmem_hnodes(struct gmem_core *core, struct gmem_hnode_stats *hnodes, size_t *ret_count);
@@ -148,6 +192,7 @@ struct gmem_core_stats {
 	uint64_t evictions, evicted_clean;
 	uint64_t prefetched_pages, ahead_pages, discarded_pages;
 	uint64_t poisoned_pages, retries, parked_faults;
+	uint64_t aged_pages;      /* whose translations were dropped to see whether they are used */
 	uint64_t migration_ns;    /* summed over threads */
 	uint64_t fault_ns;
 	uint64_t sessions, contexts, regions, objects, lpt_bytes;
@@ -164,6 +209,7 @@ struct gmem_session_stats {
 	uint64_t mapped_bytes, regions, contexts;
 	uint64_t host_faults, device_faults;
 	uint64_t resident_bytes[GMEM_HNODE_MAX];
+	uint64_t quota_bytes[GMEM_HNODE_MAX]; /* its own; 0: none */
 };
 int gmem_session_stats(struct gmem_core *core, uint64_t session, struct gmem_session_stats *ret);
 

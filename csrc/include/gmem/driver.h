@@ -43,7 +43,16 @@ struct gmem_driver_config {
 	size_t count;
 	char *message; /* GMEM_MESSAGE_MAX bytes for the reason of a refusal */
 	uint64_t key_count; /* keys of the peer ops are below this: an index may be a sparse array */
+	struct gmem_driver_keep *keep; /* NULL: nothing outlives the daemon */
 };
+
+/* For drivers that store pages: descriptors (memfds, files) that outlive the daemon, each under a name of its own, of
+ * at most 15 letters and digits. Who puts everything that it needs into them, in an order that makes sense at any instant,
+ * and finds it there at its next probe, loses no page when the daemon is killed: keep_fd has one held, which stays the
+ * driver's too; kept_fd is what a predecessor had held, now the driver's, or -1. A driver that is given any by kept_fd
+ * says with that that it has its pages again; without, they are lost with the daemon. */
+int gmem_driver_keep_fd(const struct gmem_driver_config *config, const char *name, int fd);
+int gmem_driver_kept_fd(const struct gmem_driver_config *config, const char *name);
 
 /* For drivers: options a driver knows, and where their values go. Numbers may have a suffix (48M, 2G). */
 struct gmem_driver_option {
@@ -123,8 +132,9 @@ struct gmem_driver_ops {
 			 gmem_fence_t *ret);
 
 	/* peers with their own allocator; key names a page for as long as it is stored. A push of a key that is stored
-	 * replaces it. -ENOSPC: full just now, and nothing has changed; -EIO: the page can't be read (or is damaged:
-	 * -EBADMSG), and it will be POISONED, never returned. No op may leave a page half stored. */
+	 * replaces it. -ENOSPC: full just now, and nothing has changed; -EIO: the page can't be read just now, and who
+	 * touches it gets SIGBUS; -EBADMSG: it is damaged: POISONED for ever, never returned. No op may leave a page half
+	 * stored. */
 	int (*peer_va_alloc_fixed)(struct gmem_device *device, struct gmem_range range);
 	int (*peer_va_free)(struct gmem_device *device, struct gmem_range range);
 	int (*peer_map)(struct gmem_device *device, uint64_t key, const void *src, size_t bytes); /* push a page */

@@ -16,6 +16,7 @@
 
 struct gmem_core;
 struct gmem_object;
+struct gmem_place;
 
 struct gmem_fault {
 	struct gmem_view *view;
@@ -77,6 +78,8 @@ int gmem_faults_watch(struct gmem_core *core, struct gmem_view *view);
 void gmem_faults_quiesce(struct gmem_core *core, struct gmem_view *view);
 void gmem_faults_unwatch(struct gmem_core *core, struct gmem_view *view);
 
+/* The page must come over a slow link, or room must be made across one: a filler shall wait for it. */
+bool gmem_fault_is_slow(struct gmem_core *core, const struct gmem_place *place, int hnid);
 /* Resolves one fault now, or sees to it that the faulting thread is woken later. */
 void gmem_fault_resolve(struct gmem_core *core, const struct gmem_fault *fault, bool may_defer);
 /* A fault of a device context that can't be answered in the ordinary way. True if it was dealt with. */

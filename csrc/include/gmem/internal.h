@@ -9,6 +9,7 @@
 #include <gmem/event.h>
 #include <gmem/fault.h>
 #include <gmem/hnode.h>
+#include <gmem/keep.h>
 #include <gmem/lpt.h>
 #include <gmem/range.h>
 #include <gmem/session.h>
@@ -19,9 +20,13 @@
 struct gmem_core {
 	struct gmem_core_features features;      /* (C) */
 	struct gmem_window window;               /* (C) */
-	bool hugepages, overcommit;              /* (C) */
+	bool hugepages, overcommit, fault_ahead; /* (C) */
+	const struct gmem_policy_ops *policy;    /* (C) of all hnodes */
 	atomic_bool stopping;                    /* (A) clients keep their memory: objects are forgotten, not freed */
 	struct gmem_hnode *retired;              /* devices_lock; detached, kept because a late reader may look */
+	struct gmem_keep keep;
+	struct gmem_recovery *recovery;          /* (C) while recovering */
+	bool recovering;                         /* (C) between create and resume: a predecessor's state is being taken over */
 	struct gmem_lpt lpt;
 	struct gmem_range_allocator va[GMEM_CLASS_COUNT];
 	_Atomic(struct gmem_hnode *) hnodes[GMEM_HNODE_MAX]; /* (A) changed under devices_lock */
@@ -30,6 +35,9 @@ struct gmem_core {
 	struct gmem_session *sessions[GMEM_SESSION_BUCKETS]; /* sessions_lock */
 	_Atomic uint64_t session_count, context_count, region_count, object_count; /* (A) */
 	_Atomic uint64_t next_id;                            /* (A) of sessions and contexts */
+	struct gmem_mutex tenants_lock;
+	struct gmem_tenant *tenants;                         /* tenants_lock */
+	_Atomic uint64_t session_quota[GMEM_HNODE_MAX], uid_quota[GMEM_HNODE_MAX]; /* (A) for those to come; 0: none */
 	_Atomic uint64_t committed_bytes[GMEM_CLASS_COUNT];  /* (A) */
 	struct gmem_stats stats;
 	struct gmem_events events;

@@ -16,15 +16,20 @@ enum gmem_rank {
 	GMEM_RANK_AS,          /* regions of one address space */
 	GMEM_RANK_OBJECT,      /* mappings of one object */
 	GMEM_RANK_VIEWS,       /* views of one address space */
+	GMEM_RANK_RELAY,       /* the buffer through which peers pass pages on */
 	GMEM_RANK_HNODE,       /* frames and reclaim lists of one hnode */
 	GMEM_RANK_ACCOUNT,     /* files of one account */
+	GMEM_RANK_TENANTS,     /* table of tenants */
 	GMEM_RANK_RANGE,       /* range allocators */
 	GMEM_RANK_SLOTS,       /* watched views */
 	GMEM_RANK_WORK,        /* work queue */
 	GMEM_RANK_RING,        /* rings and their run queue */
-	GMEM_RANK_TIER,        /* of a tier: slabs of one size class, or a stripe of its index */
-	GMEM_RANK_TIER_SPANS,  /* of a tier: file offsets that are free */
+	GMEM_RANK_AGENT,       /* the ring of an agent */
 	GMEM_RANK_EVENT,       /* event ring */
+	GMEM_RANK_KEEP,        /* what outlives the process */
+	GMEM_RANK_TIER,        /* of zstd: slabs of one size class, or a stripe of its entries */
+	GMEM_RANK_TIER_SPANS,  /* of zstd: file offsets that are free */
+	GMEM_RANK_DRIVER,      /* a built-in driver's own: its ops are called with any of the above held */
 };
 
 struct gmem_mutex {

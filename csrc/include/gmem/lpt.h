@@ -12,6 +12,7 @@
  *   bit 31     WAITERS: someone faulted while the page was BUSY or held, and must be woken when that ends
  *   bit 32-39  flags (GMEM_PAGE_*)
  *   bit 40-43  why (enum gmem_why)
+ *   bit 44-48  preferred + 1, or 0: the hnode it is best kept on
  *
  * BUSY is the page's lock: one thread owns it and alone changes the word, except that anyone may set WAITERS.
  * NOMAP is valid == 0. What recovery does with a BUSY word is decided by its direction alone:
@@ -19,7 +20,7 @@
  *   COPY target         the target's page may be mapped and newer: repeat the copy, EEXIST means it had landed
  *   FILL target         nobody has mapped the target: refill, or punch it and drop BUSY
  *   UPGRADE target      committed: punch every copy that is not in valid, then drop BUSY
- *   DISCARD             punch every copy
+ *   DISCARD             punch every copy; POISONED if why is LOST
  */
 #ifndef GMEM_LPT_H
 #define GMEM_LPT_H
@@ -43,6 +44,8 @@ static inline int gmem_word_writer(gmem_word_t w) { return (int)(w >> 26 & 31) -
 static inline uint8_t gmem_word_flags(gmem_word_t w) { return (uint8_t)(w >> 32); }
 static inline enum gmem_why gmem_word_why(gmem_word_t w) { return (enum gmem_why)(w >> 40 & 15); }
 
+static inline int gmem_word_preferred(gmem_word_t w) { return (int)(w >> 44 & 31) - 1; }
+
 static inline gmem_word_t gmem_word_set(gmem_word_t w, int shift, uint64_t mask, uint64_t value)
 {
 	return (w & ~(mask << shift)) | (value & mask) << shift;
@@ -59,6 +62,11 @@ static inline gmem_word_t gmem_word_set_writer(gmem_word_t w, int hnid)
 }
 static inline gmem_word_t gmem_word_set_why(gmem_word_t w, enum gmem_why y) { return gmem_word_set(w, 40, 15, y); }
 
+static inline gmem_word_t gmem_word_set_preferred(gmem_word_t w, int hnid)
+{
+	return gmem_word_set(w, 44, 31, (uint64_t)(hnid + 1));
+}
+
 struct gmem_lpt {
 	struct gmem_file *file;             /* (C) */
 	_Atomic gmem_word_t *words;         /* (C) the whole table, mapped once */
@@ -66,11 +74,14 @@ struct gmem_lpt {
 	struct gmem_range_allocator extents; /* in bytes of the file */
 };
 
-int gmem_lpt_init(struct gmem_lpt *lpt, uint64_t pages);
+/* fd: the table of a predecessor, taken over; -1: a new one. */
+int gmem_lpt_init(struct gmem_lpt *lpt, uint64_t pages, int fd);
 void gmem_lpt_deinit(struct gmem_lpt *lpt);
 /* pages consecutive words, all NOMAP. */
 int gmem_lpt_extent_alloc(struct gmem_lpt *lpt, uint64_t pages, uint64_t *ret_pn);
 void gmem_lpt_extent_free(struct gmem_lpt *lpt, uint64_t pn, uint64_t pages);
+/* The extent of an object of a predecessor. */
+int gmem_lpt_extent_take(struct gmem_lpt *lpt, uint64_t pn, uint64_t pages);
 /* The next run [*pn, *ret_end) at or after *pn and before end in which words may be other than NOMAP; -ENOENT if none. */
 int gmem_lpt_next_touched(struct gmem_lpt *lpt, uint64_t *pn, uint64_t end, uint64_t *ret_end);
 uint64_t gmem_lpt_bytes(struct gmem_lpt *lpt);

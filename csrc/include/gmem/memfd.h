@@ -19,6 +19,8 @@ struct gmem_file {
 
 /* Sealed against shrink and grow. hugetlb reserves nothing. */
 int gmem_file_create(const char *name, enum gmem_class class_, uint64_t bytes, uint64_t owner, struct gmem_file **ret);
+/* One that a predecessor made; takes the descriptor over on success. */
+int gmem_file_adopt(int fd, enum gmem_class class_, uint64_t bytes, uint64_t owner, struct gmem_file **ret);
 struct gmem_file *gmem_file_ref(struct gmem_file *file);
 void gmem_file_unref(struct gmem_file *file); /* NULL is allowed */
 

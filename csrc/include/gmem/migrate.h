@@ -7,6 +7,7 @@
 #ifndef GMEM_MIGRATE_H
 #define GMEM_MIGRATE_H
 
+#include <gmem/hints.h>
 #include <gmem/hnode.h>
 
 struct gmem_page {
@@ -24,6 +25,8 @@ int gmem_page_trylock(struct gmem_object *object, uint64_t index, bool wait_flag
 /* Waits. Only for threads that own no page and serve no faults. */
 void gmem_page_lock(struct gmem_object *object, uint64_t index, struct gmem_page *ret);
 void gmem_page_unlock(struct gmem_page *page);
+/* What its range was advised. */
+void gmem_page_hint(struct gmem_page *page, struct gmem_hint hint);
 bool gmem_page_poisoned(const struct gmem_page *page);
 
 /* Makes valid contain hnid, reclaiming there as needed. view: if not NULL and the content is copied, it may be mapped
@@ -43,7 +46,7 @@ int gmem_page_discard(struct gmem_page *page);
 int gmem_page_map(struct gmem_page *page, struct gmem_view *view, struct gmem_range range, bool was_protected);
 void gmem_page_wake(struct gmem_page *page);
 
-/* ---- steps, for run.h ---- */
+/* ---- steps, for run.h and evict.h ---- */
 
 /* Publishes what is being done, for recovery; others may have set WAITERS meanwhile. */
 void gmem_page_mark(struct gmem_page *page, enum gmem_dir dir, int target);
@@ -53,6 +56,10 @@ void gmem_page_notify(struct gmem_page *page, struct gmem_hnode *hnode, enum gme
 struct gmem_hnode *gmem_page_source(struct gmem_page *page);
 /* The copy engine that stands between two hnodes, NULL if the CPU copies as fast as anything. */
 struct gmem_hnode *gmem_copy_engine(struct gmem_hnode *from, struct gmem_hnode *to);
-void gmem_page_count_copy(struct gmem_page *page, struct gmem_hnode *from, struct gmem_hnode *to);
+int gmem_copy_by_engine(struct gmem_hnode *engine, void *dst, const void *src, uint64_t bytes);
+/* Records the copy that has been made on to; from NULL: its first content. */
+void gmem_page_arrived(struct gmem_page *page, struct gmem_hnode *from, struct gmem_hnode *to, enum gmem_why why);
+/* Gives back the frame on to and what was filled of it. */
+void gmem_page_forget(struct gmem_page *page, struct gmem_hnode *to);
 
 #endif

@@ -14,6 +14,7 @@ struct gmem_request {
 	struct gmem_view *view; /* where the pages are to be mapped, or NULL */
 	int hnid;
 	enum gmem_advice advice;
+	struct gmem_hint hint; /* of the page at hand */
 	bool write;
 	int tries; /* of a page that is busy; 0: the usual number */
 };
@@ -33,10 +34,14 @@ int gmem_one_page(struct gmem_request *request, struct gmem_object *object, uint
 int gmem_for_pages(struct gmem_request *request, uint64_t va, uint64_t bytes, bool inward, bool touched,
 		   gmem_page_fn fn);
 
+/* Advice that is about one hnode, and so needs one. (advise.c) */
+bool gmem_advice_is_local(uint64_t advice);
 /* gmem_acquire() and gmem_release() of a range on a context of this session; -EAGAIN soon if it is busy. (acquire.c) */
 int gmem_session_acquire(struct gmem_session *session, uint64_t context, struct gmem_range range, bool write);
 int gmem_session_release(struct gmem_session *session, uint64_t context, struct gmem_range range);
 /* Releases everything a context holds: it has ended. (acquire.c) */
 void gmem_release_all(struct gmem_view *view);
+/* A predecessor's hold on a range whose pages have their frames again. */
+int gmem_hold_adopt(struct gmem_view *view, struct gmem_range range, uint32_t record);
 
 #endif

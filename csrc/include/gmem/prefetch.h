@@ -14,9 +14,13 @@ struct gmem_core;
 void gmem_stream_fault(struct gmem_core *core, struct gmem_view *view, const struct gmem_place *place, bool write);
 /* Whether there is something to do. */
 bool gmem_stream_pending(const struct gmem_view *view);
-/* Fetches the next piece of what the view's streams want. False if there is nothing to do. */
-bool gmem_stream_step(struct gmem_core *core, struct gmem_view *view);
-/* The same, to the end: for a filler thread, at most one for each view. */
+/* Fetches the next piece of what the view's streams want. False if there is nothing to do. may_wait: also for a slow
+ * link; else a filler is asked to. */
+bool gmem_stream_step(struct gmem_core *core, struct gmem_view *view, bool may_wait);
+/* Somebody has said where [va, va + bytes) shall be: guesses of other views of the as, on other hnodes than hnid, end, those
+ * under way included. Not for fault threads. */
+void gmem_stream_cancel(struct gmem_core *core, struct gmem_as *as, int hnid, uint64_t va, uint64_t bytes);
+/* gmem_stream_step() to the end: for a filler thread, at most one for each view. */
 void gmem_stream_help(struct gmem_core *core, struct gmem_view *view);
 
 #endif

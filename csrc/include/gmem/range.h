@@ -29,6 +29,8 @@ int gmem_range_init(struct gmem_range_allocator *ranges, uint64_t start, uint64_
 void gmem_range_deinit(struct gmem_range_allocator *ranges);
 /* align is a power of two. -ENOMEM if no piece is large enough. */
 int gmem_range_alloc(struct gmem_range_allocator *ranges, uint64_t bytes, uint64_t align, uint64_t *ret_start);
+/* This very range. -EEXIST: some of it has been handed out. */
+int gmem_range_take(struct gmem_range_allocator *ranges, uint64_t start, uint64_t bytes);
 /* [start, start + bytes) must have been handed out. */
 void gmem_range_free(struct gmem_range_allocator *ranges, uint64_t start, uint64_t bytes);
 uint64_t gmem_range_free_bytes(struct gmem_range_allocator *ranges);

@@ -28,9 +28,22 @@ struct gmem_ring_job {
 	struct gmem_ring_sqe sqe; /* our copy */
 	struct gmem_ring_cqe cqe;
 	bool running;
+	bool again;               /* a predecessor may have done it */
+	uint32_t sq_index;
 	uint64_t done, slice;     /* bytes */
 	uint64_t since_ns;        /* when it began to wait for somebody's release */
 	uint64_t retry_ns;
+};
+
+/* What has been taken and not been completed, where a successor finds it, and the client does not. */
+enum gmem_ring_log_state { GMEM_RING_LOG_FREE, GMEM_RING_LOG_TAKEN, GMEM_RING_LOG_COMPLETES };
+struct gmem_ring_log {
+	struct {
+		_Atomic uint32_t state;
+		uint32_t sq_index, cq_index; /* the latter while it completes */
+		uint32_t reserved;
+		struct gmem_ring_sqe sqe;
+	} entries[GMEM_RING_JOBS];               /* as jobs[] */
 };
 
 enum gmem_ring_state { GMEM_RING_IDLE, GMEM_RING_QUEUED, GMEM_RING_SERVED };
@@ -43,6 +56,8 @@ struct gmem_ring {
 	struct gmem_session *session;    /* (C) outlives it */
 	struct gmem_file *file;          /* (C) */
 	int bell;                        /* (C) */
+	struct gmem_file *log_file;      /* (C) NULL: nothing is kept */
+	struct gmem_ring_log *log;       /* (C) */
 	uint32_t slot;                   /* (C) */
 	struct gmem_ring_shared *shared; /* (C) the client may write anything there at any time */
 	/* what follows is that of the thread that serves it */
@@ -82,6 +97,8 @@ struct gmem_rings {
 
 int gmem_rings_start(struct gmem_core *core);
 void gmem_rings_stop(struct gmem_core *core);
+/* Goes on with the ring that a predecessor served, if the session had one: what it had not completed is done again. */
+void gmem_ring_resume(struct gmem_session *session);
 /* Ends a session's ring, if it has one: waits for the slice that is under way. */
 void gmem_ring_close(struct gmem_session *session);
 

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Run: consecutive logical pages of one object in the same state, moved by one system call for each step of the page
- * protocol instead of one for each page. What is out of the ordinary (held, poisoned, behind a copy engine, no frame
- * free) ends a run before it, and is left to the functions of migrate.h.
+ * protocol instead of one for each page. What is out of the ordinary (held, poisoned, damaged, no frame free) ends a run
+ * before it, and is left to the functions of migrate.h.
  */
 #ifndef GMEM_RUN_H
 #define GMEM_RUN_H
@@ -19,6 +19,8 @@ struct gmem_run_args {
 	uint64_t va;            /* of the first page in the view */
 	bool own;               /* the only copy, writable */
 	enum gmem_why why;
+	struct gmem_hint hint;
+	bool wanted;            /* no guess: it counts as used */
 };
 
 /* How many pages, from the first, are at hnid and mapped now; 0 if the first one is not for a run. Never reclaims.

@@ -20,12 +20,17 @@ struct gmem_session {
 	atomic_bool stored;           /* (A) came by a fork event, and is served */
 	atomic_bool bound;            /* (A) the process has shown itself */
 	atomic_bool closed;           /* (A) */
+	atomic_bool disowned;         /* (A) its process begins anew: it is not to find its memory poisoned */
+	uint32_t record;              /* core->sessions_lock; 0 once destroyed */
 	struct gmem_ring *ring;       /* core->rings->lock; NULL if it has none */
 	struct gmem_session *next;    /* core->sessions_lock */
 };
 
 int gmem_session_new(struct gmem_core *core, uid_t uid, pid_t pid, struct gmem_session *parent,
 		     struct gmem_session **ret);
+/* One of a predecessor's, whose account is there. */
+int gmem_session_adopt(struct gmem_core *core, const struct gmem_record *known, uint32_t record,
+		       struct gmem_account *account, struct gmem_session **ret);
 /* Referenced; NULL if unknown. */
 struct gmem_session *gmem_session_get(struct gmem_core *core, uint64_t id);
 struct gmem_session *gmem_session_ref(struct gmem_session *session);
@@ -36,7 +41,10 @@ int gmem_session_borrow(struct gmem_session *session, int hnid, int ret_fds[GMEM
 uint64_t gmem_session_features(struct gmem_core *core, bool events);
 /* The view of a context; referenced; NULL if unknown. */
 struct gmem_view *gmem_context_find(struct gmem_core *core, uint64_t context);
-/* Makes and watches the view of a process; takes over the fds on success only. */
+/* Makes the view of a process, known to movers; takes over the fds on success only. */
+int gmem_session_view(struct gmem_session *session, int hnid, uint64_t context, int uffd, int pidfd, pid_t pid,
+		      bool events, struct gmem_view **ret);
+/* The same, kept and watched: from here on its faults are served. */
 int gmem_session_watch(struct gmem_session *session, int hnid, uint64_t context, int uffd, int pidfd, pid_t pid,
 		       bool events, struct gmem_view **ret);
 void gmem_session_unwatch(struct gmem_session *session, struct gmem_view *view);

@@ -11,11 +11,13 @@
 
 #include <gmem/types.h>
 
+struct gmem_agent;
 struct gmem_as;
 struct gmem_session;
 
 struct gmem_hold {
 	struct gmem_range range;
+	uint32_t record;
 	struct gmem_hold *next;
 };
 
@@ -51,6 +53,8 @@ struct gmem_view {
 	_Atomic uint32_t stream_hand; /* (A) which to forget next */
 	atomic_bool helped;           /* (A) a filler fetches ahead too */
 	_Atomic uint32_t strikes;     /* (A) signals sent for touching what it may not */
+	_Atomic(struct gmem_agent *) agent; /* (A) set once; NULL: translations stay */
+	uint32_t record;              /* (C) contexts: its number */
 	struct gmem_hold *holds;      /* as->views_lock; what the context has acquired */
 	struct gmem_view *next;       /* as->views_lock */
 };

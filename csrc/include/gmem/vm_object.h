@@ -7,27 +7,15 @@
 #ifndef GMEM_VM_OBJECT_H
 #define GMEM_VM_OBJECT_H
 
+#include <gmem/account.h>
 #include <gmem/lockrank.h>
 #include <gmem/lpt.h>
 #include <gmem/memfd.h>
 #include <gmem/view.h>
 
 struct gmem_core;
+struct gmem_record;
 struct gmem_region;
-
-/* Who is charged, and whose files hold the content: a session's part that outlives it while objects shared with its
- * children live. */
-struct gmem_account {
-	atomic_uint refs;                                /* (A) */
-	uint64_t session_id;                             /* (C) */
-	uint64_t file_bytes;                             /* (C) size of each file: the VA window */
-	struct gmem_account *parent;                     /* (C) of the session it was forked from: its files stay open */
-	struct gmem_mutex lock;                          /* guards the making of files */
-	_Atomic(struct gmem_file *) files[GMEM_HNODE_MAX][GMEM_CLASS_COUNT]; /* (A) set once under lock */
-	_Atomic uint64_t resident_bytes[GMEM_HNODE_MAX]; /* (A) */
-	_Atomic uint64_t mapped_bytes;                   /* (A) */
-	_Atomic uint64_t host_faults, device_faults;     /* (A) */
-};
 
 struct gmem_object {
 	atomic_uint refs;         /* (A) regions, frames in use by a mover, work items */
@@ -37,22 +25,19 @@ struct gmem_object {
 	uint8_t shift;            /* (C) log2 of the logical page size */
 	enum gmem_class class_;   /* (C) */
 	struct gmem_account *account; /* (C) */
+	uint32_t record;          /* (C) */
 	struct gmem_mutex lock;
 	struct gmem_region *regions;  /* (O) */
 	uint64_t regions_generation;  /* (O) grows with each change of the list or of a region in it */
 	_Atomic(uint8_t *) aliases[GMEM_HNODE_MAX]; /* (A) set once under lock */
 };
 
-int gmem_account_create(uint64_t session_id, uint64_t file_bytes, struct gmem_account *parent,
-			struct gmem_account **ret);
-struct gmem_account *gmem_account_ref(struct gmem_account *account);
-void gmem_account_unref(struct gmem_account *account);
-/* The file of that class on hnid, made on first use; borrowed. */
-int gmem_account_file(struct gmem_account *account, int hnid, enum gmem_class class_, struct gmem_file **ret);
-
 /* References the account. The VA range at offset becomes the object's; on failure it stays the caller's. */
 int gmem_object_create(struct gmem_core *core, struct gmem_account *account, enum gmem_class class_, uint64_t offset,
 		       uint64_t bytes, uint8_t shift, struct gmem_object **ret);
+/* One of a predecessor's, whose extent and VA range have been taken. */
+int gmem_object_adopt(struct gmem_core *core, struct gmem_account *account, const struct gmem_record *known,
+		      uint32_t record, struct gmem_object **ret);
 struct gmem_object *gmem_object_ref(struct gmem_object *object);
 /* False if it is being destroyed. */
 bool gmem_object_tryref(struct gmem_object *object);

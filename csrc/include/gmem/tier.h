@@ -1,0 +1,27 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Tiers: peers that only store pages, as a chain below the host. What leaves a device goes to the host, what leaves the
+ * host to the first tier with room, what leaves a tier to one further down.
+ */
+#ifndef GMEM_TIER_H
+#define GMEM_TIER_H
+
+#include <gmem/hnode.h>
+
+#define GMEM_RANK_LAST UINT32_MAX
+
+static inline bool gmem_hnode_is_tier(const struct gmem_hnode *hnode)
+{
+	return gmem_hnode_is_peer(hnode) && !(hnode->info.caps & GMEM_CAP_COMPUTE);
+}
+
+/* The hnid to which bytes that leave hnode shall go, skipping those in the mask not_these; -ENOMEM if there is none. Tiers
+ * that have no room are told that they are under pressure. */
+int gmem_tier_next(struct gmem_hnode *hnode, uint64_t bytes, uint32_t not_these);
+/* Pages to and from a peer, in one call if its driver can do that; each io has its own result. */
+void gmem_tier_push(struct gmem_hnode *peer, struct gmem_peer_io *io, size_t count);
+void gmem_tier_pull(struct gmem_hnode *peer, struct gmem_peer_io *io, size_t count);
+/* From peer to peer, through a buffer of the daemon's. */
+int gmem_tier_relay(struct gmem_hnode *from, struct gmem_hnode *to, uint64_t key, size_t bytes);
+
+#endif

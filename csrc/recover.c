@@ -1,0 +1,622 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <gmem/crash.h>
+#include <gmem/agent.h>
+#include <gmem/internal.h>
+#include <gmem/maps.h>
+#include <gmem/migrate.h>
+#include <gmem/pages.h>
+#include <gmem/pmap.h>
+#include <gmem/recover.h>
+#include <gmem/ring.h>
+#include <gmem/uffd.h>
+
+/* What is referenced from the load to the resume: accounts by id, objects by first page number. */
+struct gmem_recovery {
+	struct gmem_account **accounts;
+	struct gmem_object **objects;
+	size_t account_count, object_count;
+};
+
+static struct gmem_account *find_account(struct gmem_recovery *recovery, uint64_t id)
+{
+	for (size_t low = 0, high = recovery->account_count; low < high;) {
+		size_t mid = (low + high) / 2;
+		struct gmem_account *account = recovery->accounts[mid];
+
+		if (account->session_id == id)
+			return account;
+		if (account->session_id < id)
+			low = mid + 1;
+		else
+			high = mid;
+	}
+	return NULL;
+}
+
+static struct gmem_object *find_object(struct gmem_recovery *recovery, uint64_t pn)
+{
+	for (size_t low = 0, high = recovery->object_count; low < high;) {
+		size_t mid = (low + high) / 2;
+		struct gmem_object *object = recovery->objects[mid];
+
+		if (object->pn == pn)
+			return object;
+		if (object->pn < pn)
+			low = mid + 1;
+		else
+			high = mid;
+	}
+	return NULL;
+}
+
+/* ---- load ---- */
+
+struct numbered {
+	struct gmem_record record;
+	uint32_t number;
+};
+
+static int by_id(const void *a, const void *b)
+{
+	uint64_t x = ((const struct numbered *)a)->record.id, y = ((const struct numbered *)b)->record.id;
+
+	return (x > y) - (x < y);
+}
+
+/* All records of a kind, by id; freed by the caller. */
+static int collect(struct gmem_keep *keep, enum gmem_record_kind kind, struct numbered **ret, size_t *ret_count)
+{
+	size_t capacity = 64, count = 0;
+	struct numbered *all = malloc(capacity * sizeof(*all)), one = { .number = 0 };
+
+	while (all && (one.number = gmem_record_next(keep, kind, one.number, &one.record))) {
+		if (count == capacity) {
+			struct numbered *grown = realloc(all, 2 * capacity * sizeof(*all));
+
+			if (!grown)
+				break;
+			all = grown;
+			capacity *= 2;
+		}
+		all[count++] = one;
+	}
+	if (!all || one.number) {
+		free(all);
+		return -ENOMEM;
+	}
+	qsort(all, count, sizeof(*all), by_id);
+	*ret = all;
+	*ret_count = count;
+	return 0;
+}
+
+/* A parent has a lower id than its children. */
+static int load_accounts(struct gmem_core *core, struct gmem_recovery *recovery)
+{
+	struct numbered *all;
+	size_t count;
+	int err = collect(&core->keep, GMEM_RECORD_ACCOUNT, &all, &count);
+
+	if (err)
+		return err;
+	recovery->accounts = calloc(count + 1, sizeof(*recovery->accounts));
+	err = recovery->accounts ? 0 : -ENOMEM;
+	for (size_t i = 0; !err && i < count; i++) {
+		struct gmem_account *parent = find_account(recovery, all[i].record.account.parent);
+
+		err = gmem_account_create(core, all[i].record.id, all[i].record.account.uid, parent, all[i].number,
+					  &recovery->accounts[i]);
+		recovery->account_count += !err;
+	}
+	free(all);
+	return err;
+}
+
+/* Now: what nobody has asked for at the end is given up. */
+static int load_files(struct gmem_core *core, struct gmem_recovery *recovery)
+{
+	struct gmem_keep *keep = &core->keep;
+	int err = 0;
+
+	for (size_t i = 0; !err && i < keep->left_count;) {
+		unsigned long long id;
+		int hnid, class_;
+		struct gmem_account *account = NULL;
+		struct gmem_file *file;
+
+		if (sscanf(keep->left[i].name, "file.%llu.%d.%d", &id, &hnid, &class_) == 3 && hnid >= 0 &&
+		    hnid < GMEM_HNODE_MAX && class_ >= 0 && class_ < GMEM_CLASS_COUNT)
+			account = find_account(recovery, id);
+		if (account)
+			err = gmem_account_file(account, hnid, (enum gmem_class)class_, &file); /* takes it out */
+		else
+			i++;
+	}
+	return err;
+}
+
+static int load_sessions(struct gmem_core *core, struct gmem_recovery *recovery)
+{
+	struct numbered *all;
+	size_t count;
+	int err = collect(&core->keep, GMEM_RECORD_SESSION, &all, &count);
+
+	for (size_t i = 0; !err && i < count; i++) {
+		struct gmem_account *account = find_account(recovery, all[i].record.id);
+		struct gmem_session *session;
+
+		err = account ? gmem_session_adopt(core, &all[i].record, all[i].number, account, &session) : -EPROTO;
+		if (!err)
+			gmem_session_unref(session);
+	}
+	if (!err)
+		free(all);
+	return err;
+}
+
+static int load_object(struct gmem_core *core, struct gmem_recovery *recovery, const struct numbered *one)
+{
+	struct gmem_account *account = find_account(recovery, one->record.object.account);
+	const struct gmem_record *r = &one->record;
+	uint64_t page = 1ull << r->object.shift;
+	int err;
+
+	if (!account || r->object.class_ >= GMEM_CLASS_COUNT || r->object.shift < GMEM_SHIFT_4K ||
+	    r->object.shift > GMEM_SHIFT_2M || r->object.pages != (r->object.bytes + page - 1) / page)
+		return -EPROTO;
+	err = gmem_lpt_extent_take(&core->lpt, r->id, r->object.pages);
+	if (!err)
+		err = gmem_range_take(&core->va[r->object.class_], core->window.base + r->object.offset, r->object.bytes);
+	if (!err)
+		err = gmem_object_adopt(core, account, r, one->number, &recovery->objects[recovery->object_count]);
+	if (err)
+		return err == -EEXIST ? -EPROTO : err;
+	atomic_fetch_add(&core->committed_bytes[r->object.class_], r->object.bytes);
+	recovery->object_count++;
+	return 0;
+}
+
+static int load_objects(struct gmem_core *core, struct gmem_recovery *recovery)
+{
+	struct numbered *all;
+	size_t count;
+	int err = collect(&core->keep, GMEM_RECORD_OBJECT, &all, &count);
+
+	if (err)
+		return err;
+	recovery->objects = calloc(count + 1, sizeof(*recovery->objects));
+	err = recovery->objects ? 0 : -ENOMEM;
+	for (size_t i = 0; !err && i < count; i++)
+		err = load_object(core, recovery, &all[i]);
+	free(all);
+	return err;
+}
+
+/* A region goes before what it stands on, so one that has lost its ground was on its way out. */
+static int load_regions(struct gmem_core *core, struct gmem_recovery *recovery)
+{
+	struct numbered *all;
+	size_t count;
+	int err = collect(&core->keep, GMEM_RECORD_REGION, &all, &count);
+
+	if (err)
+		return err;
+	for (size_t i = 0; !err && i < count; i++) {
+		struct gmem_session *session = gmem_session_get(core, all[i].record.region.session);
+		struct gmem_object *object = find_object(recovery, all[i].record.id);
+		int known = session && object ? gmem_as_adopt(&session->as, object, &all[i].record, all[i].number) : -ENOENT;
+
+		if (known == -ENOMEM)
+			err = known;
+		else if (known)
+			gmem_record_drop(&core->keep, &all[i].number);
+		gmem_session_unref(session);
+	}
+	free(all);
+	return err;
+}
+
+int gmem_recover_load(struct gmem_core *core)
+{
+	struct gmem_recovery *recovery = calloc(1, sizeof(*recovery));
+	int err;
+
+	if (!recovery)
+		return -ENOMEM;
+	core->recovery = recovery;
+	err = load_accounts(core, recovery);
+	if (!err)
+		err = load_files(core, recovery);
+	if (!err)
+		err = load_sessions(core, recovery);
+	if (!err)
+		err = load_objects(core, recovery);
+	if (!err)
+		err = load_regions(core, recovery);
+	return err;
+}
+
+/* ---- processes ---- */
+
+static void resume_agent(struct gmem_core *core, struct gmem_view *view)
+{
+	int fd = gmem_keep_take(&core->keep, "agent.%llu.%llu", (unsigned long long)view->session_id,
+				(unsigned long long)view->id);
+	struct gmem_agent *agent;
+
+	if (fd >= 0 && !gmem_agent_create(fd, &agent))
+		atomic_store(&view->agent, agent);
+}
+
+/* NULL: its descriptors are not there, as it had not come far enough. */
+static struct gmem_view *resume_view(struct gmem_session *session, int hnid, uint64_t context, pid_t pid)
+{
+	struct gmem_core *core = session->core;
+	unsigned long long id = session->id, number = context;
+	int uffd = gmem_keep_take(&core->keep, "uffd.%llu.%llu", id, number);
+	int pidfd = gmem_keep_take(&core->keep, "pid.%llu.%llu", id, number);
+	struct gmem_view *view = NULL;
+
+	if (uffd < 0 || gmem_session_view(session, hnid, context, uffd, pidfd, pid, !context, &view)) {
+		if (context && pidfd >= 0)
+			syscall(SYS_pidfd_send_signal, pidfd, SIGKILL, NULL, 0);
+		if (uffd >= 0)
+			close(uffd);
+		if (pidfd >= 0)
+			close(pidfd);
+		return NULL;
+	}
+	resume_agent(core, view);
+	gmem_crash(GMEM_CRASH_RECOVER_VIEW);
+	return view;
+}
+
+static int resume_contexts(struct gmem_core *core)
+{
+	struct numbered *all;
+	size_t count;
+	int err = collect(&core->keep, GMEM_RECORD_CONTEXT, &all, &count);
+
+	if (err)
+		return err;
+	for (size_t i = 0; i < count; i++) {
+		struct gmem_session *session = gmem_session_get(core, all[i].record.context.session);
+		int hnid = all[i].record.context.hnid;
+		struct gmem_hnode *hnode = gmem_core_hnode(core, hnid);
+		struct gmem_view *view = NULL;
+
+		if (session && hnode)
+			view = resume_view(session, hnid, all[i].record.id, all[i].record.context.pid);
+		if (view) {
+			view->record = all[i].number;
+			atomic_fetch_add(&core->context_count, 1);
+			atomic_fetch_add(&hnode->contexts, 1);
+		} else {
+			gmem_record_drop(&core->keep, &all[i].number);
+		}
+		gmem_session_unref(session);
+	}
+	free(all);
+	return 0;
+}
+
+typedef void (*session_fn)(struct gmem_session *session, struct gmem_recovery *recovery);
+
+static void for_sessions(struct gmem_core *core, session_fn fn)
+{
+	for (size_t b = 0; b < GMEM_SESSION_BUCKETS; b++)
+		for (struct gmem_session *s = core->sessions[b]; s; s = s->next)
+			fn(s, core->recovery);
+}
+
+static void resume_process(struct gmem_session *session, struct gmem_recovery *recovery)
+{
+	(void)recovery;
+	resume_view(session, GMEM_HOST, 0, atomic_load(&session->pid));
+}
+
+/* ---- pages ---- */
+
+static int protect_view(struct gmem_view *view, struct gmem_range range, void *arg)
+{
+	(void)arg;
+	gmem_uffd_pmap_protect(gmem_view_pmap(view), range, GMEM_PROT_READ);
+	return 0;
+}
+
+static void drop_copy(struct gmem_object *object, uint64_t index, int hnid)
+{
+	struct gmem_hnode *hnode = gmem_core_hnode(object->core, hnid);
+	struct gmem_file *file = atomic_load(&object->account->files[hnid][object->class_]);
+	uint64_t bytes = 1ull << object->shift;
+
+	if (hnode && gmem_hnode_is_peer(hnode)) {
+		if (hnode->ops->peer_free)
+			hnode->ops->peer_free(hnode->device, object->pn + index, bytes);
+	} else if (file) {
+		gmem_file_punch(file, object->offset + index * bytes, bytes);
+	}
+}
+
+/* The device is there, and so are its pages. */
+static bool has_pages(struct gmem_core *core, int hnid)
+{
+	struct gmem_hnode *hnode = gmem_core_hnode(core, hnid);
+
+	return hnode && (!gmem_hnode_is_peer(hnode) || (hnode->keep && hnode->keep->restored));
+}
+
+/* The rule of lpt.h, by the direction alone. Who could write may have gone on doing so: now he can't, until he faults. */
+static gmem_word_t settle(struct gmem_object *object, uint64_t index, gmem_word_t word)
+{
+	uint32_t valid = gmem_word_valid(word), gone = 0;
+	enum gmem_dir dir = gmem_word_dir(word);
+
+	if (dir == GMEM_DIR_COPY || dir == GMEM_DIR_FILL)
+		gone = 1u << gmem_word_target(word) & ~valid;
+	else if (dir == GMEM_DIR_UPGRADE || dir == GMEM_DIR_DISCARD)
+		gone = ~valid;
+	for (int h = 0; h < GMEM_HNODE_MAX; h++)
+		if (gone >> h & 1)
+			drop_copy(object, index, h);
+	if (dir == GMEM_DIR_DISCARD)
+		return gmem_word_why(word) == GMEM_WHY_LOST ?
+			       gmem_word_set_state(gmem_word_set_why(0, GMEM_WHY_LOST), GMEM_POISONED) : 0;
+	for (int h = 0; h < GMEM_HNODE_MAX; h++)
+		if (valid >> h & 1)
+			gmem_object_for_views(object, h, index << object->shift, 1ull << object->shift, protect_view, NULL);
+	word = gmem_word_set(gmem_word_set(gmem_word_set_writer(word, -1), 2, 15, 0), 6, 15, 0);
+	return gmem_word_set_state(word, valid ? GMEM_RESIDENT : GMEM_NOMAP);
+}
+
+static gmem_word_t without_lost_devices(struct gmem_object *object, uint64_t index, gmem_word_t word)
+{
+	uint32_t valid = gmem_word_valid(word);
+
+	for (int h = 0; h < GMEM_HNODE_MAX; h++)
+		if ((valid >> h & 1) && !has_pages(object->core, h)) {
+			valid &= ~(1u << h);
+			drop_copy(object, index, h);
+		}
+	if (valid == gmem_word_valid(word))
+		return word;
+	if (valid)
+		return gmem_word_set_writer(gmem_word_set_valid(word, valid), -1);
+	gmem_count(&object->core->stats.poisoned_pages, 1);
+	gmem_core_post(object->core, GMEM_EVENT_POISONED, object->account->session_id, index << object->shift, 0, 0, -EIO);
+	return gmem_word_set_state(gmem_word_set_why(0, GMEM_WHY_LOST), GMEM_POISONED);
+}
+
+static int resume_page(struct gmem_object *object, uint64_t index)
+{
+	_Atomic gmem_word_t *at = &object->core->lpt.words[object->pn + index];
+	gmem_word_t word = atomic_load(at) & ~GMEM_WORD_WAITERS;
+	uint32_t valid;
+	int err = 0;
+
+	if (gmem_word_state(word) == GMEM_BUSY)
+		word = settle(object, index, word);
+	word = without_lost_devices(object, index, word);
+	valid = gmem_word_valid(word);
+	for (int h = 0; !err && h < GMEM_HNODE_MAX; h++) {
+		struct gmem_hnode *hnode = valid >> h & 1 ? gmem_core_hnode(object->core, h) : NULL;
+
+		if (!hnode)
+			continue;
+		err = gmem_hnode_frame_adopt(hnode, object, index);
+		if (!err && (gmem_word_flags(word) & GMEM_PAGE_PINNED))
+			gmem_hnode_pinned(hnode, (int64_t)1 << object->shift);
+	}
+	gmem_crash(GMEM_CRASH_RECOVER_PAGE);
+	atomic_store(at, word);
+	return err;
+}
+
+static int resume_object(struct gmem_object *object)
+{
+	struct gmem_lpt *lpt = &object->core->lpt;
+	uint64_t pn = object->pn, end = object->pn + object->pages, stop;
+	int err = 0;
+
+	while (!err && pn < end && !gmem_lpt_next_touched(lpt, &pn, end, &stop))
+		for (; !err && pn < stop; pn++)
+			err = resume_page(object, pn - object->pn);
+	return err;
+}
+
+/* Words that were left between the end of their object and that of its extent. */
+static void clear_between(struct gmem_core *core, struct gmem_recovery *recovery)
+{
+	uint64_t pn = 0, stop;
+
+	for (size_t i = 0; i <= recovery->object_count; i++) {
+		struct gmem_object *object = i < recovery->object_count ? recovery->objects[i] : NULL;
+		uint64_t end = object ? object->pn : core->lpt.pages;
+
+		while (pn < end && !gmem_lpt_next_touched(&core->lpt, &pn, end, &stop)) {
+			gmem_file_punch(core->lpt.file, pn * sizeof(gmem_word_t), (stop - pn) * sizeof(gmem_word_t));
+			pn = stop;
+		}
+		pn = object ? (object->pn + object->pages + 511) & ~511ull : pn;
+	}
+}
+
+static int resume_holds(struct gmem_core *core)
+{
+	struct numbered *all;
+	size_t count;
+	int err = collect(&core->keep, GMEM_RECORD_HOLD, &all, &count);
+
+	if (err)
+		return err;
+	for (size_t i = 0; i < count; i++) {
+		struct gmem_view *view = gmem_context_find(core, all[i].record.id);
+		struct gmem_range range = { all[i].record.hold.va, all[i].record.hold.bytes };
+
+		if (!view || gmem_hold_adopt(view, range, all[i].number))
+			gmem_record_drop(&core->keep, &all[i].number);
+		gmem_view_unref(view);
+	}
+	free(all);
+	return 0;
+}
+
+/* ---- what the process has done meanwhile ---- */
+
+static struct gmem_object *object_behind(struct gmem_recovery *recovery, const struct gmem_mapped *piece)
+{
+	for (size_t i = 0; i < recovery->object_count; i++) {
+		struct gmem_object *object = recovery->objects[i];
+		struct gmem_file *file = atomic_load(&object->account->files[GMEM_HOST][object->class_]);
+
+		if (file == piece->file && piece->offset >= object->offset && piece->offset < object->offset + object->bytes)
+			return object;
+	}
+	return NULL;
+}
+
+/* Mapped, and no region says so: its event was read by the predecessor, and not handled any more. */
+static void add_missing(struct gmem_session *session, struct gmem_recovery *recovery, struct gmem_mapped piece)
+{
+	while (piece.va < piece.end) {
+		struct gmem_object *object = object_behind(recovery, &piece);
+		struct gmem_place place;
+		uint64_t upto = piece.end, step;
+
+		if (!object)
+			return;
+		if (upto - piece.va > object->offset + object->bytes - piece.offset)
+			upto = piece.va + (object->offset + object->bytes - piece.offset);
+		if (!gmem_as_lookup(&session->as, piece.va, &place)) {
+			step = place.region_va + place.region_bytes - piece.va;
+			gmem_object_unref(place.object);
+		} else {
+			uint64_t next = gmem_as_next(&session->as, piece.va);
+
+			step = (next < upto ? next : upto) - piece.va;
+			gmem_as_insert(&session->as, object, piece.va, piece.offset - object->offset, step, GMEM_FORK_SHARE, true);
+		}
+		if (step > upto - piece.va)
+			step = upto - piece.va;
+		piece.va += step;
+		piece.offset += step;
+	}
+}
+
+/* A region of which some is not mapped any more. */
+static void remove_unmapped(struct gmem_session *session, const struct gmem_maps *maps, const struct gmem_region_info *region)
+{
+	uint64_t va = region->va, end = region->va + region->bytes;
+
+	while (va < end) {
+		uint64_t gap_end = end;
+		bool mapped = gmem_maps_at(maps, va, region->offset + (va - region->va), &gap_end);
+
+		if (gap_end > end)
+			gap_end = end;
+		if (!mapped)
+			gmem_as_remove(&session->as, va, gap_end - va, gmem_session_release_piece, NULL);
+		va = gap_end;
+	}
+}
+
+static void look_at_process(struct gmem_session *session, struct gmem_recovery *recovery)
+{
+	struct gmem_view *view = gmem_as_view(&session->as, GMEM_HOST);
+	struct gmem_region_info *regions = NULL;
+	struct gmem_maps maps;
+	size_t count = 0;
+
+	if (!view || view->pidfd < 0 || gmem_maps_read(session->account, view->pid, view->pidfd, &maps)) {
+		gmem_view_unref(view);
+		return; /* what it had is what it has, as far as anybody knows */
+	}
+	gmem_session_regions(session->core, session->id, NULL, 0, &count);
+	regions = calloc(count + 1, sizeof(*regions));
+	if (regions) {
+		gmem_session_regions(session->core, session->id, regions, count, &count);
+		for (size_t i = 0; i < count; i++)
+			if (regions[i].committed)
+				remove_unmapped(session, &maps, &regions[i]);
+		for (size_t i = 0; i < maps.count; i++)
+			add_missing(session, recovery, maps.pieces[i]);
+	}
+	free(regions);
+	gmem_maps_free(&maps);
+	gmem_view_unref(view);
+}
+
+/* ---- going on ---- */
+
+/* A fault that the predecessor has read is not told again; who waits for it has to ask once more. */
+static void wake_all(struct gmem_core *core, struct gmem_view *view)
+{
+	gmem_rwlock_read(&view->as->lock);
+	for (size_t i = 0; i < view->as->count; i++)
+		gmem_uffd_wake(view->uffd, view->as->regions[i]->va, view->as->regions[i]->bytes);
+	gmem_rwlock_unlock(&view->as->lock);
+	for (int c = 0; view->id && c < GMEM_CLASS_COUNT; c++)
+		gmem_uffd_wake(view->uffd, core->window.part_base[c], core->window.part_bytes[c]);
+}
+
+static void go_on(struct gmem_session *session, struct gmem_recovery *recovery)
+{
+	(void)recovery;
+	for (struct gmem_view *view = session->as.views; view; view = view->next)
+		if (!gmem_faults_watch(session->core, view))
+			wake_all(session->core, view);
+	gmem_ring_resume(session);
+}
+
+static void let_go(struct gmem_core *core)
+{
+	struct gmem_recovery *recovery = core->recovery;
+
+	core->recovery = NULL;
+	for (size_t i = 0; i < recovery->object_count; i++)
+		gmem_object_unref(recovery->objects[i]);
+	for (size_t i = 0; i < recovery->account_count; i++)
+		gmem_account_unref(recovery->accounts[i]);
+	free(recovery->objects);
+	free(recovery->accounts);
+	free(recovery);
+}
+
+bool gmem_core_recovers(struct gmem_core *core)
+{
+	return core->recovering;
+}
+
+int gmem_core_resume(struct gmem_core *core)
+{
+	int err = 0;
+
+	if (!core->recovering)
+		return 0;
+	for_sessions(core, resume_process);
+	err = resume_contexts(core);
+	for (size_t i = 0; !err && i < core->recovery->object_count; i++)
+		err = resume_object(core->recovery->objects[i]);
+	if (!err)
+		err = resume_holds(core);
+	if (err)
+		return err;
+	clear_between(core, core->recovery);
+	gmem_crash(GMEM_CRASH_RECOVER_MAPS);
+	for_sessions(core, look_at_process);
+	core->recovering = false;
+	gmem_crash(GMEM_CRASH_RECOVER_DONE);
+	for_sessions(core, go_on);
+	let_go(core);
+	gmem_keep_drop_left(&core->keep);
+	return 0;
+}

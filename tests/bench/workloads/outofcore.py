@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""NumPy on arrays larger than the DRAM it may use: passes over a matrix in order, and random pages of 4 KiB. On the
+CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from workloads.byhand import ByHand, on
+from workloads.launcher import Fence
+from workloads.workload import READ, UPDATE, WRITE, Access, Array, Arrays, Spec, Step, Tile, Workload, differs, whole
+
+TOLERANCE = 1e-4
+PAGE = 512  # int64s
+
+
+def clear(sums: Array) -> None:
+    sums[:] = 0
+
+
+def add_up(part: Array, sums: Array) -> None:
+    sums[0] += part.sum(0, np.float64)
+    sums[1] += np.square(part, dtype=np.float64).sum(0)
+
+
+def standardise(part: Array, sums: Array, out: Array, rows: int) -> None:
+    mean = sums[0] / rows
+    scale = 1 / np.sqrt(sums[1] / rows - mean**2)
+    np.multiply(part - mean.astype(np.float32), scale.astype(np.float32), out=out)
+
+
+class Sequential(Workload):
+    """Columns brought to mean 0 and variance 1: one pass that reads, one that reads and writes."""
+
+    name, where = "numpy", "host"
+    result = "out"
+
+    def __init__(self, quick: bool = False) -> None:
+        self.rows, self.columns, self.tiles = (1 << 14, 64, 4) if quick else (98304, 128, 24)
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        shape = (self.rows, self.columns)
+        return {
+            "matrix": Spec(shape, np.float32, constant=True),
+            "sums": Spec((2, self.columns), np.float64, 4096),
+            "out": Spec(shape, np.float32),
+        }
+
+    def fill(self, arrays: Arrays) -> None:
+        """Whole numbers of a byte: compressible about two to one."""
+        rng = np.random.default_rng(0)
+        step = self.rows // self.tiles
+        for first in range(0, self.rows, step):
+            piece = arrays["matrix"][first : first + step]
+            piece[:] = rng.integers(0, 256, piece.shape, np.uint8)
+
+    def steps(self, round: int) -> list[Step]:
+        sums = whole("sums", self.specs["sums"])
+        height = self.rows // self.tiles
+        cuts = [(first, first + height) for first in range(0, self.rows - height + 1, height)]
+        if cuts[-1][1] < self.rows:
+            cuts.append((cuts[-1][1], self.rows))
+        steps = [Step(clear, (Access(sums, WRITE),))]
+        steps += [Step(add_up, (Access(Tile("matrix", *cut), READ), Access(sums, UPDATE))) for cut in cuts]
+        for cut in cuts:
+            accesses = (Access(Tile("matrix", *cut), READ), Access(sums, READ), Access(Tile("out", *cut), WRITE))
+            steps.append(Step(standardise, accesses, (self.rows,)))
+        return steps
+
+    def check(self, arrays: Arrays, round: int) -> str | None:
+        """Column by column, with the mean of squared differences."""
+        matrix = {"matrix": np.empty((self.rows, self.columns), np.float32)}
+        self.fill(matrix)
+        for column in range(self.columns):
+            each = matrix["matrix"][:, column].astype(np.float64)
+            want = (each - each.mean()) / each.std()
+            if wrong := differs(arrays["out"][:, column], want, TOLERANCE, f"column {column}"):
+                return wrong
+        return None
+
+
+def add_pages(pages: Array, out: Array, numbers: Array) -> None:
+    np.sum(pages[numbers], axis=1, out=out)
+
+
+class Random(Workload):
+    """Sums of pages of 4 KiB, each as likely as any other."""
+
+    name, kind, where, foresight = "numpy_random", "random", "host", 2
+    result = "out"
+    hints = False  # a prefetch of one page costs what a fault does, also where the page is there already
+
+    def __init__(self, quick: bool = False) -> None:
+        self.pages, self.batch, batches = (1024, 64, 4) if quick else (24320, 256, 16)
+        rng = np.random.default_rng(0)
+        self.numbers = np.stack([rng.choice(self.pages, self.batch, replace=False) for _ in range(batches)])
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        return {
+            "pages": Spec((self.pages, PAGE), np.int64, 4096, constant=True),
+            "out": Spec((self.numbers.size,), np.int64, 4096),
+        }
+
+    def fill(self, arrays: Arrays) -> None:
+        """Small numbers in eight bytes: compressible about two to one, as four bytes of each are random."""
+        rng = np.random.default_rng(1)
+        for first in range(0, self.pages, 1024):
+            piece = arrays["pages"][first : first + 1024]
+            piece[:] = rng.integers(0, 1 << 32, piece.shape, np.uint32)
+
+    def out(self, batch: int) -> Tile:
+        return Tile("out", batch * self.batch, (batch + 1) * self.batch)
+
+    def steps(self, round: int) -> list[Step]:
+        pages = Access(whole("pages", self.specs["pages"]), READ)
+        return [
+            Step(add_pages, (pages, Access(self.out(n), WRITE)), (numbers,)) for n, numbers in enumerate(self.numbers)
+        ]
+
+    def check(self, arrays: Arrays, round: int) -> str | None:
+        """Each page's sum in Python's own integers, once."""
+        pages = {"pages": np.empty((self.pages, PAGE), np.int64)}
+        self.fill(pages)
+        sums = {number: sum(pages["pages"][number].tolist()) for number in np.unique(self.numbers).tolist()}
+        wrong = sum(
+            have != sums[number]
+            for have, number in zip(arrays["out"].tolist(), self.numbers.reshape(-1).tolist(), strict=True)
+        )
+        return f"{wrong} sums of pages" if wrong else None
+
+    def by_hand(self, hand: ByHand) -> Callable[[int], None]:
+        """As many pages as fit stay; the others of a batch are copied into one of two staging buffers."""
+        pages, outs = hand.arrays["pages"], self.numbers.size * 8
+        kept = min((hand.capacity - outs) // 4096 - 2 * self.batch, self.pages)
+        near = hand.device.array(0, (kept + 2 * self.batch, PAGE), np.int64)
+        near[:kept] = pages[:kept]
+        window, at_out = hand.device.window(0, near.shape, np.int64), near.nbytes
+
+        def one_round(number: int) -> None:
+            fences: list[Fence] = []
+            for batch, numbers in enumerate(self.numbers):
+                base = kept + batch % 2 * self.batch
+                missing = np.flatnonzero(numbers >= kept)
+                slots = numbers.copy()
+                slots[missing] = base + np.arange(len(missing))
+                for fence in fences[-2:-1]:
+                    fence.wait()
+                hand.copy(near[base : base + len(missing)], pages[numbers[missing]])
+                out = hand.device.window(at_out + self.out(batch).first * 8, (self.batch,), np.int64)
+                fences.append(on(hand, add_pages, [window, out], slots))
+            for fence in fences[-2:]:
+                fence.wait()
+            home = hand.arrays["out"]
+            hand.copy(home, hand.device.array(at_out, home.shape, np.int64), inwards=False)
+
+        return one_round

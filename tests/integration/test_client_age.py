@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ageing: what a process uses without faulting is told from what is idle."""
+
+import os
+from pathlib import Path
+
+import gmem
+import numpy as np
+import pytest
+
+PAGE = 65536
+HOT, SCAN, ROOM = 32, 1024, 256  # pages
+
+
+def hot_and_scan(hot: np.ndarray, scan: np.ndarray) -> int:
+    """Every step of the scan touches a page that is not needed again, and all those that are."""
+    total = 0
+    for at in range(0, scan.size, PAGE):
+        total += int(scan[at]) + int(hot[::PAGE].sum())
+    return total
+
+
+def misses(connect, monkeypatch, agent: str, device: bool) -> int:
+    """How often a hot page had to be fetched again."""
+    monkeypatch.setenv("GMEM_AGENT", agent)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[1] / "unit"))
+    if device:
+        session = connect(f"simgpu0:capacity={ROOM * PAGE}")
+    else:
+        tier = f"tier0:driver=pagestore:PageStore,capacity={4 * SCAN * PAGE}"
+        session = connect(tier, settings=[f"host.limit={ROOM * PAGE}"])
+    hot = gmem.full(HOT * PAGE, 1, np.uint8, page_size="64K", session=session)
+    scan = gmem.full(SCAN * PAGE, 1, np.uint8, page_size="64K", session=session)
+    name = "simgpu0" if device else "host"
+
+    def arrived() -> int:
+        return next(h["in_bytes"] for h in session.stats()["hnodes"] if h["name"] == name) // PAGE
+
+    before = arrived()
+    if device:
+        with gmem.device(name, session=session).context() as context:
+            total = context.launch(hot_and_scan, hot, scan).wait()
+    else:
+        total = hot_and_scan(hot, scan)
+    assert total == SCAN * (HOT + 1)
+    return arrived() - before - SCAN
+
+
+@pytest.mark.skipif(not os.access("/dev/userfaultfd", os.R_OK | os.W_OK), reason="ageing needs /dev/userfaultfd")
+@pytest.mark.parametrize("device", [False, True], ids=["host", "device"])
+def test_what_is_used_stays(connect, monkeypatch, device):
+    """The agents are threads that need their turn: on a machine that is busy with something else, another try."""
+    without = misses(connect, monkeypatch, "0", device)
+    with_agent = min(misses(connect, monkeypatch, "1", device) for _ in range(3))
+    assert with_agent <= without * 0.75
