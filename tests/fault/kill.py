@@ -31,7 +31,11 @@ POINTS_H = ROOT / "csrc" / "include" / "gmem" / "crash.h"
 KINDS = ("touch", "compute", "churn")
 PATIENCE_S = 0.8  # a point that nobody comes by in this time is given up for a kill at a random instant
 STALL_MAX_S = 2.0  # from the start of a daemon to the end of what was blocked, or to that daemon's own end
-DEVICES = ("simgpu0:capacity=6M", "name=disk,driver=file,path={directory},capacity=256M,depth=4")
+DEVICES = (
+    "simgpu0:capacity=6M",
+    "name=squeezed,driver=zstd,capacity=12M,ratio=1,tier=1",
+    "name=disk,driver=file,path={directory},capacity=256M,depth=4,tier=2",
+)
 
 
 def crash_points() -> list[str]:
