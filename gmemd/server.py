@@ -30,7 +30,9 @@ log = structlog.get_logger("gmemd.server")
 _INLINE_BYTES_MAX = 4096
 _BATCH = 64
 _DECODE_BACKLOG = 32
-_ANSWERED_MAX = 4096
+# What is longer is a question, and can be asked twice.
+_ANSWERED_MAX, _ANSWERED_S, _ANSWER_BYTES_MAX = 4096, 2.0, 4096
+Asked = tuple[bytes, int, int]  # the connection, the request's id, its hash
 _LINGER_MS = 200
 # Per connection, in messages. A client that does not read its replies loses those beyond this; gmemd does not wait.
 _SEND_HWM = 2048
@@ -46,9 +48,9 @@ class Server:
         self._operations = operations
         self._in_flight_max = requests_in_flight
         self._in_flight: dict[Session, int] = {}
-        # Clients ask again what is not answered soon. Those under way, and the last ones that were answered.
-        self._under_way: set[tuple[bytes, int]] = set()
-        self._answered: collections.OrderedDict[tuple[bytes, int], None] = collections.OrderedDict()
+        # Clients ask again, word for word, what is not answered soon: what is under way, and the last answers.
+        self._under_way: set[Asked] = set()
+        self._answered: collections.OrderedDict[Asked, tuple[float, bytes]] = collections.OrderedDict()
         self._lock = threading.Lock()
         # Four threads of sixteen for one session, and never all of them for one user.
         self._pool = FairPool(
@@ -165,18 +167,23 @@ class Server:
             self._operations.allow(session, request)
             if request.op.inline:
                 return schema.encode_reply(request.id, self._operations.execute(session, request))
-            if not self._enter(session, (identity, request.id)):
-                return None
+            asked = (identity, request.id, hash(body))
+            known, answer = self._known(asked)
+            if known:
+                return answer
+            self._enter(session, asked)
         except RequestError as error:
             return schema.encode_error(request.id, error)
         except Exception as error:
             return self._unexpected(request, error)
         self._submit(
-            identity, request.id, session, session.uid, lambda: self._work(identity, session, request), session
+            identity, request.id, session, session.uid, lambda: self._work(identity, session, request, asked),
+            lambda: self._leave(session, asked, b""),
         )
         return None
 
-    def _work(self, identity: bytes, session: Session, request: schema.Request) -> None:
+    def _work(self, identity: bytes, session: Session, request: schema.Request, asked: Asked) -> None:
+        body = b""
         try:
             body = schema.encode_reply(request.id, self._operations.execute(session, request))
         except RequestError as error:
@@ -184,10 +191,10 @@ class Server:
         except Exception as error:
             body = self._unexpected(request, error)
         finally:
-            self._leave(session, (identity, request.id))
+            self._leave(session, asked, body)
         self._reply(identity, body)
 
-    def _submit(self, identity: bytes, request_id: int, key: object, owner: object, work, session=None) -> None:
+    def _submit(self, identity: bytes, request_id: int, key: object, owner: object, work, undo=None) -> None:
         try:
             self._pool.submit(key, owner, work)
             return
@@ -195,26 +202,32 @@ class Server:
             error = RequestError(errno.EAGAIN, "too many requests are waiting")
         except PoolClosed:
             error = RequestError(errno.ESHUTDOWN, "gmemd is stopping")
-        if session is not None:
-            self._leave(session, (identity, request_id))
+        if undo is not None:
+            undo()
         self._reply(identity, schema.encode_error(request_id, error))
 
-    def _enter(self, session: Session, request: tuple[bytes, int]) -> bool:
-        """False: it is a request that was asked again."""
+    def _known(self, asked: Asked) -> tuple[bool, bytes | None]:
+        """Whether it is asked again; then the answer, None if that is still to come."""
         with self._lock:
-            if request in self._under_way or request in self._answered:
-                return False
+            when, answer = self._answered.get(asked, (0.0, None))
+            if answer is not None and time.monotonic() - when < _ANSWERED_S:
+                return True, answer
+            return asked in self._under_way, None
+
+    def _enter(self, session: Session, asked: Asked) -> None:
+        with self._lock:
             count = self._in_flight.get(session, 0)
             if count >= self._in_flight_max:
                 raise RequestError(errno.EAGAIN, f"{count} requests of the session are in flight, which is the limit")
             self._in_flight[session] = count + 1
-            self._under_way.add(request)
-            return True
+            self._under_way.add(asked)
 
-    def _leave(self, session: Session, request: tuple[bytes, int]) -> None:
+    def _leave(self, session: Session, asked: Asked, answer: bytes) -> None:
         with self._lock:
-            self._under_way.discard(request)
-            self._answered[request] = None
+            self._under_way.discard(asked)
+            if 0 < len(answer) <= _ANSWER_BYTES_MAX:
+                self._answered[asked] = time.monotonic(), answer
+                self._answered.move_to_end(asked)
             if len(self._answered) > _ANSWERED_MAX:
                 self._answered.popitem(last=False)
             count = self._in_flight[session] - 1

@@ -373,3 +373,23 @@ def test_stop_finishes_what_runs_and_refuses_the_rest(rig):
     assert msgpack.unpackb(dealer.recv()) == {"id": 1, "ok": True}
     stopper.join(5)
     assert not stopper.is_alive()
+
+
+def test_what_is_asked_again_is_done_once(rig):
+    session = rig.session()
+    dealer = rig.dealer()
+    request = {"v": 1, "id": 5, "op": "mmap", "token": session.token, "bytes": 4096}
+    gate = rig.core.delay["mmap"] = threading.Event()
+    for _ in range(3):
+        dealer.send(msgpack.packb(request))
+    assert not dealer.poll(200), "one is under way"
+    gate.set()
+    first = msgpack.unpackb(dealer.recv())
+    assert first["ok"] and not dealer.poll(100)
+    dealer.send(msgpack.packb(request))
+    assert msgpack.unpackb(dealer.recv()) == first, "the answer may have been lost"
+    assert len(rig.core.called("mmap")) == 1
+    dealer.send(msgpack.packb({**request, "id": 6}))
+    assert msgpack.unpackb(dealer.recv())["ok"] and len(rig.core.called("mmap")) == 2
+    dealer.send(msgpack.packb({**request, "bytes": 8192}))
+    assert msgpack.unpackb(dealer.recv())["ok"] and len(rig.core.called("mmap")) == 3, "another request, all the same"
