@@ -32,8 +32,11 @@ _BATCH = 64
 _DECODE_BACKLOG = 32
 _ANSWERED_MAX = 4096
 _LINGER_MS = 200
-# Per connection, in messages. A client that does not read its replies loses those beyond this; gmemd does not wait.
-_SEND_HWM = 2048
+# Per connection. A client that does not read its replies loses those beyond this; gmemd does not wait. libzmq counts
+# messages, of which the longest are half a MiB; so it gets few, and the others are counted in bytes.
+_SEND_HWM = 16
+_UNSENT_BYTES_MAX = 4 << 20
+_RESEND_MS = 1
 _RECEIVE_HWM = 64
 
 
@@ -56,6 +59,9 @@ class Server:
             backlog=max(requests_in_flight, _DECODE_BACKLOG), name="gmemd-op",
         )  # fmt: skip
         self._replies: queue.SimpleQueue[tuple[bytes, bytes]] = queue.SimpleQueue()
+        # Replies for which libzmq has no room now, by connection, and how many bytes they are.
+        self._unsent: dict[bytes, collections.deque[bytes]] = {}
+        self._unsent_bytes: collections.Counter[bytes] = collections.Counter()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopping = False
         self._stopped = False
@@ -63,6 +69,7 @@ class Server:
         self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
         self._socket.setsockopt(zmq.MAXMSGSIZE, schema.MESSAGE_BYTES_MAX)
         self._socket.setsockopt(zmq.SNDHWM, _SEND_HWM)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # says that there is no room, instead of dropping
         self._socket.setsockopt(zmq.RCVHWM, _RECEIVE_HWM)
         self._socket.bind(endpoint)
         self._thread = threading.Thread(target=self._run, name="gmemd-router", daemon=True)
@@ -89,7 +96,7 @@ class Server:
         poller.register(self._wake, zmq.POLLIN)
         try:
             while not self._stopped:
-                ready = dict(poller.poll())
+                ready = dict(poller.poll(_RESEND_MS if self._unsent else None))
                 if self._wake in ready:
                     os.eventfd_read(self._wake)
                 self._send_replies()
@@ -105,6 +112,8 @@ class Server:
                 self._wake = -1
 
     def _send_replies(self) -> None:
+        for identity in list(self._unsent):
+            self._resend(identity)
         while True:
             try:
                 identity, body = self._replies.get_nowait()
@@ -113,11 +122,31 @@ class Server:
             self._send(identity, body)
 
     def _send(self, identity: bytes, body: bytes) -> None:
+        waiting = self._unsent.get(identity)
+        if waiting is None and self._try_send(identity, body):
+            return
+        if self._unsent_bytes[identity] + len(body) > _UNSENT_BYTES_MAX:
+            log.debug("a client does not read its replies: one is dropped")
+            return
+        self._unsent.setdefault(identity, collections.deque()).append(body)
+        self._unsent_bytes[identity] += len(body)
+
+    def _try_send(self, identity: bytes, body: bytes) -> bool:
+        """False: there is no room. What can't be delivered at all counts as sent."""
         try:
             self._socket.send_multipart((identity, body), zmq.NOBLOCK)
-        except zmq.ZMQError as error:
-            # A ROUTER drops what can't be delivered by itself; this is for the rest, such as EHOSTUNREACH.
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:  # EHOSTUNREACH: the client is gone
             log.debug("reply not sent", error=str(error))
+        return True
+
+    def _resend(self, identity: bytes) -> None:
+        waiting = self._unsent[identity]
+        while waiting and self._try_send(identity, waiting[0]):
+            self._unsent_bytes[identity] -= len(waiting.popleft())
+        if not waiting:
+            del self._unsent[identity], self._unsent_bytes[identity]
 
     def _receive_some(self) -> None:
         """A bounded batch, so that replies are not kept waiting by a flood."""

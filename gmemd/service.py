@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
@@ -45,6 +46,8 @@ log = structlog.get_logger("gmemd.service")
 HANDSHAKE, CONTROL, EVENTS = "gmemd.sock", "control.sock", "events.sock"
 _IDLE_CHECK_S = 0.05
 _REAP_S = 5.0
+_M_MMAP_THRESHOLD = -3  # of malloc.h
+_LONG_BYTES = 64 << 10
 _UPGRADE_PAUSE_S = 0.1  # for the answer to whoever asked
 
 
@@ -126,6 +129,13 @@ def _raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def _give_memory_back() -> None:
+    """Long replies are mappings of their own, and gone when they are sent: what a client made gmemd hold for a moment must
+    not stay with it."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library has another way
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LONG_BYTES)
+
+
 def make_core(config: Config, **kept: Any) -> Any:
     from gmemd._core import Core  # here, so that what needs no core can be used without it
 
@@ -167,6 +177,7 @@ class Service:
     async def run(self) -> None:
         """Until stopped. OSError and ConfigError say why it could not start."""
         _raise_file_limit()
+        _give_memory_back()
         self._loop = asyncio.get_running_loop()
         try:
             async with contextlib.AsyncExitStack() as stack:

@@ -206,7 +206,7 @@ class Arena:
         self.end_attackers()
         until = time.monotonic() + seconds
         while more := self.census().above(before):
-            assert time.monotonic() < until, f"left behind: {more}\n{self.log[-4000:]}"
+            assert time.monotonic() < until, f"left behind: {more}\n{self.log[-1500:]}"
             time.sleep(0.02)
 
     def close(self) -> None:

@@ -45,6 +45,7 @@ RING_BYTES, SQ_OFFSET, CQ_OFFSET = 4096 + 256 * 64 + 512 * 64, 4096, 4096 + 256 
 UFFDIO_REGISTER, UFFDIO_WAKE, UFFDIO_COPY = 0xC020AA00, 0x8010AA02, 0xC028AA03
 UFFDIO_ZEROPAGE, UFFDIO_WRITEPROTECT, UFFDIO_UNREGISTER = 0xC020AA04, 0xC018AA06, 0x8010AA01
 PAGE = 4096
+GREETING = b"\xff" + bytes(7) + b"\x01\x7f" + b"\x03\x00" + b"NULL" + bytes(16) + bytes(32)  # of ZMTP
 
 
 def connect(path, kind=socket.SOCK_SEQPACKET):
@@ -225,13 +226,12 @@ class Attacker:
 
     def do_random_streams(self, name, count):
         """Bytes for libzmq: none of its greeting, some of it, all of it and then nonsense."""
-        greeting = b"\xff" + bytes(7) + b"\x01\x7f" + b"\x03\x00" + b"NULL" + bytes(16) + bytes(32)
         for number in range(count):
             with suppress(OSError):
                 with connect(str(self.directory / name), socket.SOCK_STREAM) as sock:
-                    start = greeting[: self.random.choice((0, 1, 10, 11, 12, 63, 64))] if number % 4 else b""
+                    start = GREETING[: self.random.choice((0, 1, 10, 11, 12, 63, 64))] if number % 4 else b""
                     if number % 4 == 3:
-                        start = greeting + b"\x04\x19\x05READY\x0bSocket-Type\x00\x00\x00\x04SUB "
+                        start = GREETING + b"\x04\x19\x05READY\x0bSocket-Type\x00\x00\x00\x04SUB "
                     sock.sendall(start + self.random.randbytes(self.random.choice((0, 1, 64, 300, 70_000))))
                     sock.settimeout(0.01)
                     sock.recv(1 << 16)
@@ -265,7 +265,7 @@ class Attacker:
         dealer.close(0)
         return seen
 
-    def do_impostor(self, identity, others):
+    def do_impostor(self, identity):
         """Connects to control.sock as `identity`, which libzmq lets peers choose; whether it gets as far as a reply."""
         metadata = b"".join(
             bytes((len(name),)) + name + struct.pack(">I", len(value)) + value
@@ -273,14 +273,15 @@ class Attacker:
         )
         command = b"\x05READY" + metadata
         with connect(str(self.directory / "control.sock"), socket.SOCK_STREAM) as sock:
-            sock.sendall(b"\xff" + bytes(7) + b"\x01\x7f" + b"\x03\x00" + b"NULL" + bytes(16) + bytes(32))
-            sock.sendall(bytes((4, len(command))) + command)
-            body = msgpack.packb({"v": 1, "id": 9, "op": "ping", "token": b"x" * 32})
-            got = b""
+            sock.sendall(GREETING)
             sock.settimeout(1.0)
+            got = b""
+            body = msgpack.packb({"v": 1, "id": 9, "op": "ping", "token": b"x" * 32})
             with suppress(OSError):
+                got = sock.recv(64)
+                sock.sendall(bytes((4, len(command))) + command)
                 sock.sendall(bytes((0, len(body))) + body)
-                while len(got) < 4096 and (more := sock.recv(4096)):
+                while b"EPERM" not in got and (more := sock.recv(4096)):
                     got += more
         return b"EPERM" in got
 
@@ -362,7 +363,7 @@ class Attacker:
     def do_deaf_subscriber(self):
         """Asks for every event and reads none."""
         sock = connect(str(self.directory / "events.sock"), socket.SOCK_STREAM)
-        sock.sendall(b"\xff" + bytes(7) + b"\x01\x7f" + b"\x03\x00" + b"NULL" + bytes(16) + bytes(32))
+        sock.sendall(GREETING)
         ready = b"\x05READY\x0bSocket-Type" + struct.pack(">I", 3) + b"SUB"
         sock.sendall(bytes((4, len(ready))) + ready + b"\x00\x01\x01")
         self.kept.append(sock)
