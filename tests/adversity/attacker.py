@@ -38,6 +38,7 @@ libc = bareclient.libc
 libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 libc.mremap.restype = ctypes.c_void_p
 libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]  # waits in a fault without the GIL
 libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
 KEEP_SIZE, PUNCH_HOLE, COLLAPSE, ZERO = 1, 2, 8, 16
 SQ_TAIL, SQ_HEAD, CQ_TAIL, CQ_HEAD, FLAGS, WAITS = 64, 128, 192, 256, 320, 384
@@ -399,7 +400,8 @@ class Attacker:
         if what == "eventfd":
             return os.eventfd(0)
         if what == "epoll":
-            return select.epoll().fileno() if False else os.dup(select.epoll().fileno())
+            poll = select.epoll()
+            return os.dup(poll.fileno())
         if what == "device":
             return os.dup(device)
         if what == "directory":
@@ -448,7 +450,7 @@ class Attacker:
 
         def touch(start):
             for at in range(region["va"] + start, region["va"] + region["bytes"], PAGE * 4):
-                ctypes.c_uint64.from_address(at).value = 1
+                libc.memset(at, 1, 8)
 
         # blocked for ever, perhaps: daemons do not keep the process
         for start in range(4):
@@ -460,29 +462,16 @@ class Attacker:
         return stolen
 
     def do_block_reader(self, rounds):
-        """Makes the userfaultfd blocking while gmemd reads it: O_NONBLOCK belongs to the description that both share."""
-        client = self.client()
-        region = client.region(8 << 20)
-        stop = threading.Event()
-
-        def toggle():
-            while not stop.is_set():
-                flags = fcntl.fcntl(client.uffd, fcntl.F_GETFL)
-                fcntl.fcntl(client.uffd, fcntl.F_SETFL, flags ^ os.O_NONBLOCK)
-
-        thread = threading.Thread(target=toggle, daemon=True)
-        thread.start()
-
-        def touch():
+        """Makes its userfaultfd blocking at the moment when gmemd is about to look for the next message: O_NONBLOCK belongs
+        to the description that both share. Faults that come fast keep gmemd looking for a while."""
+        for _ in range(rounds):
+            client = self.client()
+            region = client.region(1 << 20)
+            setfl = libc.fcntl
+            setfl(client.uffd, fcntl.F_SETFL, os.O_RDWR | os.O_NONBLOCK)
             for at in range(region["va"], region["va"] + region["bytes"], PAGE):
-                ctypes.c_uint64.from_address(at).value = 1
-
-        toucher = threading.Thread(target=touch, daemon=True)
-        toucher.start()
-        toucher.join(rounds)
-        stop.set()
-        thread.join()
-        fcntl.fcntl(client.uffd, fcntl.F_SETFL, os.O_RDWR)  # and there it stays
+                libc.memset(at, 1, 8)
+            setfl(client.uffd, fcntl.F_SETFL, os.O_RDWR)
         return True
 
     def do_foreign_ranges(self):
@@ -501,7 +490,6 @@ class Attacker:
                 ctypes.c_uint64.from_address(at).value = 1
                 os._exit(0)
             self.kept_child(child)
-            threading.Thread(target=lambda a=at: ctypes.memset(a + PAGE, 1, 8) and None, daemon=True)
         return outcome
 
     def kept_child(self, pid, seconds=1.0):
@@ -514,14 +502,13 @@ class Attacker:
         os.waitpid(pid, 0)
 
     def do_touch_foreign(self):
-        """A process of its own touches foreign memory that its uffd covers; its end."""
+        """A process of its own touches memory that gmemd did not give, present and write-protected; its end."""
         child = os.fork()
         if not child:
             client = Client(self.path)
             at = libc.mmap(None, 1 << 20, 3, mmap_module.MAP_PRIVATE | mmap_module.MAP_ANONYMOUS, -1, 0)
             ctypes.memset(at, 1, PAGE)
             fcntl.ioctl(client.uffd, UFFDIO_REGISTER, bytearray(struct.pack("=QQQQ", at, 1 << 20, 3, 0)))
-            # present and write-protected: poison can't answer that
             fcntl.ioctl(client.uffd, UFFDIO_WRITEPROTECT, bytearray(struct.pack("=QQQ", at, 1 << 20, 1)))
             ctypes.c_uint64.from_address(at).value = 2
             os._exit(0)
@@ -778,7 +765,11 @@ class Attacker:
         for _ in range(count):
             sock = connect(self.path)
             sock.send(wire.pack_hello(wire.CONTEXT, bytes.fromhex(token), device))
-            data, fds, _, _ = socket.recv_fds(sock, 1024, 8)
+            try:
+                data, fds, _, _ = socket.recv_fds(sock, 1024, 8)
+            except ConnectionResetError:  # refused before HELLO was read
+                outcomes.append(errno.EAGAIN)
+                continue
             self.kept += [sock, *fds]
             outcomes.append(-wire.unpack_welcome(data).status)
         return outcomes
