@@ -200,6 +200,13 @@ class Attacker:
         self.clients[-1].do_fill(region["va"], size, PAGE)
         return self.clients[-1].do_check(region["va"], size, PAGE)
 
+    def do_mmap_filled(self, size):
+        region = self.clients[-1].region(size)
+        return self.clients[-1].do_fill(region["va"], size, PAGE) and region["va"]
+
+    def do_check(self, va, bytes, step):
+        return self.clients[-1].do_check(va, bytes, step)
+
     # ---- sockets ----
 
     def do_random_packets(self, count):
