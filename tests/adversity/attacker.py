@@ -71,12 +71,13 @@ class Ring:
     def __init__(self, fd, bell):
         self.fd, self.bell = fd, bell
         self.map = mmap_module.mmap(fd, RING_BYTES)
+        self.words = (ctypes.c_uint32 * (RING_BYTES // 4)).from_buffer(self.map)
 
     def get(self, at):
-        return struct.unpack_from("=I", self.map, at)[0]
+        return self.words[at // 4]
 
     def set(self, at, value):
-        struct.pack_into("=I", self.map, at, value & 0xFFFFFFFF)
+        self.words[at // 4] = value & 0xFFFFFFFF  # in one store: struct would write byte after byte
 
     def ring(self):
         with suppress(BlockingIOError):
@@ -771,10 +772,10 @@ class Attacker:
         outcomes = []
         for _ in range(count):
             sock = connect(self.path)
-            sock.send(wire.pack_hello(wire.CONTEXT, bytes.fromhex(token), device))
             try:
+                sock.send(wire.pack_hello(wire.CONTEXT, bytes.fromhex(token), device))
                 data, fds, _, _ = socket.recv_fds(sock, 1024, 8)
-            except ConnectionResetError:  # refused before HELLO was read
+            except (ConnectionResetError, BrokenPipeError):  # refused before HELLO was read
                 outcomes.append(errno.EAGAIN)
                 continue
             self.kept += [sock, *fds]
