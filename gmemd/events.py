@@ -17,6 +17,7 @@ import structlog
 import zmq
 
 from gmemd.devices import DeviceTable
+from gmemd.door import LOOK_MS, Door
 from gmemd.sessions import SessionTable
 from gmemd.watch import Watch
 
@@ -33,16 +34,25 @@ _QUIET_S = 1.0
 class Publisher:
     """The PUB socket. publish() may be called from any thread; the loop's thread sends."""
 
-    def __init__(self, context: zmq.Context, endpoint: str) -> None:
+    def __init__(self, context: zmq.Context, endpoint: str, admit: Callable[[], None] = lambda: None) -> None:
         self._socket = context.socket(zmq.PUB)
         self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
         self._socket.setsockopt(zmq.SNDHWM, _HWM)
         self._socket.setsockopt(zmq.MAXMSGSIZE, 4096)  # what a subscriber may send us
-        self._socket.bind(endpoint)
+        self._door = Door(self._socket, endpoint, admit)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._door.monitor.fileno(), self._look)
+        self._look()
+
+    def _look(self) -> None:
+        if self._socket.closed or self._loop is None:
+            return
+        self._door.look()
+        if not self._door.is_open:
+            self._loop.call_later(LOOK_MS / 1000, self._look)
 
     def publish(self, topic: str, fields: dict[str, Any]) -> None:
         if self._loop is None:
@@ -61,6 +71,9 @@ class Publisher:
             log.debug("event not sent", topic=topic, error=str(error))
 
     def close(self) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.remove_reader(self._door.monitor.fileno())
+        self._door.close()
         self._socket.close()
 
 

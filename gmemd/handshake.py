@@ -74,15 +74,15 @@ def peer_of(sock: socket.socket) -> Peer:
     return Peer(sock, pid, uid, pidfd)
 
 
-def receive(sock: socket.socket) -> tuple[bytes, list[int], bool]:
-    """One message, its descriptors (close-on-exec) and whether something of it was cut off."""
+def receive(sock: socket.socket) -> tuple[bytes, list[int], int]:
+    """One message, its descriptors (close-on-exec) and what of it was cut off: MSG_TRUNC, MSG_CTRUNC."""
     space = socket.CMSG_SPACE(_FDS_MAX * 4)
     data, ancillary, flags, _ = sock.recvmsg(wire.RECEIVE_BYTES, space, socket.MSG_CMSG_CLOEXEC)
     fds = array.array("i")
     for level, kind, raw in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(raw[: len(raw) - len(raw) % fds.itemsize])
-    return data, list(fds), bool(flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC))
+    return data, list(fds), flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)
 
 
 def _close_all(fds: list[int]) -> None:
@@ -315,6 +315,8 @@ class HandshakeServer:
         data, fds, cut = receive(peer.sock)
         if cut or not data:
             await self._discard(peer, fds)
+            if cut & socket.MSG_CTRUNC and len(fds) < _FDS_MAX and not cut & socket.MSG_TRUNC:
+                raise RequestError(errno.EMFILE, "gmemd has no room for the descriptor that came with the message")
             if cut:
                 raise RequestError(errno.EPROTO, "the message is too long, or carries too many descriptors")
             raise ConnectionResetError

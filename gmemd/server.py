@@ -14,11 +14,13 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Callable
 
 import structlog
 import zmq
 
 from gmemd import schema
+from gmemd.door import LOOK_MS, Door
 from gmemd.errors import RequestError
 from gmemd.ops import Operations
 from gmemd.pool import FairPool, PoolClosed, QueueFull
@@ -43,7 +45,7 @@ _RECEIVE_HWM = 64
 class Server:
     def __init__(
         self, context: zmq.Context, endpoint: str, sessions: SessionTable, operations: Operations, *, workers: int,
-        requests_in_flight: int,
+        requests_in_flight: int, admit: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self._sessions = sessions
         self._operations = operations
@@ -71,7 +73,7 @@ class Server:
         self._socket.setsockopt(zmq.SNDHWM, _SEND_HWM)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # says that there is no room, instead of dropping
         self._socket.setsockopt(zmq.RCVHWM, _RECEIVE_HWM)
-        self._socket.bind(endpoint)
+        self._door = Door(self._socket, endpoint, admit)
         self._thread = threading.Thread(target=self._run, name="gmemd-router", daemon=True)
 
     def start(self) -> None:
@@ -94,9 +96,12 @@ class Server:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._wake, zmq.POLLIN)
+        poller.register(self._door.monitor, zmq.POLLIN)
         try:
             while not self._stopped:
-                ready = dict(poller.poll(_RESEND_MS if self._unsent else None))
+                ready = dict(poller.poll(_RESEND_MS if self._unsent else None if self._door.is_open else LOOK_MS))
+                if self._door.monitor in ready or not self._door.is_open:
+                    self._door.look()
                 if self._wake in ready:
                     os.eventfd_read(self._wake)
                 self._send_replies()
@@ -106,6 +111,7 @@ class Server:
         except Exception:
             log.exception("the control plane has failed")
         finally:
+            self._door.close()
             self._socket.close()
             with self._lock:  # a late worker must not write to whatever gets this number next
                 os.close(self._wake)

@@ -187,7 +187,10 @@ class Service:
         self._loop.set_default_executor(_started(ThreadPoolExecutor(_WAITERS, "gmemd-wait"), _WAITERS))
         try:
             async with contextlib.AsyncExitStack() as stack:
-                await self._start(stack)
+                try:
+                    await self._start(stack)
+                except zmq.ZMQError as error:  # out of descriptors, most likely
+                    raise OSError(error.errno, f"ZeroMQ: {error}") from None
                 self._report_ready()
                 await self._stop.wait()
                 self._notifier.stopping(self._why)
@@ -215,9 +218,8 @@ class Service:
         zmq_context = zmq.Context(io_threads=1)
         stack.callback(zmq_context.term)
         control, events = f"ipc://{runtime.file(CONTROL)}", f"ipc://{runtime.file(EVENTS)}"
-        publisher = Publisher(zmq_context, events)
+        publisher = Publisher(zmq_context, events, lambda: runtime.admit(EVENTS))
         stack.callback(publisher.close)
-        runtime.admit(EVENTS)
         publisher.start()
         drivers = Registry(self.core.driver_builtin)
         self.sessions = SessionTable(
@@ -297,9 +299,8 @@ class Service:
         limits = self._config.limits
         server = Server(
             zmq_context, control, self.sessions, operations, workers=limits.workers,
-            requests_in_flight=limits.requests_in_flight,
+            requests_in_flight=limits.requests_in_flight, admit=lambda: runtime.admit(CONTROL),
         )  # fmt: skip
-        runtime.admit(CONTROL)
         server.start()
         admissions = Admissions(
             self.core, self.sessions, self.devices, control=control, events=events, publish=publisher.publish

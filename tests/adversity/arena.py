@@ -136,17 +136,21 @@ class Arena:
     """A daemon in a directory that every user may enter."""
 
     def __init__(self, *options: str, honest: bool = True, limits: tuple[str, ...] = (), prefix: tuple[str, ...] = (),
-                 env: dict[str, str] | None = None) -> None:  # fmt: skip
+                 env: dict[str, str] | None = None, as_uid: int | None = None) -> None:  # fmt: skip
         self.directory = Path(tempfile.mkdtemp(prefix="gmem-adversity-", dir="/tmp"))
         self.directory.chmod(0o755)
         self.socket = str(self.directory / "run" / "gmemd.sock")
         self._attackers: list[Talker] = []
         self.honest: Talker | None = None
+        if as_uid is not None:
+            os.chown(self.directory, as_uid, as_uid)
         ready, ready_end = os.pipe()
         command = [*prefix, sys.executable, "-m", "gmemd", "run", "--runtime-dir", str(self.directory / "run"),
                    "--ready-fd", str(ready_end), *options]  # fmt: skip
         for limit in (*_LIMITS, *limits):
             command += ["--set", f"limits.{limit}"]
+        if as_uid is not None:
+            command = as_user(as_uid, command)
         with open(self.directory / "log", "wb") as log:
             self.process = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "KILL", *command], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log,

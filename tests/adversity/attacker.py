@@ -596,25 +596,25 @@ class Attacker:
         self.kept_child(child, 5.0)
         return True
 
-    def do_fork_bomb(self, count):
+    def do_fork_bomb(self, count, stay=False):
         """Children by bare fork, which never say hello; they end at once, or stay (and are killed)."""
         client = self.client()
         region = client.region(1 << 20)
         client.do_fill(region["va"], 64 << 10, PAGE)
         made = 0
-        stay = []
+        stayed = []
         for number in range(count):
             child = os.fork()
             if not child:
-                if number % 4 == 0:
+                if stay or number % 4 == 0:
                     time.sleep(60)
                 os._exit(0)
             made += 1
-            if number % 4:
+            if not stay and number % 4:
                 os.waitpid(child, 0)
             else:
-                stay.append(child)
-        for child in stay:
+                stayed.append(child)
+        for child in stayed:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
         return made
@@ -757,6 +757,19 @@ class Attacker:
             counts[key] = counts.get(key, 0) + 1
             size = 1 << self.random.randrange(12, 44)
         return counts
+
+    def do_try_storm(self, seconds):
+        """Sessions, memory, requests of all kinds, whatever becomes of them."""
+        until = time.monotonic() + seconds
+        while time.monotonic() < until:
+            with suppress(OSError, zmq.Again):
+                client = self.client(ring=self.random.random() < 0.5)
+                client.dealer.setsockopt(zmq.RCVTIMEO, 1000)
+                region = client.region(1 << 20)
+                client.request("prefetch", va=region["va"], bytes=1 << 20, hnid=1)
+                client.request("query", va=region["va"], bytes=1 << 20)
+                client.request("stats")
+        return True
 
     def do_regions(self, count):
         """Tiny regions; how many it got, and the errno of the refusal."""
