@@ -2,8 +2,9 @@
 """The door of a ZeroMQ socket: shut while descriptors run short.
 
 libzmq takes every connection that comes, and ends the process when accept(2) says EMFILE. So its listener is closed
-before that, with room for what it takes until it is; connections that are there stay, others are refused by the kernel and
-try again. Belongs to the thread that owns the socket.
+before that, with room for what it takes until it is. The connections that it had taken end with it, and so give back what
+ran short; clients connect again by themselves, and ask again what was not answered. Sessions leave that room alone:
+handshakes are refused earlier (short_of_descriptors). A Door belongs to the thread that owns the socket.
 """
 
 from __future__ import annotations
@@ -34,6 +35,20 @@ def reserve_of(limit: int) -> int:
     return min(max(_RESERVE_LEAST, limit // _RESERVE_PART), limit // 2)
 
 
+def _limit() -> int:
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+
+
+def _free() -> int:
+    return _limit() - open_descriptors()
+
+
+def short_of_descriptors() -> bool:
+    """So few that there may be no more sessions: the rest is for those that are there."""
+    reserve = reserve_of(_limit())
+    return _free() < reserve + reserve // 2
+
+
 class Door:
     """admit gives the file of the endpoint its mode, each time when it has been made."""
 
@@ -61,9 +76,6 @@ class Door:
         self._admit()
         self._is_open = True
 
-    def _free(self) -> int:
-        return resource.getrlimit(resource.RLIMIT_NOFILE)[0] - open_descriptors()
-
     def look(self) -> None:
         """To be called when somebody has come in, and every LOOK_MS while it is not open."""
         try:
@@ -71,18 +83,18 @@ class Door:
                 self._monitor.recv_multipart(zmq.NOBLOCK)
         except zmq.Again:
             pass
-        reserve = reserve_of(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
-        if self._is_open and self._free() < reserve:
+        reserve = reserve_of(_limit())
+        if self._is_open and _free() < reserve:
             self._socket.unbind(self._endpoint)
             self._is_open = False
-            log.warning("descriptors run short: no new connections", endpoint=self._endpoint)
-        elif not self._is_open and self._free() > reserve + reserve // 8 and time.monotonic() >= self._next_try:
+            log.warning("descriptors run short: connections are closed", endpoint=self._endpoint)
+        elif not self._is_open and _free() > reserve + reserve // 8 and time.monotonic() >= self._next_try:
             self._reopen()
 
     def _reopen(self) -> None:
         try:
             self._open()
-            log.info("new connections again", endpoint=self._endpoint)
+            log.info("connections again", endpoint=self._endpoint)
         except zmq.ZMQError as error:  # its predecessor is being closed, perhaps
             log.debug("the endpoint can't be bound yet", error=str(error))
             self._next_try = time.monotonic() + LOOK_MS / 1000

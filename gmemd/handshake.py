@@ -27,6 +27,7 @@ import structlog
 from gmemd import wire
 from gmemd.admission import Admission, Admissions, Claimant, Close
 from gmemd.config import Limits
+from gmemd.door import short_of_descriptors
 from gmemd.errors import RequestError, as_request_error
 from gmemd.keep import Keep
 from gmemd.pool import FairPool, PoolClosed, QueueFull
@@ -227,6 +228,8 @@ class HandshakeServer:
             return RequestError(errno.EDQUOT, f"uid {uid} has {self._connections[uid]} connections, which is the limit")
         if self._halfway[uid] >= self._limits.handshakes_per_uid:
             return RequestError(errno.EAGAIN, f"uid {uid} has too many unfinished handshakes")
+        if short_of_descriptors():
+            return RequestError(errno.EMFILE, "gmemd has too few descriptors left for another session")
         return None
 
     async def _connection(self, peer: Peer) -> None:

@@ -182,6 +182,8 @@ class Attacker:
         for made in range(count):
             try:
                 self.client()
+            except (ConnectionResetError, BrokenPipeError):  # the refusal came before HELLO was read
+                continue
             except OSError as error:
                 return {"made": made, "errno": error.errno}
         return {"made": count, "errno": 0}

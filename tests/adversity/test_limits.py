@@ -18,14 +18,16 @@ root_only = pytest.mark.skipif(not ROOTLY, reason="needs root to be other users"
 
 @pytest.fixture
 def few_fds(make_arena) -> Arena:
-    return make_arena("--device", "simgpu0:capacity=8M", limits=WIDE, prefix=("prlimit", "--nofile=768:768"))
+    arena = make_arena("--device", "simgpu0:capacity=8M", limits=WIDE, prefix=("prlimit", "--nofile=768:768"))
+    arena.check_honest()  # who has a connection keeps it
+    return arena
 
 
 def test_sessions_until_there_are_no_descriptors(few_fds):
     before = few_fds.census()
     attacker = few_fds.attacker()
     outcome = attacker.ask("sessions", count=260, seconds=60)
-    assert outcome["made"] < 260 and outcome["errno"] in (errno.EMFILE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENFILE)
+    assert outcome["made"] < 260 and outcome["errno"] == errno.EMFILE
     few_fds.check_honest()
     few_fds.settle(before)
     again = few_fds.attacker()
