@@ -8,13 +8,14 @@ must be what it wrote there, and the daemon must hold what it held before: the f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from arena import Arena
 
 
-def _arena(*options: str) -> Iterator[Arena]:
-    arena = Arena(*options)
+def _arena(*options: str, **more) -> Iterator[Arena]:
+    arena = Arena(*options, **more)
     try:
         yield arena
     finally:
@@ -23,7 +24,7 @@ def _arena(*options: str) -> Iterator[Arena]:
 
 @pytest.fixture(scope="session")
 def shared_arena() -> Iterator[Arena]:
-    yield from _arena("--device", "simgpu0:capacity=8M")
+    yield from _arena("--device", "simgpu0:capacity=8M", env={"PYTHONPATH": str(Path(__file__).resolve().parent)})
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tier whose ops do not come back as long as the file `hang` of its configuration is there."""
 
+import errno
 import os
 import time
 
@@ -31,3 +32,12 @@ class Hang(Driver):
 
     def peer_free(self, key, size):
         self.pages.pop(key, None)
+
+
+class Lost(Hang):
+    """Its content is gone as long as the file is there."""
+
+    def peer_unmap(self, key, dst):
+        if os.path.exists(self.hang):
+            raise OSError(errno.EIO, "the medium is gone")
+        dst[:] = self.pages[key]
