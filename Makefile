@@ -129,9 +129,9 @@ test-kill: $(VENV)/.test build ## kills the daemon N=100 times under load; every
 soak: $(VENV)/.test build c-plain ## the coherence tests for SOAK_SECONDS=60 each
 	build/c/test_coherence $(SOAK_SECONDS)
 	$(BIN)/python tests/fault/kill.py --seconds 86400 --kills 1000
-	GMEM_KILL_ROUNDS=500 $(BIN)/python -m pytest --timeout 600 tests/adversity $(PYTEST_FLAGS)
+	GMEM_KILL_ROUNDS=500 $(BIN)/python -m pytest --timeout 600 -o faulthandler_timeout=900 tests/adversity $(PYTEST_FLAGS)
 	GMEM_SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest --timeout $$((60 + 10 * $(SOAK_SECONDS))) \
-		tests/integration -k coherence $(PYTEST_FLAGS)
+		-o faulthandler_timeout=$$((120 + 10 * $(SOAK_SECONDS))) tests/integration -k coherence $(PYTEST_FLAGS)
 
 # ---- style ----
 

@@ -126,6 +126,8 @@ static int insert_locked(struct gmem_as *as, struct gmem_object *object, uint64_
 
 	if (at < as->count && as->regions[at]->va < va + bytes)
 		return -EEXIST;
+	if (as->count >= GMEM_REGIONS_MAX)
+		return -ENOMEM;
 	region = malloc(sizeof(*region));
 	if (!region || grow_locked(as, as->count + 1)) {
 		free(region);

@@ -138,8 +138,10 @@ static int notify_view(struct gmem_view *view, struct gmem_range range, void *ar
 	struct notice *notice = arg;
 	struct gmem_hnode *hnode = notice->hnode;
 
+	gmem_duty_driver(hnode->hnid, "invalidate");
 	hnode->ops->invalidate(hnode->device, view->session_id, range, notice->cause,
 			       atomic_fetch_add(&hnode->sequence, 1) + 1);
+	gmem_duty_driver(hnode->hnid, NULL);
 	return 0;
 }
 
@@ -194,8 +196,7 @@ static void release_copy(struct gmem_page *page, struct gmem_hnode *hnode, enum 
 
 	gmem_page_notify(page, hnode, cause);
 	if (gmem_hnode_is_peer(hnode)) {
-		if (hnode->ops->peer_free)
-			err = hnode->ops->peer_free(hnode->device, page->pn, page->bytes);
+		err = gmem_tier_free(hnode, page->pn, page->bytes);
 	} else {
 		/* a hole in the file takes the page out of every view at once */
 		err = gmem_object_file(page->object, hnode->hnid, &file);
@@ -296,10 +297,13 @@ int gmem_copy_by_engine(struct gmem_hnode *engine, void *dst, const void *src, u
 {
 	struct gmem_sg sg = { dst, src, bytes };
 	gmem_fence_t fence = 0;
-	int err = engine->ops->copy(engine->device, &sg, 1, 0, &fence);
+	int err;
 
+	gmem_duty_driver(engine->hnid, "copy");
+	err = engine->ops->copy(engine->device, &sg, 1, 0, &fence);
 	if (!err && fence && engine->ops->fence_wait)
 		err = engine->ops->fence_wait(engine->device, fence, 0);
+	gmem_duty_driver(engine->hnid, NULL);
 	return err;
 }
 

@@ -17,6 +17,7 @@
 #include <gmem/pmap.h>
 #include <gmem/recover.h>
 #include <gmem/ring.h>
+#include <gmem/tier.h>
 #include <gmem/uffd.h>
 
 /* What is referenced from the load to the resume: accounts by id, objects by first page number. */
@@ -340,8 +341,7 @@ static void drop_copy(struct gmem_object *object, uint64_t index, int hnid)
 	uint64_t bytes = 1ull << object->shift;
 
 	if (hnode && gmem_hnode_is_peer(hnode)) {
-		if (hnode->ops->peer_free)
-			hnode->ops->peer_free(hnode->device, object->pn + index, bytes);
+		gmem_tier_free(hnode, object->pn + index, bytes);
 	} else if (file) {
 		gmem_file_punch(file, object->offset + index * bytes, bytes);
 	}

@@ -387,6 +387,7 @@ static void *ring_thread(void *arg)
 	uint32_t me;
 
 	pthread_setname_np(pthread_self(), "gmem-ring");
+	gmem_duty_enlist(core, GMEM_ROLE_RING);
 	gmem_mutex_lock(&rings->lock);
 	me = rings->thread_count++;
 	while (listen_locked(rings, !ring)) {
@@ -397,7 +398,9 @@ static void *ring_thread(void *arg)
 			continue;
 		rings->serving[me] = ring;
 		gmem_mutex_unlock(&rings->lock);
+		gmem_duty_begin(GMEM_DOING_REQUESTS, ring->session->id, 0);
 		more = serve(rings, ring);
+		gmem_duty_end();
 		gmem_mutex_lock(&rings->lock);
 		rings->serving[me] = NULL;
 		ring->state = GMEM_RING_IDLE;
@@ -406,6 +409,7 @@ static void *ring_thread(void *arg)
 		pthread_cond_broadcast(&rings->turned);
 	}
 	gmem_mutex_unlock(&rings->lock);
+	gmem_duty_leave(core);
 	return NULL;
 }
 

@@ -233,8 +233,8 @@ static void release_copies(struct run *run, struct gmem_hnode *hnode)
 	for (size_t i = 0; i < run->count; i++) {
 		struct gmem_page *page = &run->pages[i];
 
-		if (gmem_hnode_is_peer(hnode) && hnode->ops->peer_free)
-			hnode->ops->peer_free(hnode->device, page->pn, page->bytes);
+		if (gmem_hnode_is_peer(hnode))
+			gmem_tier_free(hnode, page->pn, page->bytes);
 		if (gmem_word_flags(page->word) & GMEM_PAGE_PINNED)
 			gmem_hnode_pinned(hnode, -(int64_t)page->bytes);
 		gmem_hnode_frame_free(hnode, page->object, page->index);

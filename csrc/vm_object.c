@@ -5,6 +5,7 @@
 #include <gmem/crash.h>
 #include <gmem/as.h>
 #include <gmem/internal.h>
+#include <gmem/tier.h>
 #include <gmem/vm_object.h>
 
 int gmem_object_create(struct gmem_core *core, struct gmem_account *account, enum gmem_class class_, uint64_t offset,
@@ -93,8 +94,8 @@ static void free_pages(struct gmem_object *object)
 					continue;
 				if (gmem_word_flags(word) & GMEM_PAGE_PINNED)
 					gmem_hnode_pinned(hnode, -(int64_t)(1ull << object->shift));
-				if (gmem_hnode_is_peer(hnode) && hnode->ops->peer_free)
-					hnode->ops->peer_free(hnode->device, pn, 1ull << object->shift);
+				if (gmem_hnode_is_peer(hnode))
+					gmem_tier_free(hnode, pn, 1ull << object->shift);
 				gmem_hnode_frame_free(hnode, object, pn - object->pn);
 			}
 		}

@@ -14,11 +14,13 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Callable
 
 import structlog
 import zmq
 
 from gmemd import schema
+from gmemd.door import LOOK_MS, Door
 from gmemd.errors import RequestError
 from gmemd.ops import Operations
 from gmemd.pool import FairPool, PoolClosed, QueueFull
@@ -34,15 +36,18 @@ _DECODE_BACKLOG = 32
 _ANSWERED_MAX, _ANSWERED_S, _ANSWER_BYTES_MAX = 4096, 2.0, 4096
 Asked = tuple[bytes, int, int]  # the connection, the request's id, its hash
 _LINGER_MS = 200
-# Per connection, in messages. A client that does not read its replies loses those beyond this; gmemd does not wait.
-_SEND_HWM = 2048
+# Per connection. A client that does not read its replies loses those beyond this; gmemd does not wait. libzmq counts
+# messages, of which the longest are half a MiB; so it gets few, and the others are counted in bytes.
+_SEND_HWM = 16
+_UNSENT_BYTES_MAX = 4 << 20
+_RESEND_MS = 1
 _RECEIVE_HWM = 64
 
 
 class Server:
     def __init__(
         self, context: zmq.Context, endpoint: str, sessions: SessionTable, operations: Operations, *, workers: int,
-        requests_in_flight: int,
+        requests_in_flight: int, admit: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self._sessions = sessions
         self._operations = operations
@@ -58,6 +63,9 @@ class Server:
             backlog=max(requests_in_flight, _DECODE_BACKLOG), name="gmemd-op",
         )  # fmt: skip
         self._replies: queue.SimpleQueue[tuple[bytes, bytes]] = queue.SimpleQueue()
+        # Replies for which libzmq has no room now, by connection, and how many bytes they are.
+        self._unsent: dict[bytes, collections.deque[bytes]] = {}
+        self._unsent_bytes: collections.Counter[bytes] = collections.Counter()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopping = False
         self._stopped = False
@@ -65,8 +73,9 @@ class Server:
         self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
         self._socket.setsockopt(zmq.MAXMSGSIZE, schema.MESSAGE_BYTES_MAX)
         self._socket.setsockopt(zmq.SNDHWM, _SEND_HWM)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # says that there is no room, instead of dropping
         self._socket.setsockopt(zmq.RCVHWM, _RECEIVE_HWM)
-        self._socket.bind(endpoint)
+        self._door = Door(self._socket, endpoint, admit)
         self._thread = threading.Thread(target=self._run, name="gmemd-router", daemon=True)
 
     def start(self) -> None:
@@ -89,9 +98,12 @@ class Server:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._wake, zmq.POLLIN)
+        poller.register(self._door.monitor, zmq.POLLIN)
         try:
             while not self._stopped:
-                ready = dict(poller.poll())
+                ready = dict(poller.poll(_RESEND_MS if self._unsent else None if self._door.is_open else LOOK_MS))
+                if self._door.monitor in ready or not self._door.is_open:
+                    self._door.look()
                 if self._wake in ready:
                     os.eventfd_read(self._wake)
                 self._send_replies()
@@ -101,12 +113,15 @@ class Server:
         except Exception:
             log.exception("the control plane has failed")
         finally:
+            self._door.close()
             self._socket.close()
             with self._lock:  # a late worker must not write to whatever gets this number next
                 os.close(self._wake)
                 self._wake = -1
 
     def _send_replies(self) -> None:
+        for identity in list(self._unsent):
+            self._resend(identity)
         while True:
             try:
                 identity, body = self._replies.get_nowait()
@@ -115,11 +130,31 @@ class Server:
             self._send(identity, body)
 
     def _send(self, identity: bytes, body: bytes) -> None:
+        waiting = self._unsent.get(identity)
+        if waiting is None and self._try_send(identity, body):
+            return
+        if self._unsent_bytes[identity] + len(body) > _UNSENT_BYTES_MAX:
+            log.debug("a client does not read its replies: one is dropped")
+            return
+        self._unsent.setdefault(identity, collections.deque()).append(body)
+        self._unsent_bytes[identity] += len(body)
+
+    def _try_send(self, identity: bytes, body: bytes) -> bool:
+        """False: there is no room. What can't be delivered at all counts as sent."""
         try:
             self._socket.send_multipart((identity, body), zmq.NOBLOCK)
-        except zmq.ZMQError as error:
-            # A ROUTER drops what can't be delivered by itself; this is for the rest, such as EHOSTUNREACH.
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:  # EHOSTUNREACH: the client is gone
             log.debug("reply not sent", error=str(error))
+        return True
+
+    def _resend(self, identity: bytes) -> None:
+        waiting = self._unsent[identity]
+        while waiting and self._try_send(identity, waiting[0]):
+            self._unsent_bytes[identity] -= len(waiting.popleft())
+        if not waiting:
+            del self._unsent[identity], self._unsent_bytes[identity]
 
     def _receive_some(self) -> None:
         """A bounded batch, so that replies are not kept waiting by a flood."""

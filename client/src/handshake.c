@@ -226,7 +226,7 @@ static int attempt(struct gmem_link *link, uint32_t kind, const uint8_t *token, 
 	err = dial(link);
 	if (!err)
 		err = put(link, &hello, sizeof(hello), -1);
-	if (!err)
+	if (!err || err == -EPIPE) /* a refusal may be there before HELLO could be sent */
 		err = get_welcome(link);
 	stored = !err && (link->hello.flags & GMEM_WIRE_FORK_STORED);
 	if (!err && kind == GMEM_WIRE_CONTEXT) {

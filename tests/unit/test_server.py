@@ -19,6 +19,7 @@ from gmemd.drivers.registry import Registry
 from gmemd.ops import Operations
 from gmemd.server import Server
 from gmemd.sessions import Context, SessionTable
+from gmemd.watch import Watch
 
 VA = 0x660000000000
 
@@ -33,7 +34,7 @@ class Rig:
         drivers = Registry(core.driver_builtin)
         self.sessions = SessionTable(core, sessions_per_uid=100, contexts_per_session=8, publish=publish)
         self.devices = DeviceTable(core, drivers, self.sessions, publish)
-        operations = Operations(core, self.sessions, self.devices, drivers)
+        operations = Operations(core, self.sessions, self.devices, drivers, Watch(core, self.devices.name_of, 0))
         self.server = Server(self.context, self.endpoint, self.sessions, operations, workers=8, requests_in_flight=20)
         self.server.start()
         self.ids = itertools.count(1)

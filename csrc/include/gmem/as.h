@@ -22,6 +22,9 @@ struct gmem_region {
 	struct gmem_region *next;   /* (O) in object->regions */
 };
 
+/* More than the kernel lets a process map, by default. */
+#define GMEM_REGIONS_MAX 65536
+
 struct gmem_as {
 	struct gmem_rwlock lock;
 	uint64_t session_id;          /* (C) */
