@@ -283,11 +283,14 @@ int gmem_run_move(const struct gmem_run_args *args)
 	struct run run = { .args = args, .core = args->object->core, .page_bytes = 1ull << args->object->shift };
 	bool sole;
 	int err, count;
+	bool used;
 
 	lock_pages(&run);
 	keep_mapped(&run);
 	if (!run.count)
 		return 0;
+	/* A stream comes back to what is here and was aged: it maps the pages before anybody is seen to use them. */
+	used = args->wanted || gmem_word_valid(run.pages[0].word) >> args->hnid & 1;
 	err = fetch(&run);
 	if (!err && run.count) {
 		gmem_word_t word = run.pages[0].word;
@@ -301,7 +304,7 @@ int gmem_run_move(const struct gmem_run_args *args)
 		err = map(&run);
 	gmem_crash(GMEM_CRASH_RUN_MAPPED);
 	count = (int)run.count;
-	if (!err && args->wanted)
+	if (!err && used)
 		for (int i = 0; i < count; i++)
 			gmem_hnode_touch(gmem_core_hnode(run.core, args->hnid), args->object, run.pages[i].index);
 	shorten(&run, 0);
