@@ -126,6 +126,10 @@ N ?= 100
 test-kill: $(VENV)/.test build ## kills the daemon N=100 times under load; every word is checked
 	$(BIN)/python tests/fault/kill.py --seconds 86400 --kills $(N)
 
+SPIN_FLAGS ?= --crashes 2 --evictions 1 --accesses 1
+spin: $(VENV)/.test ## checks the model of the page protocol, and that each of its guards is needed; some minutes
+	$(BIN)/python tests/model/page.py $(SPIN_FLAGS)
+
 soak: $(VENV)/.test build c-plain ## the coherence tests for SOAK_SECONDS=60 each
 	build/c/test_coherence $(SOAK_SECONDS)
 	$(BIN)/python tests/fault/kill.py --seconds 86400 --kills 1000
