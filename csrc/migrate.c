@@ -466,9 +466,10 @@ static int transfer(struct gmem_page *page, struct gmem_hnode *from, struct gmem
 		if (err == -EEXIST) { /* left over from a client that wrote past its mapping: not the content */
 			struct gmem_file *file;
 
+			gmem_count(&page->core->stats.leftovers, 1);
 			if (!gmem_object_file(page->object, to->hnid, &file))
 				gmem_file_punch(file, page->object->offset + page->offset, page->bytes);
-			err = copy_into_view(page, from, to, view, range);
+			err = -ESRCH; /* the client may write there again: the other way does not mind */
 		}
 		*ret_mapped = !err;
 		gmem_crash(GMEM_CRASH_COPY);

@@ -133,6 +133,7 @@ static void run(uint64_t page_bytes, bool hugepages, double seconds)
 	gmem_hnodes(core, hnodes, &count);
 	CHECK(stats.evictions > 0 && stats.d2h_bytes > 0 && stats.h2d_bytes > 0 && stats.invalidations > 0);
 	CHECK_EQ(stats.poisoned_pages, 0);
+	CHECK_EQ(stats.leftovers, 0);
 	for (size_t i = 0; i < count; i++) {
 		CHECK(hnodes[i].peak_bytes <= hnodes[i].info.capacity_bytes);
 		CHECK_EQ(hnodes[i].used_bytes, 0);
