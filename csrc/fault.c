@@ -162,13 +162,25 @@ static bool defer(struct gmem_core *core, const struct gmem_fault *fault)
 	return false;
 }
 
+static void trace_fault(const struct gmem_page *page, const struct gmem_fault *fault, const struct gmem_place *place,
+			gmem_word_t before)
+{
+	const struct gmem_use use = { GMEM_ACCESS_FAULT, fault->view->hnid, fault->view->session_id, place->range.va, before,
+				      is_write(fault) };
+
+	gmem_page_trace(page, &use);
+}
+
+/* before: the page's word as it was found. */
 static void settle(struct gmem_core *core, struct gmem_page *page, const struct gmem_fault *fault,
-		   const struct gmem_place *place, int err)
+		   const struct gmem_place *place, gmem_word_t before, int err)
 {
 	struct gmem_hnode *hnode = gmem_core_hnode(core, fault->view->hnid);
 
 	if (!err && hnode)
 		gmem_hnode_touch(hnode, page->object, page->index);
+	if (!err && gmem_core_traces(core))
+		trace_fault(page, fault, place, before);
 	gmem_page_unlock(page);
 	switch (err) {
 	case 0:
@@ -214,9 +226,11 @@ void gmem_fault_resolve(struct gmem_core *core, const struct gmem_fault *fault, 
 		gmem_page_unlock(&page);
 		gmem_fault_poison(core, view, place.range, -EIO);
 	} else {
+		gmem_word_t before = page.word;
+
 		gmem_page_hint(&page, place.hint);
 		page.awaited = is_write(fault) ? 0 : fault->va;
-		settle(core, &page, fault, &place,
+		settle(core, &page, fault, &place, before,
 		       resolve_locked(&page, view, place.range, fault->flags));
 	}
 	gmem_count(&core->stats.fault_ns, gmem_now_ns() - start);
