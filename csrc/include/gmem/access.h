@@ -22,6 +22,7 @@ enum gmem_access_kind {
 #define GMEM_ACCESS_RESIDENT 0x02 /* there was a copy on the hnode */
 #define GMEM_ACCESS_EMPTY 0x04    /* it had no content anywhere: nothing was copied */
 #define GMEM_ACCESS_OWNED 0x08    /* it is writable there from now on, so later writes are unseen */
+#define GMEM_ACCESS_FLAGS 0x10    /* of which there are no others */
 
 #define GMEM_ACCESS_NOWHERE 0xff /* hnid of GONE */
 
