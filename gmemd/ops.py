@@ -14,6 +14,7 @@ from gmemd import __version__, schema
 from gmemd.devices import DeviceTable
 from gmemd.drivers.registry import Registry
 from gmemd.errors import RequestError, as_request_error
+from gmemd.recorder import Recorder
 from gmemd.sessions import Session, SessionTable
 from gmemd.watch import Watch
 
@@ -103,6 +104,7 @@ class Operations:
         self._devices = devices
         self._drivers = drivers
         self._watch = watch
+        self._recorder = Recorder(core, sessions, devices)
         self._window = core.window()
         self._quota_lock = threading.Lock()
         self._methods: dict[str, Callable[[Session, Args], Reply]] = {
@@ -295,6 +297,16 @@ class Operations:
             total += len(found)
             regions.extend(_region(core_id, region) for region in found[: args["limit"] - len(regions)])
         return {"regions": regions, "total": total}
+
+    def _op_trace_start(self, session: Session, args: Args) -> Reply:
+        return self._recorder.start(session, args["session"], args["device"], args["buffer_bytes"])
+
+    def _op_trace_read(self, session: Session, args: Args) -> Reply:
+        return self._recorder.read(session, args["position"])
+
+    def _op_trace_stop(self, session: Session, args: Args) -> Reply:
+        self._recorder.stop(session)
+        return {}
 
     def _op_close(self, session: Session, args: Args) -> Reply:
         self._sessions.end(session, "closed by the client")

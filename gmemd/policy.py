@@ -58,8 +58,8 @@ class Trace:
 
     @classmethod
     def of_records(cls, records: Any, hnid: int, kinds: int, session: int = 0) -> Trace:
-        """From the records of gmemd.trace: uses on one hnode, of those kinds (bit k: kind k), and of one session if it is
-        not 0. Pages that end, or are taken away by writes elsewhere, come back as others. ValueError: bad records."""
+        """From the records of gmemd.trace: uses on one hnode, of those kinds (bit k: kind k), and of one session unless
+        that is 0. Pages that end, or are taken away by writes elsewhere, come back as others. ValueError: bad records."""
         trace = cls.__new__(cls)
         trace._accesses = Accesses.of_records(records, hnid, kinds, session)
         trace.page_bytes = trace._accesses.unit_bytes if trace._accesses.uses else 4096
@@ -102,8 +102,10 @@ def replay(trace: Trace, policy: str, capacity_pages: int, *, visible: float = 1
     if not 0 <= visible <= 1:
         raise ValueError(f"visible: {visible} is out of range: 0 to 1")
     misses, dirty, clean, *units = trace._accesses.replay(policy, capacity_pages, visible, seed)
-    sizes = [count * trace.page_bytes for count in units]
-    return Result(policy, capacity_pages, len(trace), misses, dirty, clean, *sizes, trace.page_bytes)
+    copied_in, copied_out, dropped = (count * trace.page_bytes for count in units)
+    return Result(
+        policy, capacity_pages, len(trace), misses, dirty, clean, copied_in, copied_out, dropped, trace.page_bytes
+    )
 
 
 def curve(
