@@ -59,7 +59,7 @@ class Trace:
     @classmethod
     def of_records(cls, records: Any, hnid: int, kinds: int, session: int = 0) -> Trace:
         """From the records of gmemd.trace: uses on one hnode, of those kinds (bit k: kind k), and of one session unless
-        that is 0. Pages that end, or are taken away by writes elsewhere, come back as others. ValueError: bad records."""
+        that is 0. Pages that end, or that writes elsewhere take away, come back as others. ValueError: bad records."""
         trace = cls.__new__(cls)
         trace._accesses = Accesses.of_records(records, hnid, kinds, session)
         trace.page_bytes = trace._accesses.unit_bytes if trace._accesses.uses else 4096
