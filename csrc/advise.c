@@ -92,12 +92,25 @@ static int prefetch_range(struct gmem_request *request, uint64_t va, uint64_t en
 	return err;
 }
 
-/* A page that is asked for must not leave while the others come (WILLNEED stops an eviction). */
-static int spare_page(struct gmem_request *request, struct gmem_page *page, struct gmem_range range)
+/* A page that is asked for must not leave while the others come: that stops an eviction, even one that is under way. So it
+ * is said before any page is waited for. */
+static void want(struct gmem_request *request, uint64_t va, uint64_t end)
 {
-	(void)range;
-	gmem_hnode_touch(gmem_core_hnode(request->core, request->hnid), page->object, page->index);
-	return 0;
+	struct gmem_hnode *hnode = gmem_core_hnode(request->core, request->hnid);
+	struct gmem_lpt *lpt = &request->core->lpt;
+	struct gmem_place place;
+
+	for (; va < end && !gmem_as_lookup(&request->session->as, va, &place); va = place.region_va + place.region_bytes) {
+		uint64_t pn = place.object->pn + place.index, stop, region_end = place.region_va + place.region_bytes;
+		uint64_t last = pn + (((region_end < end ? region_end : end) - 1 - place.range.va) >> place.object->shift);
+
+		for (; !gmem_lpt_next_touched(lpt, &pn, last + 1, &stop); pn = stop)
+			for (uint64_t at = pn; at < stop; at++)
+				if (gmem_word_valid(atomic_load_explicit(&lpt->words[at], memory_order_relaxed)) >>
+				    request->hnid & 1)
+					gmem_hnode_want(hnode, at);
+		gmem_object_unref(place.object);
+	}
 }
 
 int gmem_prefetch(struct gmem_core *core, uint64_t session, int hnid, uint64_t va, uint64_t bytes)
@@ -110,7 +123,7 @@ int gmem_prefetch(struct gmem_core *core, uint64_t session, int hnid, uint64_t v
 	err = gmem_request_init(core, session, hnid, va, bytes, &request);
 	if (err)
 		return err;
-	gmem_for_pages(&request, va, bytes, false, true, spare_page);
+	want(&request, va, va + bytes);
 	err = prefetch_range(&request, va, va + bytes);
 	gmem_request_deinit(&request);
 	return err;

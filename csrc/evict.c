@@ -13,6 +13,7 @@
 
 struct batch {
 	struct gmem_hnode *from, *to;
+	bool forced;
 	size_t count;
 	struct gmem_page *pages[GMEM_EVICT_BATCH];
 	struct gmem_peer_io io[GMEM_EVICT_BATCH];
@@ -28,11 +29,22 @@ static void count_eviction(struct gmem_hnode *hnode, bool clean)
 	gmem_count(&hnode->core->stats.evicted_clean, 1);
 }
 
-static int drop(struct gmem_hnode *hnode, struct gmem_page *page, bool clean)
+/* Somebody has asked for it here, since it was chosen perhaps: it stays, this time. */
+static bool is_wanted(struct gmem_hnode *hnode, struct gmem_frame *frame, bool forced)
+{
+	if (forced || !atomic_exchange_explicit(&frame->wanted, 0, memory_order_relaxed))
+		return false;
+	gmem_count(&hnode->core->stats.evictions_stopped, 1);
+	return true;
+}
+
+static int drop(struct gmem_hnode *hnode, struct gmem_page *page, bool clean, bool forced)
 {
 	struct gmem_frame *frame = gmem_hnode_frame(hnode, page->object, page->index);
 	int err;
 
+	if (is_wanted(hnode, frame, forced))
+		return -EBUSY;
 	frame->evicted = true; /* the policy may remember it */
 	err = gmem_page_drop(page, hnode->hnid);
 	gmem_crash(GMEM_CRASH_DROP);
@@ -50,7 +62,7 @@ static int may_go(struct gmem_hnode *hnode, struct gmem_page *page, bool forced)
 
 	if (!frame || !(gmem_word_valid(page->word) >> hnode->hnid & 1))
 		return 0;
-	if (frame->holds)
+	if (frame->holds || is_wanted(hnode, frame, forced))
 		return -EBUSY;
 	if (!forced && (gmem_word_flags(page->word) & GMEM_PAGE_PINNED))
 		return -EPERM;
@@ -76,7 +88,7 @@ static int preferred_target(struct gmem_hnode *hnode, const struct gmem_page *pa
 }
 
 /* To where it would rather be, or to the nearest place that takes it. */
-static int evict_one(struct gmem_hnode *hnode, struct gmem_page *page)
+static int evict_one(struct gmem_hnode *hnode, struct gmem_page *page, bool forced)
 {
 	int preferred = preferred_target(hnode, page);
 	bool clean = is_clean(hnode, page), mapped;
@@ -96,7 +108,7 @@ static int evict_one(struct gmem_hnode *hnode, struct gmem_page *page)
 		refused |= 1u << target;
 		preferred = -1;
 	}
-	return drop(hnode, page, clean);
+	return drop(hnode, page, clean, forced);
 }
 
 /* Readers only, and a place in the tier. */
@@ -129,7 +141,7 @@ static int push(struct batch *batch)
 			gmem_page_forget(page, batch->to);
 		} else {
 			gmem_page_arrived(page, batch->from, batch->to, GMEM_WHY_EVICTED);
-			result = drop(batch->from, page, false);
+			result = drop(batch->from, page, false, batch->forced);
 		}
 		if (result)
 			err = result;
@@ -138,9 +150,9 @@ static int push(struct batch *batch)
 }
 
 /* What can be had in one go; the others wait for another round. */
-static int evict_to_tier(struct gmem_hnode *hnode, struct gmem_page **pages, size_t count)
+static int evict_to_tier(struct gmem_hnode *hnode, struct gmem_page **pages, size_t count, bool forced)
 {
-	struct batch batch = { .from = hnode };
+	struct batch batch = { .from = hnode, .forced = forced };
 	int target = gmem_tier_next(hnode, pages[0]->bytes, 0);
 
 	if (target < 0)
@@ -150,12 +162,12 @@ static int evict_to_tier(struct gmem_hnode *hnode, struct gmem_page **pages, siz
 		int err = 0;
 
 		for (size_t i = 0; !err && i < count; i++)
-			err = evict_one(hnode, pages[i]);
+			err = evict_one(hnode, pages[i], forced);
 		return err;
 	}
 	for (size_t i = 0; i < count; i++)
 		if (!prepare(&batch, pages[i]) && !batch.count)
-			return evict_one(hnode, pages[i]);
+			return evict_one(hnode, pages[i], forced);
 	return push(&batch);
 }
 
@@ -168,14 +180,14 @@ int gmem_evict(struct gmem_hnode *hnode, struct gmem_page *pages, size_t count, 
 	for (size_t i = 0; i < count; i++) {
 		result = may_go(hnode, &pages[i], forced);
 		if (result > 0 && (is_clean(hnode, &pages[i]) || preferred_target(hnode, &pages[i]) >= 0))
-			result = evict_one(hnode, &pages[i]);
+			result = evict_one(hnode, &pages[i], forced);
 		else if (result > 0)
 			leaving[leaving_count++] = &pages[i];
 		if (result < 0)
 			err = result;
 	}
 	if (leaving_count) {
-		result = evict_to_tier(hnode, leaving, leaving_count);
+		result = evict_to_tier(hnode, leaving, leaving_count, forced);
 		err = result ? result : err;
 	}
 	for (size_t i = 0; i < count; i++) {

@@ -300,6 +300,14 @@ void gmem_hnode_touch(struct gmem_hnode *hnode, struct gmem_object *object, uint
 		gmem_mutex_unlock(&hnode->lock);
 }
 
+void gmem_hnode_want(struct gmem_hnode *hnode, uint64_t pn)
+{
+	uint32_t frame = atomic_load_explicit(&hnode->frame_of[pn], memory_order_relaxed);
+
+	if (frame)
+		atomic_store_explicit(&hnode->frames[frame].wanted, 1, memory_order_relaxed);
+}
+
 void gmem_hnode_cool(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index)
 {
 	uint32_t frame = atomic_load_explicit(&hnode->frame_of[object->pn + index], memory_order_relaxed);

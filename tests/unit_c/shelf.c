@@ -53,6 +53,8 @@ static int put(struct shelf *shelf, uint64_t key, const void *src, size_t bytes)
 	int err = 0;
 
 	CHECK(key < shelf->key_count && book);
+	for (; shelf->hold; sleep_ms(1), shelf->held++)
+		shelf->held_key = key;
 	book->bytes = bytes;
 	memcpy(book->content, src, bytes);
 	pthread_mutex_lock(&shelf->lock);

@@ -15,6 +15,8 @@ struct shelf {
 	_Atomic uint64_t physical;        /* bytes it really takes; -ENOSPC above */
 	bool batches;                     /* has the ops for several pages */
 	uint32_t caps;                    /* beside PEER */
+	_Atomic bool hold;                /* pushes wait while it is set */
+	_Atomic uint64_t held_key, held;  /* the key of one that waits; how often it has waited */
 	_Atomic int pull_error;           /* what every pull returns; 0: the page */
 	_Atomic uint64_t stored, pages;   /* bytes, pages it holds now */
 	_Atomic uint64_t pushes, pulls, calls, largest; /* largest: pages in one batch */

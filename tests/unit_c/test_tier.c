@@ -13,6 +13,8 @@
 
 #include "harness.h"
 
+#include <gmem/internal.h>
+
 #define MIB (1ul << 20)
 #define BUDGET (8 * MIB)
 #define DATA (32 * MIB)
@@ -439,6 +441,87 @@ static void advice(void)
 	printf("advice: ok\n");
 }
 
+/* A request for pages that are on their way out stops their eviction. */
+static int keep_writing(struct client *client, void *arg)
+{
+	volatile uint64_t *p = client_mmap(client, DATA, shared->page_bytes, GMEM_FORK_SHARE);
+
+	(void)arg;
+	for (uint64_t i = 0; i < BUDGET / 16; i += 64)
+		p[i] = word_at(i, 3);
+	shared->va = (uint64_t)p;
+	step_to(1);
+	wait_step(2);
+	for (uint64_t i = 0; i < BUDGET / 16; i += 64)
+		CHECK_EQ(p[i], word_at(i, 3));
+	return 0;
+}
+
+struct call {
+	struct gmem_core *core;
+	uint64_t session;
+	int result;
+};
+
+static void *lower_limit(void *arg)
+{
+	struct call *call = arg;
+
+	call->result = gmem_limit(call->core, GMEM_HOST, 2 * MIB);
+	return NULL;
+}
+
+static void *ask_for_all(void *arg)
+{
+	struct call *call = arg;
+
+	call->result = gmem_prefetch(call->core, call->session, GMEM_HOST, shared->va, BUDGET / 2);
+	return NULL;
+}
+
+static void will_need(uint64_t page_bytes, bool batches)
+{
+	struct shelf near = { .capacity = DATA, .batches = batches };
+	struct gmem_core *core = core_start((struct gmem_core_config){ .host_limit_bytes = BUDGET });
+	struct call lower = { .core = core, .result = 1 }, ask = lower;
+	struct gmem_core_stats stats;
+	struct gmem_hnode *host;
+	struct client *client;
+	pthread_t threads[2];
+	uint64_t key;
+
+	shared->page_bytes = page_bytes;
+	step_to(0);
+	CHECK(shelf_attach(core, &near, "near") > 0);
+	client = client_start(core, keep_writing, NULL);
+	wait_step(1);
+	ask.session = client->session;
+	host = gmem_core_hnode(core, GMEM_HOST);
+	near.hold = true;
+	CHECK(!pthread_create(&threads[0], NULL, lower_limit, &lower));
+	while (!near.held) /* a page is on its way out */
+		sleep_ms(1);
+	key = near.held_key;
+	CHECK(!pthread_create(&threads[1], NULL, ask_for_all, &ask));
+	while (!atomic_load(&host->frames[host->frame_of[key]].wanted))
+		sleep_ms(1);
+	near.hold = false;
+	for (int i = 0; i < 2; i++)
+		pthread_join(threads[i], NULL);
+	gmem_core_stats(core, &stats);
+	CHECK(stats.evictions_stopped > 0);
+	CHECK_EQ(ask.result, 0);
+	CHECK(lower.result == 0 || lower.result == -EBUSY || lower.result == -EAGAIN);
+	CHECK_EQ(stats.poisoned_pages, 0);
+	step_to(2);
+	CHECK_EQ(client_wait(client), 0);
+	core_settle(core);
+	CHECK_EQ(near.pages, 0);
+	gmem_core_destroy(core);
+	printf("%lu KiB%s: a request stopped %lu evictions\n", page_bytes >> 10, batches ? ", in batches" : "",
+	       stats.evictions_stopped);
+}
+
 int main(void)
 {
 	const uint64_t sizes[] = { 4096, 65536, 2 * MIB };
@@ -461,6 +544,10 @@ int main(void)
 	session_quota(2 * MIB);
 	user_quota();
 	advice();
+	for (int i = 0; i < 3; i++) {
+		will_need(sizes[i], false);
+		will_need(sizes[i], true);
+	}
 	printf("tier: ok\n");
 	return 0;
 }

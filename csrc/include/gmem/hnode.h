@@ -23,6 +23,7 @@ struct gmem_frame {
 	bool fresh;                 /* (P) not used yet: its first use is the one it was brought for */
 	bool evicted;               /* (P) leaves to make room */
 	bool spared;                /* (P) reclaim has passed it over once, because it is best kept here */
+	_Atomic uint8_t wanted;     /* (A, relaxed) asked for by a request, which stops the next eviction of it */
 	_Atomic uint8_t used;       /* (A, relaxed) used since its account, or ageing, last came by */
 };
 
@@ -86,6 +87,9 @@ void gmem_hnode_frame_free(struct gmem_hnode *hnode, struct gmem_object *object,
 struct gmem_frame *gmem_hnode_frame(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index);
 /* It was used. The caller owns the page's BUSY. */
 void gmem_hnode_touch(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index);
+/* It is about to be used: an eviction of it stops, once. For anybody; of a page that has just left it costs another one a
+ * round. */
+void gmem_hnode_want(struct gmem_hnode *hnode, uint64_t pn);
 /* The account's next candidate for leaving, GMEM_FRAME_NONE if it has no page here: CLOCK, as the list is its own. */
 uint32_t gmem_hnode_mate_locked(struct gmem_hnode *hnode, struct gmem_account *account);
 /* Makes it the next candidate of reclaim. */
