@@ -226,6 +226,7 @@ static int load_one(struct numbering *n, const struct gmem_access *t, const stru
 	}
 	if (!(filter->kinds >> t->kind & 1) || (filter->session && filter->session != t->session))
 		return 0;
+	n->accesses->absent += !(t->flags & GMEM_ACCESS_RESIDENT);
 	return use(n, t->page, t->shift, t->flags & GMEM_ACCESS_EMPTY, t->flags & dirties);
 }
 

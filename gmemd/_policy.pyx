@@ -16,7 +16,7 @@ cdef extern from "gmem/accesses.h" nogil:
     struct gmem_access:
         pass
     struct gmem_accesses:
-        size_t uses
+        size_t uses, absent
         uint32_t distinct, pages
         uint64_t peak
         uint8_t unit_shift
@@ -105,6 +105,11 @@ cdef class Accesses:
     @property
     def uses(self):
         return self._accesses.uses
+
+    @property
+    def absent(self):
+        """Uses for which there was no copy when they were recorded."""
+        return self._accesses.absent
 
     @property
     def stays(self):

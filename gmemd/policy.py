@@ -79,6 +79,11 @@ class Trace:
         return self._accesses.stays
 
     @property
+    def absent(self) -> int:
+        """Misses when it was recorded."""
+        return self._accesses.absent
+
+    @property
     def peak_bytes(self) -> int:
         """The least capacity that never evicts."""
         return self._accesses.peak * self.page_bytes

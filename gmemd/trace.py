@@ -101,9 +101,17 @@ class Writer:
         self._blocks = 0
         self.records = 0
         self.lost = 0
+        self.bytes = 0
         text = json.dumps(header).encode()
         head = _HEAD.pack(MAGIC, VERSION, RECORD_BYTES, len(text), 0)[:-4]
-        file.write(head + struct.pack("<I", zlib.crc32(text, zlib.crc32(head))) + text)
+        self._put(head + struct.pack("<I", zlib.crc32(text, zlib.crc32(head))) + text)
+
+    def _put(self, data: bytes | memoryview) -> None:
+        """All of it, also into a file without a buffer."""
+        left = memoryview(data)
+        while len(left):
+            left = left[self._file.write(left) :]
+        self.bytes += len(data)
 
     def add(self, records: bytes, lost: int) -> None:
         """lost: since the recording began."""
@@ -114,14 +122,14 @@ class Writer:
             count = len(piece) // RECORD_BYTES
             head = _BLOCK.pack(BLOCK, 0, self._blocks, count, lost)
             checksum = zlib.crc32(piece, zlib.crc32(head[8:]))
-            self._file.write(head[:4] + struct.pack("<I", checksum) + head[8:])
-            self._file.write(piece)
+            self._put(head[:4] + struct.pack("<I", checksum) + head[8:])
+            self._put(piece)
             self._blocks += 1
             self.records += count
 
     def close(self, complete: bool = True) -> None:
         end = _END.pack(END, 0, self._blocks, _COMPLETE if complete else 0, self.records, self.lost)
-        self._file.write(end[:4] + struct.pack("<I", zlib.crc32(end[8:])) + end[8:])
+        self._put(end[:4] + struct.pack("<I", zlib.crc32(end[8:])) + end[8:])
         self._file.flush()
 
 

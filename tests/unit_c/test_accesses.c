@@ -40,6 +40,7 @@ static void test_stays(void)
 
 	CHECK_EQ(gmem_accesses_load(&a, trace, sizeof(trace) / sizeof(*trace), &device), 0);
 	CHECK_EQ(a.uses, 5);
+	CHECK_EQ(a.absent, 5);
 	CHECK_EQ(a.pages, 2);
 	CHECK_EQ(a.distinct, 4); /* 10, 11, 10 after the write elsewhere, 11 after its end */
 	CHECK_EQ(a.count, 9);

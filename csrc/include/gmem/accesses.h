@@ -27,6 +27,7 @@ struct gmem_accesses {
 	uint8_t *empty;    /* [distinct] 1: there was nothing to copy when it was used first */
 	size_t count;      /* uses, and ends of stays */
 	size_t uses;
+	size_t absent;     /* uses for which there was no copy when they were recorded */
 	uint32_t distinct; /* stays */
 	uint32_t pages;    /* different ones */
 	uint64_t peak;     /* the most units that were there at a time, if none is ever evicted */
