@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Traces: the file that recorded accesses are kept in. docs/trace.md has the format; nothing here needs a daemon.
+"""Traces: the file that recorded accesses are kept in. docs/maintainer.md has the format; nothing here needs a daemon.
 
 A file is a header, blocks of records, and an end. Each of them has a checksum, so that damage is found where it is;
 what is sound behind it can be read all the same, if that is asked for.

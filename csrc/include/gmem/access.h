@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Access: one use of a page that the core has seen, as it stands in a trace. docs/trace.md has the file that holds them;
+ * Access: one use of a page that the core has seen, as it stands in a trace. docs/maintainer.md has the file that holds them;
  * gmemd/trace.py reads and writes it.
  */
 #ifndef GMEM_ACCESS_H
