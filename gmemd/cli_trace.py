@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import stat
 from collections.abc import Callable
 from typing import Any, BinaryIO
 
@@ -94,6 +95,8 @@ def _record(args: argparse.Namespace) -> dict[str, Any]:
         with _output(args.output) as file:
             header = begin(control, session=args.session, device=args.device, buffer_bytes=buffer_bytes)
             try:
+                if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    file.truncate(0)
                 done = record(control, header, file, over)
             except OSError as error:
                 raise TraceFailure(f"{args.output}: {error.strerror}; the trace is cut off there") from None

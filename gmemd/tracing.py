@@ -44,8 +44,6 @@ def begin(
 def record(control: Requests, header: dict[str, Any], file: BinaryIO, over: Callable[[float], bool]) -> Recorded:
     """Until over(seconds since the start), which is asked now and then, says so; or until gmemd is gone: what has come
     by then is a sound trace that says that it is not complete. OSError: the file can't be written."""
-    if file.seekable():
-        file.truncate(0)
     writer = Writer(file, header)
     began = time.monotonic()
     why = ""
