@@ -92,6 +92,7 @@ URING_FLAG = $(URING:-luring=-DGMEM_LIBURING)
 plain_FLAGS := -O2
 asan_FLAGS := -O1 -DGMEM_DEBUG -fsanitize=address,undefined -fno-sanitize-recover=all
 tsan_FLAGS := -O1 -fsanitize=thread -Wno-tsan
+cov_FLAGS := -O0 --coverage -fprofile-update=atomic
 
 define flavour # name, directory
 $(1)_OBJECTS := $$(patsubst %.c,build/$(2)/%.o,$$(CORE_SOURCES) $$(C_HELPERS) client/src/agent.c)
@@ -106,6 +107,7 @@ endef
 $(eval $(call flavour,plain,c))
 $(eval $(call flavour,asan,asan))
 $(eval $(call flavour,tsan,tsan))
+$(eval $(call flavour,cov,cov))
 .SECONDARY:
 
 asan: $(VENV)/.test c-asan ## the C tests under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -113,6 +115,13 @@ asan: $(VENV)/.test c-asan ## the C tests under AddressSanitizer and UndefinedBe
 
 tsan: $(VENV)/.test c-tsan ## the C tests under ThreadSanitizer
 	GMEM_C_FLAVOURS=tsan $(BIN)/python -m pytest tests/unit_c $(PYTEST_FLAGS)
+
+coverage: $(VENV)/.dev c-cov ## which lines and branches of csrc the C tests run; at least 85 % of the lines
+	find build/cov -name '*.gcda' -delete
+	GMEM_C_FLAVOURS=cov $(BIN)/python -m pytest tests/unit_c $(PYTEST_FLAGS)
+	$(BIN)/gcovr -r . --filter csrc/ --object-directory build/cov --print-summary --txt build/coverage.txt \
+		--fail-under-line 85 build/cov
+	@echo "build/coverage.txt names the lines"
 
 # ---- longer runs ----
 
@@ -125,6 +134,10 @@ bench-workloads: $(VENV)/.bench build ## jobs on memory that is too small for th
 N ?= 100
 test-kill: $(VENV)/.test build ## kills the daemon N=100 times under load; every word is checked
 	$(BIN)/python tests/fault/kill.py --seconds 86400 --kills $(N)
+
+SPIN_FLAGS ?= --crashes 2 --evictions 1 --accesses 1
+spin: $(VENV)/.test ## checks the model of the page protocol, and that each of its guards is needed; some minutes
+	$(BIN)/python tests/model/page.py $(SPIN_FLAGS)
 
 soak: $(VENV)/.test build c-plain ## the coherence tests for SOAK_SECONDS=60 each
 	build/c/test_coherence $(SOAK_SECONDS)

@@ -8,7 +8,7 @@
 #include <gmem/as.h>
 #include <gmem/internal.h>
 
-int gmem_as_init(struct gmem_as *as, uint64_t session_id)
+int gmem_as_init(struct gmem_as *as, struct gmem_keep *keep, uint64_t session_id)
 {
 	as->regions = calloc(8, sizeof(*as->regions));
 	if (!as->regions)
@@ -17,7 +17,7 @@ int gmem_as_init(struct gmem_as *as, uint64_t session_id)
 	as->count = 0;
 	as->capacity = 8;
 	as->views = NULL;
-	as->hints = (struct gmem_hints){ 0 };
+	gmem_hints_init(&as->hints, keep, session_id);
 	gmem_rwlock_init(&as->lock, GMEM_RANK_AS);
 	gmem_mutex_init(&as->views_lock, GMEM_RANK_VIEWS);
 	return 0;

@@ -8,7 +8,7 @@
 
 #include <gmem/crash.h>
 
-int gmem_crash_at;
+_Atomic int gmem_crash_at;
 static atomic_int passes_left;
 
 static const char *const names[GMEM_CRASH_COUNT] = {
@@ -35,7 +35,7 @@ void gmem_crash_init(void)
 		for (int i = 1; i < GMEM_CRASH_COUNT; i++)
 			if (!strcmp(names[i], name)) {
 				atomic_store(&passes_left, passes);
-				gmem_crash_at = i;
+				atomic_store(&gmem_crash_at, i);
 			}
 	fclose(in);
 }

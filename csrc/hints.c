@@ -5,10 +5,35 @@
 
 #include <gmem/hints.h>
 
+void gmem_hints_init(struct gmem_hints *hints, struct gmem_keep *keep, uint64_t session_id)
+{
+	*hints = (struct gmem_hints){ .keep = keep, .session_id = session_id };
+}
+
+static void drop_records(struct gmem_keep *keep, struct gmem_hinted *ranges, size_t count)
+{
+	for (size_t i = 0; i < count; i++)
+		gmem_record_drop(keep, &ranges[i].record);
+}
+
 void gmem_hints_deinit(struct gmem_hints *hints)
 {
+	drop_records(hints->keep, hints->ranges, hints->count);
 	free(hints->ranges);
-	*hints = (struct gmem_hints){ 0 };
+	hints->ranges = NULL;
+	hints->count = 0;
+}
+
+static int put_record(const struct gmem_hints *hints, struct gmem_hinted *range)
+{
+	struct gmem_record record = { .kind = GMEM_RECORD_HINT, .id = hints->session_id };
+
+	record.hint.va = range->va;
+	record.hint.end = range->end;
+	record.hint.preferred = range->hint.preferred;
+	record.hint.read_mostly = range->hint.read_mostly;
+	record.hint.accessed_by = range->hint.accessed_by;
+	return gmem_record_put(hints->keep, &record, &range->record);
 }
 
 /* The first range that ends behind va. */
@@ -70,7 +95,40 @@ static void append(struct gmem_hints *to, uint64_t va, uint64_t end, struct gmem
 	if (last && last->end == va && alike(last->hint, hint))
 		last->end = end;
 	else
-		to->ranges[to->count++] = (struct gmem_hinted){ va, end, hint };
+		to->ranges[to->count++] = (struct gmem_hinted){ .va = va, .end = end, .hint = hint };
+}
+
+/* What says the same as before keeps its record; the records of the others go once the new ones are there. */
+static int record_changes(struct gmem_hints *hints, struct gmem_hints *made)
+{
+	size_t old = 0;
+	int err = 0;
+
+	for (size_t i = 0; !err && i < made->count; i++) {
+		struct gmem_hinted *range = &made->ranges[i];
+
+		while (old < hints->count && hints->ranges[old].va < range->va)
+			old++;
+		if (old < hints->count && hints->ranges[old].va == range->va && hints->ranges[old].end == range->end &&
+		    alike(hints->ranges[old].hint, range->hint))
+			range->record = hints->ranges[old].record;
+		else
+			err = put_record(hints, range);
+	}
+	return err;
+}
+
+/* Of the one list, what the other one has not taken over. Both are sorted. */
+static void drop_others(struct gmem_keep *keep, struct gmem_hints *from, const struct gmem_hints *but)
+{
+	size_t at = 0;
+
+	for (size_t i = 0; i < from->count; i++) {
+		while (at < but->count && but->ranges[at].va < from->ranges[i].va)
+			at++;
+		if (at == but->count || but->ranges[at].record != from->ranges[i].record)
+			gmem_record_drop(keep, &from->ranges[i].record);
+	}
 }
 
 int gmem_hints_set(struct gmem_hints *hints, uint64_t va, uint64_t end, enum gmem_advice advice, int hnid)
@@ -103,12 +161,17 @@ int gmem_hints_set(struct gmem_hints *hints, uint64_t va, uint64_t end, enum gme
 		append(&made, at, end, fresh);
 	if (!err && made.count > GMEM_HINTS_MAX)
 		err = -ENOMEM;
+	if (!err) {
+		err = record_changes(hints, &made);
+		drop_others(hints->keep, err ? &made : hints, err ? hints : &made);
+	}
 	if (err) {
 		free(made.ranges);
 		return err;
 	}
 	free(hints->ranges);
-	*hints = made;
+	hints->ranges = made.ranges;
+	hints->count = made.count;
 	return 0;
 }
 
@@ -122,6 +185,7 @@ void gmem_hints_unmapped(struct gmem_hints *hints, uint64_t va, uint64_t end)
 		;
 	if (first == last)
 		return;
+	drop_records(hints->keep, &hints->ranges[first], last - first);
 	memmove(&hints->ranges[first], &hints->ranges[last], (hints->count - last) * sizeof(*hints->ranges));
 	hints->count -= last - first;
 }
@@ -133,7 +197,34 @@ int gmem_hints_copy(const struct gmem_hints *from, struct gmem_hints *to)
 	to->ranges = malloc(from->count * sizeof(*to->ranges));
 	if (!to->ranges)
 		return -ENOMEM;
-	memcpy(to->ranges, from->ranges, from->count * sizeof(*to->ranges));
-	to->count = from->count;
+	for (size_t i = 0; i < from->count; i++) {
+		to->ranges[i] = from->ranges[i];
+		to->ranges[i].record = 0;
+		if (put_record(to, &to->ranges[i]))
+			return -ENOSPC;
+		to->count++;
+	}
+	return 0;
+}
+
+int gmem_hints_adopt(struct gmem_hints *hints, const struct gmem_record *record, uint32_t number)
+{
+	size_t at = find(hints, record->hint.va);
+	struct gmem_hinted *grown;
+
+	if (record->hint.va >= record->hint.end || record->hint.preferred >= GMEM_HNODE_MAX || record->hint.preferred < -1)
+		return -EPROTO;
+	if (at < hints->count && hints->ranges[at].va < record->hint.end)
+		return -EEXIST;
+	grown = realloc(hints->ranges, (hints->count + 1) * sizeof(*grown));
+	if (!grown)
+		return -ENOMEM;
+	memmove(&grown[at + 1], &grown[at], (hints->count - at) * sizeof(*grown));
+	grown[at] = (struct gmem_hinted){
+		.va = record->hint.va, .end = record->hint.end, .record = number,
+		.hint = { record->hint.preferred, record->hint.read_mostly, record->hint.accessed_by },
+	};
+	hints->ranges = grown;
+	hints->count++;
 	return 0;
 }

@@ -226,6 +226,28 @@ static int load_regions(struct gmem_core *core, struct gmem_recovery *recovery)
 	return err;
 }
 
+static int load_hints(struct gmem_core *core)
+{
+	struct numbered *all;
+	size_t count;
+	int err = collect(&core->keep, GMEM_RECORD_HINT, &all, &count);
+
+	if (err)
+		return err;
+	for (size_t i = 0; !err && i < count; i++) {
+		struct gmem_session *session = gmem_session_get(core, all[i].record.id);
+		int known = session ? gmem_hints_adopt(&session->as.hints, &all[i].record, all[i].number) : -ENOENT;
+
+		if (known == -ENOMEM)
+			err = known;
+		else if (known)
+			gmem_record_drop(&core->keep, &all[i].number);
+		gmem_session_unref(session);
+	}
+	free(all);
+	return err;
+}
+
 int gmem_recover_load(struct gmem_core *core)
 {
 	struct gmem_recovery *recovery = calloc(1, sizeof(*recovery));
@@ -243,6 +265,8 @@ int gmem_recover_load(struct gmem_core *core)
 		err = load_objects(core, recovery);
 	if (!err)
 		err = load_regions(core, recovery);
+	if (!err)
+		err = load_hints(core);
 	return err;
 }
 

@@ -47,7 +47,7 @@ int gmem_session_adopt(struct gmem_core *core, const struct gmem_record *known, 
 		       struct gmem_account *account, struct gmem_session **ret)
 {
 	struct gmem_session *session = calloc(1, sizeof(*session));
-	int err = session ? gmem_as_init(&session->as, known->id) : -ENOMEM;
+	int err = session ? gmem_as_init(&session->as, &core->keep, known->id) : -ENOMEM;
 
 	if (err) {
 		free(session);

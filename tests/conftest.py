@@ -15,7 +15,7 @@ settings.register_profile("gmem", deadline=None, suppress_health_check=[HealthCh
 settings.load_profile("gmem")
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAVOURS = {"plain": "c", "asan": "asan", "tsan": "tsan"}  # flavour: folder below build/
+FLAVOURS = {"plain": "c", "asan": "asan", "tsan": "tsan", "cov": "cov"}  # flavour: folder below build/
 SKIPPED = 77
 TIMEOUT_S = 110
 SANITIZER_OPTIONS = {

@@ -44,7 +44,8 @@ def test_every_variant_is_right(daemons, name):
         assert not each.wrong and each.note is None, (each.variant, each.note)
         assert len(each.seconds) == 1 and each.seconds[0] > 0
     (plain,) = [each for each in measured if each.variant == PLAIN]
-    assert plain.counters["evictions"] > 0, "nothing has overflowed"
+    # from a tier comes only what had to leave, perhaps in the round before
+    assert plain.counters["d2h_bytes" if workload.where == "host" else "evictions"] > 0, "nothing has overflowed"
     found = results.make_rows(measured, {})
     assert all(set(rows.FIELDS) <= set(row) for row in found)
     assert {row["variant"] for row in found} == {each.variant for each in measured}

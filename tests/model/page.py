@@ -22,7 +22,7 @@ def mutations() -> list[str]:
 
 
 def check(*defines: str) -> tuple[int, int]:
-    """(errors, states) of the exhaustive search."""
+    """(errors, states) of the search: exhaustive, or up to the first error."""
     with tempfile.TemporaryDirectory() as folder:
         flags = [f"-D{define}" for define in defines]
         subprocess.run(["spin", *flags, "-a", str(MODEL)], cwd=folder, check=True, capture_output=True)
@@ -40,7 +40,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--crashes", type=int, default=1)
     parser.add_argument("--evictions", type=int, default=1)
-    parser.add_argument("--accesses", type=int, default=2, help="of each accessor")
+    parser.add_argument("--accesses", type=int, default=1, help="of each accessor")
     args = parser.parse_args()
     bounds = [f"CRASHES={args.crashes}", f"EVICTIONS={args.evictions}", f"ACCESSES={args.accesses}"]
     if not shutil.which("spin"):

@@ -167,7 +167,8 @@ static int run_process(struct client *client, client_fn fn, void *arg)
 	struct message m = { .op = OP_UFFD };
 	int dev = gmem_uffd_open_device(), uffd;
 
-	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	if (!client->outlives)
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
 	signal(SIGBUS, SIG_DFL); /* sanitizers catch these, and tests look for the signal */
 	signal(SIGSEGV, SIG_DFL);
 	alarm(time_limit_s);
@@ -386,6 +387,39 @@ void *client_mmap(struct client *client, uint64_t bytes, uint64_t page_bytes, en
 	m.op = OP_COMMIT;
 	CHECK_EQ(call(client, &m), 0);
 	return at;
+}
+
+struct client *client_admit(struct gmem_core *core, int sock, pid_t pid, const struct client *of, int hnid)
+{
+	struct client *client = calloc(1, sizeof(*client));
+	struct message m = { 0 };
+
+	*client = (struct client){ .core = core, .sock = sock, .pid = pid, .hnid = hnid, .outlives = true };
+	gmem_core_window(core, &client->window);
+	if (of) {
+		client->session = of->session;
+		CHECK_EQ(gmem_context_files(core, of->session, hnid, client->fds), 0);
+	} else {
+		CHECK_EQ(gmem_session_create(core, getuid(), pid, &client->session), 0);
+		CHECK_EQ(gmem_session_files(core, client->session, client->fds), 0);
+	}
+	CHECK(write(sock, client, sizeof(*client)) == sizeof(*client));
+	for (int c = 0; c < GMEM_CLASS_COUNT; c++)
+		send_message(sock, &m, client->fds[c]);
+	CHECK(!pthread_create(&client->thread, NULL, serve, client));
+	return client;
+}
+
+int client_join(int sock, client_fn fn, void *arg)
+{
+	struct client client;
+	struct message m;
+
+	CHECK(read(sock, &client, sizeof(client)) == sizeof(client));
+	client.sock = sock;
+	for (int c = 0; c < GMEM_CLASS_COUNT; c++)
+		CHECK(receive_message(sock, &m, &client.fds[c]));
+	return run_process(&client, fn, arg);
 }
 
 int client_prefetch(struct client *client, int hnid, void *at, uint64_t bytes)

@@ -43,6 +43,7 @@ struct client {
 	struct gmem_window window;
 	int fds[GMEM_CLASS_COUNT];
 	int hnid;
+	bool outlives;          /* it is not the daemon's child, and goes on when that is killed */
 	bool user_mode_only;    /* client side: faults of system calls are not served */
 	pthread_t thread;
 };
@@ -63,6 +64,11 @@ struct client *context_start(struct client *client, int hnid, client_fn fn, void
 int client_wait(struct client *client);
 /* Frees a client whose process and session the test has ended itself. */
 void client_free(struct client *client);
+
+/* For processes that are older than the daemon, and outlive it: the daemon's side of the socket, for a session (of NULL)
+ * or a context of one on hnid, and the process's, which runs fn. */
+struct client *client_admit(struct gmem_core *core, int sock, pid_t pid, const struct client *of, int hnid);
+int client_join(int sock, client_fn fn, void *arg);
 
 /* ---- in the client's process ---- */
 void *client_mmap(struct client *client, uint64_t bytes, uint64_t page_bytes, enum gmem_fork fork);

@@ -9,6 +9,7 @@
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -223,14 +224,36 @@ static void check_hints(const struct gmem_hints *hints, const struct gmem_hint *
 	}
 }
 
+/* What a successor makes of the records, which are in no order. */
+static void check_recorded(struct gmem_keep *keep, uint64_t session, const struct gmem_hint *units)
+{
+	struct gmem_hints adopted;
+	struct gmem_record record;
+
+	gmem_hints_init(&adopted, keep, session);
+	for (uint32_t at = 0; (at = gmem_record_next(keep, GMEM_RECORD_HINT, at, &record));)
+		if (record.id == session)
+			CHECK_EQ(gmem_hints_adopt(&adopted, &record, at), 0);
+	check_hints(&adopted, units);
+	free(adopted.ranges); /* the records stay */
+}
+
 static void test_hints(void)
 {
 	static const enum gmem_advice advices[] = { GMEM_ADVISE_PREFERRED, GMEM_ADVISE_READ_MOSTLY,
 						    GMEM_ADVISE_NO_READ_MOSTLY, GMEM_ADVISE_ACCESSED_BY,
 						    GMEM_ADVISE_NOT_ACCESSED_BY };
-	struct gmem_hints hints = { 0 }, copy = { 0 };
+	struct gmem_hints hints, copy;
 	struct gmem_hint units[UNITS];
+	struct gmem_record record;
+	struct gmem_keep keep;
 	unsigned seed = 7;
+	int sockets[2];
+
+	CHECK(!socketpair(AF_UNIX, SOCK_DGRAM, 0, sockets));
+	CHECK_EQ(gmem_keep_init(&keep, sockets[0], 8, NULL, 0), 0);
+	gmem_hints_init(&hints, &keep, 1);
+	gmem_hints_init(&copy, &keep, 2);
 
 	for (int i = 0; i < UNITS; i++)
 		units[i] = GMEM_NO_HINT;
@@ -244,9 +267,12 @@ static void test_hints(void)
 		CHECK_EQ(gmem_hints_set(&hints, va, end, advice, hnid), 0);
 		advise_units(units, va, end, advice, hnid);
 		check_hints(&hints, units);
+		if (round % 50 == 0)
+			check_recorded(&keep, 1, units);
 	}
 	CHECK_EQ(gmem_hints_copy(&hints, &copy), 0);
 	check_hints(&copy, units);
+	check_recorded(&keep, 2, units);
 	gmem_hints_deinit(&copy);
 	CHECK_EQ(gmem_hints_set(&hints, 0, UNITS, GMEM_ADVISE_PREFERRED, -1), 0);
 	gmem_hints_deinit(&hints);
@@ -261,7 +287,10 @@ static void test_hints(void)
 	CHECK_EQ(gmem_hints_at(&hints, 30).preferred, 2);
 	gmem_hints_unmapped(&hints, 0, 100);
 	CHECK_EQ(hints.count, 0);
+	CHECK_EQ(gmem_record_next(&keep, GMEM_RECORD_HINT, 0, &record), 0); /* nothing is left behind */
 	gmem_hints_deinit(&hints);
+	gmem_keep_deinit(&keep);
+	close(sockets[1]);
 }
 
 static void test_policy_names(void)

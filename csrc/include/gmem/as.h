@@ -35,7 +35,7 @@ struct gmem_as {
 	struct gmem_view *views;      /* views_lock */
 };
 
-int gmem_as_init(struct gmem_as *as, uint64_t session_id);
+int gmem_as_init(struct gmem_as *as, struct gmem_keep *keep, uint64_t session_id);
 void gmem_as_deinit(struct gmem_as *as); /* no regions and no views are left */
 
 /* Adds a region on the object (a reference is taken). */

@@ -7,6 +7,8 @@
 #ifndef GMEM_CRASH_H
 #define GMEM_CRASH_H
 
+#include <stdatomic.h>
+
 #define GMEM_CRASH_POINTS(X)                                                                                           \
 	X(MARK) X(DOWNGRADE) X(FRAME) X(FILL) X(COPY_FIRST) X(COPY) X(ARRIVED) X(OWN) X(RELEASE) X(MAP) X(MAPPED)      \
 	X(COMMIT) X(COMMITTED) X(FORGET) X(RUN_MOVED) X(RUN_OWN) X(RUN_RELEASE) X(RUN_MAP) X(RUN_MAPPED)               \
@@ -23,8 +25,9 @@ enum gmem_crash_point {
 	GMEM_CRASH_COUNT,
 };
 
-extern int gmem_crash_at; /* enum gmem_crash_point; set before there are threads */
+extern _Atomic int gmem_crash_at; /* enum gmem_crash_point */
 
+/* Reads what the file says now; at the start of a core, and whenever a test has changed it. */
 void gmem_crash_init(void);
 void gmem_crash_pass(void);
 /* Names of the points, from 1 on; NULL beyond the last. */
@@ -32,7 +35,7 @@ const char *gmem_crash_name(unsigned point);
 
 static inline void gmem_crash(enum gmem_crash_point point)
 {
-	if (__builtin_expect(gmem_crash_at == (int)point, 0))
+	if (__builtin_expect(atomic_load_explicit(&gmem_crash_at, memory_order_relaxed) == (int)point, 0))
 		gmem_crash_pass();
 }
 
