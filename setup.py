@@ -13,7 +13,7 @@ from setuptools import Extension, setup
 ROOT = Path(__file__).resolve().parent
 C_FLAGS = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread"]
 
-POLICY_FILES = ("policy", "ghost", "shadow", "sparse", "replay")
+POLICY_FILES = ("policy", "ghost", "shadow", "sparse", "accesses", "replay")
 
 
 def c_files(*patterns: str) -> list[str]:

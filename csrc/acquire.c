@@ -14,6 +14,8 @@
 
 static int acquire_page(struct gmem_request *request, struct gmem_page *page, struct gmem_range range)
 {
+	const struct gmem_use use = { GMEM_ACCESS_ACQUIRE, request->hnid, request->view->session_id, range.va, page->word,
+				      request->write };
 	struct gmem_hnode *hnode = gmem_core_hnode(request->core, request->hnid);
 	struct gmem_frame *frame;
 	bool mapped;
@@ -32,6 +34,8 @@ static int acquire_page(struct gmem_request *request, struct gmem_page *page, st
 		return -EOVERFLOW;
 	frame->holds++;
 	gmem_hnode_touch(hnode, page->object, page->index);
+	if (gmem_core_traces(page->core))
+		gmem_page_trace(page, &use);
 	return 0;
 }
 

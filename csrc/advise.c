@@ -16,6 +16,7 @@ static int prefetch_page(struct gmem_request *request, struct gmem_page *page, s
 {
 	struct gmem_hnode *hnode = gmem_core_hnode(request->core, request->hnid);
 	bool read_mostly = gmem_word_flags(page->word) & GMEM_PAGE_READ_MOSTLY, mapped;
+	const struct gmem_use use = { GMEM_ACCESS_PREFETCH, request->hnid, request->session->id, range.va, page->word, false };
 	int err;
 
 	if (!hnode)
@@ -33,6 +34,8 @@ static int prefetch_page(struct gmem_request *request, struct gmem_page *page, s
 	if (!err) {
 		gmem_hnode_touch(hnode, page->object, page->index);
 		gmem_count(&request->core->stats.prefetched_pages, 1);
+		if (gmem_core_traces(page->core))
+			gmem_page_trace(page, &use);
 	}
 	return err;
 }

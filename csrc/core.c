@@ -173,6 +173,7 @@ int gmem_core_create(const struct gmem_core_config *config, struct gmem_core **r
 	core->keep.socket = -1;
 	core->hold_ns = config->hold_ns;
 	gmem_watch_init(&core->watch, config->stuck_ns);
+	gmem_trace_init(&core->trace);
 	gmem_mutex_init(&core->devices_lock, GMEM_RANK_DEVICES);
 	gmem_rwlock_init(&core->sessions_lock, GMEM_RANK_SESSIONS);
 	gmem_mutex_init(&core->tenants_lock, GMEM_RANK_TENANTS);
@@ -238,6 +239,7 @@ no_lpt:
 no_window:
 	gmem_keep_deinit(&core->keep);
 	gmem_watch_deinit(&core->watch);
+	gmem_trace_deinit(&core->trace);
 	if (core->features.uffd_device)
 		close(core->features.uffd_device_fd);
 	free(core);
@@ -295,6 +297,7 @@ void gmem_core_destroy(struct gmem_core *core)
 	gmem_rwlock_deinit(&core->sessions_lock);
 	gmem_mutex_deinit(&core->tenants_lock);
 	gmem_watch_deinit(&core->watch);
+	gmem_trace_deinit(&core->trace);
 	if (core->features.uffd_device)
 		close(core->features.uffd_device_fd);
 	free(core);

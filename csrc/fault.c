@@ -177,6 +177,15 @@ static bool defer(struct gmem_core *core, const struct gmem_fault *fault, uint64
 	return false;
 }
 
+static void trace_fault(const struct gmem_page *page, const struct gmem_fault *fault, const struct gmem_place *place,
+			gmem_word_t before)
+{
+	const struct gmem_use use = { GMEM_ACCESS_FAULT, fault->view->hnid, fault->view->session_id, place->range.va, before,
+				      is_write(fault) };
+
+	gmem_page_trace(page, &use);
+}
+
 /* The page bounces: whoever has it may use it for a while, and the faulting thread waits. */
 static bool stays(struct gmem_core *core, struct gmem_page *page, const struct gmem_fault *fault, uint64_t now)
 {
@@ -188,13 +197,16 @@ static bool stays(struct gmem_core *core, struct gmem_page *page, const struct g
 	return true;
 }
 
+/* before: the page's word as it was found. */
 static void settle(struct gmem_core *core, struct gmem_page *page, const struct gmem_fault *fault,
-		   const struct gmem_place *place, int err)
+		   const struct gmem_place *place, gmem_word_t before, int err)
 {
 	struct gmem_hnode *hnode = gmem_core_hnode(core, fault->view->hnid);
 
 	if (!err && hnode)
 		gmem_hnode_touch(hnode, page->object, page->index);
+	if (!err && gmem_core_traces(core))
+		trace_fault(page, fault, place, before);
 	gmem_page_unlock(page);
 	switch (err) {
 	case 0:
@@ -241,8 +253,10 @@ void gmem_fault_resolve(struct gmem_core *core, const struct gmem_fault *fault, 
 	} else if (may_defer && stays(core, &page, fault, start)) {
 		gmem_page_unlock(&page);
 	} else {
+		gmem_word_t before = page.word;
+
 		gmem_page_hint(&page, place.hint);
-		settle(core, &page, fault, &place, serve_locked(core, &page, fault, &place));
+		settle(core, &page, fault, &place, before, serve_locked(core, &page, fault, &place));
 	}
 	gmem_count(&core->stats.fault_ns, gmem_now_ns() - start);
 out:

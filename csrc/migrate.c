@@ -270,11 +270,15 @@ int gmem_page_drop(struct gmem_page *page, int hnid)
 
 int gmem_page_discard(struct gmem_page *page)
 {
+	bool had_content = gmem_word_valid(page->word);
 	int err = drop_all_but(page, 0, GMEM_DIR_DISCARD, 0);
 
-	if (!err)
-		page->word = 0; /* state, flags and reason go with the content */
-	return err;
+	if (err)
+		return err;
+	page->word = 0; /* state, flags and reason go with the content */
+	if (had_content && gmem_core_traces(page->core))
+		gmem_object_trace_gone(page->object, page->index, 1);
+	return 0;
 }
 
 /* A frame on hnode, making room if it is full. */

@@ -7,83 +7,47 @@
 #include <gmem/policy.h>
 #include <gmem/replay.h>
 
-#define ACCESSES_MAX (1ull << 31)
+#define DIRTY 1 /* of a page's marks */
+#define CAME 2  /* it has been here */
 
-static uint64_t hash(uint64_t key)
+/* How much of a page's first stay is copied depends on whether it had content. */
+static void count_in(const struct gmem_accesses *accesses, struct gmem_replay *counts, uint32_t id, uint8_t *marks)
 {
-	key *= 0x9e3779b97f4a7c15ull;
-	return key ^ key >> 32;
+	counts->misses++;
+	if (!accesses->empty[id] || (*marks & CAME))
+		counts->in_units += accesses->weights[id];
+	*marks |= CAME;
 }
 
-/* The place of key in an open table of ids + 1. */
-static uint64_t place_of(const uint32_t *table, uint64_t mask, const uint64_t *keys, uint64_t key)
+static void count_evicted(const struct gmem_accesses *accesses, struct gmem_replay *counts, uint32_t id, uint8_t *marks)
 {
-	uint64_t at = hash(key) & mask;
-
-	while (table[at] && keys[table[at] - 1] != key)
-		at = (at + 1) & mask;
-	return at;
-}
-
-static int number_pages(struct gmem_accesses *accesses, const uint64_t *pages)
-{
-	uint64_t mask = 1023;
-	uint32_t *table;
-
-	while (mask < 2 * accesses->count)
-		mask = mask * 2 + 1;
-	table = calloc(mask + 1, sizeof(*table));
-	if (!table)
-		return -ENOMEM;
-	for (size_t i = 0; i < accesses->count; i++) {
-		uint64_t at = place_of(table, mask, accesses->keys, pages[i]);
-
-		if (!table[at]) {
-			accesses->keys[accesses->distinct] = pages[i];
-			table[at] = ++accesses->distinct;
-		}
-		accesses->ids[i] = table[at] - 1;
-	}
-	free(table);
-	return 0;
-}
-
-int gmem_accesses_init(struct gmem_accesses *accesses, const uint64_t *pages, const uint8_t *writes, size_t count)
-{
-	int err = -ENOMEM;
-
-	*accesses = (struct gmem_accesses){ .writes = writes, .count = count };
-	if (count > ACCESSES_MAX)
-		return -EFBIG;
-	accesses->ids = malloc((count + 1) * sizeof(*accesses->ids));
-	accesses->keys = malloc((count + 1) * sizeof(*accesses->keys));
-	if (accesses->ids && accesses->keys)
-		err = number_pages(accesses, pages);
-	if (err)
-		gmem_accesses_deinit(accesses);
-	return err;
-}
-
-void gmem_accesses_deinit(struct gmem_accesses *accesses)
-{
-	free(accesses->ids);
-	free(accesses->keys);
-	accesses->ids = NULL;
-	accesses->keys = NULL;
-}
-
-static bool is_write(const struct gmem_accesses *accesses, size_t i)
-{
-	return accesses->writes && accesses->writes[i];
-}
-
-static void count_leave(struct gmem_replay *counts, uint8_t *dirty)
-{
-	if (*dirty)
+	if (*marks & DIRTY) {
 		counts->evicted_dirty++;
-	else
+		counts->out_units += accesses->weights[id];
+	} else {
 		counts->evicted_clean++;
-	*dirty = 0;
+		counts->dropped_units += accesses->weights[id];
+	}
+	*marks &= ~DIRTY;
+}
+
+/* It leaves for other reasons than room. */
+static void count_ended(const struct gmem_accesses *accesses, struct gmem_replay *counts, size_t i, uint8_t *marks)
+{
+	if ((*marks & DIRTY) && accesses->ops[i] == GMEM_OP_TAKEN)
+		counts->out_units += accesses->weights[accesses->ids[i]];
+	*marks &= ~DIRTY;
+}
+
+static bool is_use(const struct gmem_accesses *accesses, size_t i)
+{
+	return accesses->ops[i] <= GMEM_OP_WRITE;
+}
+
+static void mark(const struct gmem_accesses *accesses, size_t i, uint8_t *marks)
+{
+	if (accesses->ops[i] == GMEM_OP_WRITE)
+		*marks |= DIRTY;
 }
 
 /* ---- a policy ---- */
@@ -92,8 +56,10 @@ struct player {
 	struct gmem_policy policy;
 	uint32_t *frame_of; /* by id */
 	uint32_t *id_of;    /* by frame */
-	uint8_t *dirty;     /* by id */
-	uint32_t capacity, used;
+	uint32_t *free;     /* frames that were used, and are not now */
+	uint8_t *marks;     /* by id */
+	uint64_t capacity, used;
+	uint32_t free_count, bumped;
 	struct gmem_replay counts;
 };
 
@@ -105,25 +71,45 @@ static uint32_t next_random(uint64_t *state)
 	return (uint32_t)(*state >> 16 & 0xffff);
 }
 
-static void miss(struct player *player, const struct gmem_accesses *accesses, uint32_t id)
+static void leave(struct player *player, const struct gmem_accesses *accesses, uint32_t frame, enum gmem_leave why)
 {
-	uint32_t frame = player->used + 1;
+	uint32_t id = player->id_of[frame];
 
-	player->counts.misses++;
-	if (player->used < player->capacity) {
-		player->used++;
-	} else {
-		uint32_t out;
+	gmem_policy_remove(&player->policy, frame, accesses->keys[id], why);
+	player->frame_of[id] = GMEM_FRAME_NONE;
+	player->used -= accesses->weights[id];
+	player->free[player->free_count++] = frame;
+}
 
-		frame = gmem_policy_next(&player->policy);
-		out = player->id_of[frame];
-		gmem_policy_remove(&player->policy, frame, accesses->keys[out], GMEM_LEAVE_EVICTED);
-		count_leave(&player->counts, &player->dirty[out]);
-		player->frame_of[out] = GMEM_FRAME_NONE;
+/* What is larger than all there is comes and goes at once. */
+static void pass(struct player *player, const struct gmem_accesses *accesses, size_t i)
+{
+	uint32_t id = accesses->ids[i];
+
+	mark(accesses, i, &player->marks[id]);
+	count_evicted(accesses, &player->counts, id, &player->marks[id]);
+}
+
+static void miss(struct player *player, const struct gmem_accesses *accesses, size_t i)
+{
+	uint32_t id = accesses->ids[i], weight = accesses->weights[id], frame;
+
+	count_in(accesses, &player->counts, id, &player->marks[id]);
+	if (weight > player->capacity) {
+		pass(player, accesses, i);
+		return;
 	}
+	while (player->used + weight > player->capacity) {
+		uint32_t out = gmem_policy_next(&player->policy);
+
+		count_evicted(accesses, &player->counts, player->id_of[out], &player->marks[player->id_of[out]]);
+		leave(player, accesses, out, GMEM_LEAVE_EVICTED);
+	}
+	frame = player->free_count ? player->free[--player->free_count] : ++player->bumped;
 	gmem_policy_insert(&player->policy, frame, accesses->keys[id]);
 	player->frame_of[id] = frame;
 	player->id_of[frame] = id;
+	player->used += weight;
 }
 
 static void play(struct player *player, const struct gmem_accesses *accesses, uint32_t visible, uint64_t seed)
@@ -131,34 +117,41 @@ static void play(struct player *player, const struct gmem_accesses *accesses, ui
 	uint64_t random = seed | 1;
 
 	for (size_t i = 0; i < accesses->count; i++) {
-		uint32_t id = accesses->ids[i];
+		uint32_t id = accesses->ids[i], frame = player->frame_of[id];
 
-		if (!player->frame_of[id])
-			miss(player, accesses, id);
+		if (!is_use(accesses, i)) {
+			count_ended(accesses, &player->counts, i, &player->marks[id]);
+			if (frame)
+				leave(player, accesses, frame, GMEM_LEAVE_FREED);
+			continue;
+		}
+		if (!frame)
+			miss(player, accesses, i);
 		else if (visible && (visible >= GMEM_VISIBLE_ALL || next_random(&random) < visible))
-			gmem_policy_touch(&player->policy, player->frame_of[id]);
-		player->dirty[id] |= is_write(accesses, i);
+			gmem_policy_touch(&player->policy, frame);
+		if (player->frame_of[id])
+			mark(accesses, i, &player->marks[id]);
 	}
 }
 
-int gmem_replay(const struct gmem_accesses *accesses, const char *name, uint32_t capacity, uint32_t visible,
+int gmem_replay(const struct gmem_accesses *accesses, const char *name, uint64_t capacity, uint32_t visible,
 		uint64_t seed, struct gmem_replay *ret)
 {
 	const struct gmem_policy_ops *ops = gmem_policy_find(name);
 	struct player player = { .capacity = capacity };
+	uint32_t frames = capacity < accesses->distinct ? (uint32_t)capacity : accesses->distinct;
 	int err;
 
-	if (!ops || !capacity || capacity > UINT32_MAX - 2)
+	if (!ops || !capacity)
 		return -EINVAL;
-	if (player.capacity > accesses->distinct)
-		player.capacity = accesses->distinct;
-	err = gmem_policy_init(&player.policy, ops, player.capacity + 1);
+	err = gmem_policy_init(&player.policy, ops, frames + 1);
 	if (err)
 		return err;
-	player.frame_of = calloc(accesses->distinct + 1, sizeof(*player.frame_of));
-	player.id_of = calloc(player.capacity + 2, sizeof(*player.id_of));
-	player.dirty = calloc(accesses->distinct + 1, 1);
-	if (player.frame_of && player.id_of && player.dirty) {
+	player.frame_of = calloc((size_t)accesses->distinct + 1, sizeof(*player.frame_of));
+	player.id_of = calloc((size_t)frames + 2, sizeof(*player.id_of));
+	player.free = calloc((size_t)frames + 2, sizeof(*player.free));
+	player.marks = calloc((size_t)accesses->distinct + 1, 1);
+	if (player.frame_of && player.id_of && player.free && player.marks) {
 		play(&player, accesses, visible, seed);
 		*ret = player.counts;
 	} else {
@@ -166,7 +159,8 @@ int gmem_replay(const struct gmem_accesses *accesses, const char *name, uint32_t
 	}
 	free(player.frame_of);
 	free(player.id_of);
-	free(player.dirty);
+	free(player.free);
+	free(player.marks);
 	gmem_policy_deinit(&player.policy);
 	return err;
 }
@@ -178,6 +172,7 @@ struct heap {
 	uint32_t *ids, *at; /* at: place of each id, 1-based; 0: not in */
 	uint32_t *next;     /* by id: index of its next access */
 	uint32_t count;
+	uint64_t capacity, left; /* units */
 };
 
 static bool before(const struct heap *heap, uint32_t a, uint32_t b)
@@ -200,11 +195,10 @@ static void rise(struct heap *heap, uint32_t place)
 	put(heap, place, id);
 }
 
-static uint32_t pop(struct heap *heap)
+static void sink(struct heap *heap, uint32_t place)
 {
-	uint32_t top = heap->ids[1], id = heap->ids[heap->count--], place = 1;
+	uint32_t id = heap->ids[place];
 
-	heap->at[top] = 0;
 	for (uint32_t child; (child = 2 * place) <= heap->count; place = child) {
 		if (child < heap->count && before(heap, heap->ids[child + 1], heap->ids[child]))
 			child++;
@@ -212,54 +206,95 @@ static uint32_t pop(struct heap *heap)
 			break;
 		put(heap, place, heap->ids[child]);
 	}
-	if (heap->count)
-		put(heap, place, id);
-	return top;
+	put(heap, place, id);
 }
 
-/* For each access the index of the next one to the same page. */
+static void take(struct heap *heap, uint32_t id)
+{
+	uint32_t place = heap->at[id], last = heap->ids[heap->count--];
+
+	heap->at[id] = 0;
+	if (last == id)
+		return;
+	put(heap, place, last);
+	rise(heap, place);
+	sink(heap, heap->at[last]);
+}
+
+/* For each use the index of the next one in the same stay. */
 static void find_next(const struct gmem_accesses *accesses, uint32_t *next, uint32_t *last)
 {
 	memset(last, 0xff, accesses->distinct * sizeof(*last));
 	for (size_t i = accesses->count; i-- > 0;) {
+		if (!is_use(accesses, i))
+			continue;
 		next[i] = last[accesses->ids[i]];
 		last[accesses->ids[i]] = (uint32_t)i;
 	}
 }
 
-static void play_opt(const struct gmem_accesses *accesses, const uint32_t *next, uint8_t *dirty, uint32_t capacity,
-		     struct heap *heap, struct gmem_replay *counts)
+static void miss_opt(const struct gmem_accesses *accesses, size_t i, struct heap *heap, uint8_t *marks,
+		     struct gmem_replay *counts)
+{
+	uint32_t id = accesses->ids[i], weight = accesses->weights[id];
+
+	count_in(accesses, counts, id, &marks[id]);
+	if (weight > heap->capacity) {
+		mark(accesses, i, &marks[id]);
+		count_evicted(accesses, counts, id, &marks[id]);
+		return;
+	}
+	while (heap->left < weight) {
+		uint32_t out = heap->ids[1];
+
+		take(heap, out);
+		count_evicted(accesses, counts, out, &marks[out]);
+		heap->left += accesses->weights[out];
+	}
+	heap->left -= weight;
+	heap->next[id] = UINT32_MAX;
+	put(heap, ++heap->count, id);
+}
+
+static void play_opt(const struct gmem_accesses *accesses, const uint32_t *next, uint8_t *marks, struct heap *heap,
+		     struct gmem_replay *counts)
 {
 	for (size_t i = 0; i < accesses->count; i++) {
 		uint32_t id = accesses->ids[i];
 
-		if (!heap->at[id]) {
-			counts->misses++;
-			if (heap->count == capacity)
-				count_leave(counts, &dirty[pop(heap)]);
-			heap->next[id] = next[i];
-			put(heap, ++heap->count, id);
+		if (!is_use(accesses, i)) {
+			count_ended(accesses, counts, i, &marks[id]);
+			if (heap->at[id]) {
+				heap->left += accesses->weights[id];
+				take(heap, id);
+			}
+			continue;
 		}
-		heap->next[id] = next[i]; /* further away than before, so it can only rise */
+		if (!heap->at[id])
+			miss_opt(accesses, i, heap, marks, counts);
+		if (!heap->at[id])
+			continue;
+		heap->next[id] = next[i];
 		rise(heap, heap->at[id]);
-		dirty[id] |= is_write(accesses, i);
+		sink(heap, heap->at[id]);
+		mark(accesses, i, &marks[id]);
 	}
 }
 
-int gmem_replay_opt(const struct gmem_accesses *accesses, uint32_t capacity, struct gmem_replay *ret)
+int gmem_replay_opt(const struct gmem_accesses *accesses, uint64_t capacity, struct gmem_replay *ret)
 {
 	size_t pages = (size_t)accesses->distinct + 2;
 	uint32_t *next = malloc((accesses->count + 1) * sizeof(*next));
 	struct heap heap = { .ids = malloc(pages * sizeof(uint32_t)), .at = calloc(pages, sizeof(uint32_t)),
-			     .next = malloc(pages * sizeof(uint32_t)) };
-	uint8_t *dirty = calloc(pages, 1);
+			     .next = malloc(pages * sizeof(uint32_t)), .capacity = capacity, .left = capacity };
+	uint8_t *marks = calloc(pages, 1);
 	int err = !capacity ? -EINVAL : -ENOMEM;
 
-	if (capacity && next && heap.ids && heap.at && heap.next && dirty) {
+	if (capacity && next && heap.ids && heap.at && heap.next && marks) {
 		struct gmem_replay counts = { 0 };
 
 		find_next(accesses, next, heap.next);
-		play_opt(accesses, next, dirty, capacity, &heap, &counts);
+		play_opt(accesses, next, marks, &heap, &counts);
 		*ret = counts;
 		err = 0;
 	}
@@ -267,7 +302,7 @@ int gmem_replay_opt(const struct gmem_accesses *accesses, uint32_t capacity, str
 	free(heap.ids);
 	free(heap.at);
 	free(heap.next);
-	free(dirty);
+	free(marks);
 	return err;
 }
 
@@ -275,56 +310,72 @@ int gmem_replay_opt(const struct gmem_accesses *accesses, uint32_t capacity, str
 
 struct tally {
 	uint64_t uses;
-	uint32_t id;
+	uint32_t weight, id;
 };
 
+/* By uses for what it takes. */
 static int more_used(const void *a, const void *b)
 {
 	const struct tally *x = a, *y = b;
+	unsigned __int128 left = (unsigned __int128)x->uses * y->weight, right = (unsigned __int128)y->uses * x->weight;
 
-	if (x->uses != y->uses)
-		return x->uses < y->uses ? 1 : -1;
+	if (left != right)
+		return left < right ? 1 : -1;
 	return x->id < y->id ? -1 : 1;
 }
 
-/* Each miss passes through one frame beside the others: it comes, and leaves as clean or dirty as it was used. */
-static void play_static(const struct gmem_accesses *accesses, struct tally *tallies, uint8_t *kept, uint32_t capacity,
-			struct gmem_replay *counts)
+static void choose(const struct gmem_accesses *accesses, struct tally *tallies, uint8_t *kept, uint64_t capacity)
 {
 	for (uint32_t id = 0; id < accesses->distinct; id++)
-		tallies[id].id = id;
+		tallies[id] = (struct tally){ 0, accesses->weights[id], id };
 	for (size_t i = 0; i < accesses->count; i++)
-		tallies[accesses->ids[i]].uses++;
+		tallies[accesses->ids[i]].uses += is_use(accesses, i);
 	qsort(tallies, accesses->distinct, sizeof(*tallies), more_used);
-	for (uint32_t i = 0; i < accesses->distinct && i < capacity; i++)
-		kept[tallies[i].id] = 1;
-	for (size_t i = 0; i < accesses->count; i++) {
-		uint8_t dirty = is_write(accesses, i);
-
-		if (kept[accesses->ids[i]] == 2)
+	for (uint32_t i = 0; i < accesses->distinct && capacity; i++) {
+		if (tallies[i].weight > capacity)
 			continue;
-		counts->misses++;
-		if (kept[accesses->ids[i]])
-			kept[accesses->ids[i]] = 2; /* from now on */
-		else
-			count_leave(counts, &dirty);
+		kept[tallies[i].id] = 1;
+		capacity -= tallies[i].weight;
 	}
 }
 
-int gmem_replay_static(const struct gmem_accesses *accesses, uint32_t capacity, struct gmem_replay *ret)
+/* Each miss passes through one frame beside the others: it comes, and leaves as clean or dirty as it was used. */
+static void play_static(const struct gmem_accesses *accesses, const uint8_t *kept, uint8_t *marks,
+			struct gmem_replay *counts)
+{
+	for (size_t i = 0; i < accesses->count; i++) {
+		uint32_t id = accesses->ids[i];
+		bool there = kept[id] && (marks[id] & CAME);
+
+		if (!is_use(accesses, i)) {
+			count_ended(accesses, counts, i, &marks[id]);
+			continue;
+		}
+		if (!there)
+			count_in(accesses, counts, id, &marks[id]);
+		mark(accesses, i, &marks[id]);
+		if (!kept[id])
+			count_evicted(accesses, counts, id, &marks[id]);
+	}
+}
+
+int gmem_replay_static(const struct gmem_accesses *accesses, uint64_t capacity, struct gmem_replay *ret)
 {
 	struct tally *tallies = calloc((size_t)accesses->distinct + 1, sizeof(*tallies));
 	uint8_t *kept = calloc((size_t)accesses->distinct + 1, 1);
+	uint8_t *marks = calloc((size_t)accesses->distinct + 1, 1);
 	int err = !capacity ? -EINVAL : -ENOMEM;
 
-	if (capacity && tallies && kept) {
+	if (capacity && tallies && kept && marks) {
 		struct gmem_replay counts = { 0 };
 
-		play_static(accesses, tallies, kept, capacity, &counts);
+		choose(accesses, tallies, kept, capacity);
+		play_static(accesses, kept, marks, &counts);
 		*ret = counts;
 		err = 0;
 	}
 	free(tallies);
 	free(kept);
+	free(marks);
 	return err;
 }

@@ -280,9 +280,22 @@ static int map(struct run *run)
 	return gmem_uffd_pmap_enter(pmap, range, 0, writable ? GMEM_PROT_WRITE : GMEM_PROT_READ);
 }
 
+/* A guess, or what was asked for. before: the words as they were found are alike in all but what does not matter here. */
+static void trace(struct run *run, gmem_word_t before)
+{
+	const struct gmem_run_args *args = run->args;
+	struct gmem_use use = { args->wanted ? GMEM_ACCESS_PREFETCH : GMEM_ACCESS_AHEAD, args->hnid,
+				args->view ? args->view->session_id : args->object->account->session_id, args->va, before,
+				args->own && !args->wanted };
+
+	for (size_t i = 0; i < run->count; i++, use.va += run->page_bytes)
+		gmem_page_trace(&run->pages[i], &use);
+}
+
 int gmem_run_move(const struct gmem_run_args *args)
 {
 	struct run run = { .args = args, .core = args->object->core, .page_bytes = 1ull << args->object->shift };
+	gmem_word_t before;
 	bool sole;
 	int err, count;
 	bool used;
@@ -291,6 +304,7 @@ int gmem_run_move(const struct gmem_run_args *args)
 	keep_mapped(&run);
 	if (!run.count)
 		return 0;
+	before = run.pages[0].word;
 	/* A stream comes back to what is here and was aged: it maps the pages before anybody is seen to use them. */
 	used = args->wanted || gmem_word_valid(run.pages[0].word) >> args->hnid & 1;
 	err = fetch(&run);
@@ -309,6 +323,8 @@ int gmem_run_move(const struct gmem_run_args *args)
 	if (!err && used)
 		for (int i = 0; i < count; i++)
 			gmem_hnode_touch(gmem_core_hnode(run.core, args->hnid), args->object, run.pages[i].index);
+	if (!err && gmem_core_traces(run.core))
+		trace(&run, before);
 	shorten(&run, 0);
 	if (err)
 		return err == -ESRCH ? err : 0;

@@ -121,6 +121,8 @@ void gmem_object_unref(struct gmem_object *object)
 	gmem_crash(GMEM_CRASH_OBJECT_FREE);
 	if (!atomic_load(&core->stopping))
 		free_pages(object);
+	if (gmem_core_traces(core))
+		gmem_object_trace_gone(object, 0, object->pages);
 	gmem_crash(GMEM_CRASH_OBJECT_FREED);
 	gmem_record_drop(&core->keep, &object->record); /* before its ranges may come to be another's */
 	gmem_crash(GMEM_CRASH_OBJECT_FORGOTTEN);

@@ -44,6 +44,11 @@ cdef extern from "gmem/types.h" nogil:
         pass
 
 
+cdef extern from "gmem/access.h" nogil:
+    struct gmem_access:
+        pass
+
+
 cdef extern from "gmem/driver.h" nogil:
     enum:
         GMEM_DRIVER_ABI
@@ -245,5 +250,13 @@ cdef extern from "gmem/core.h" nogil:
     int gmem_quota_uid(gmem_core *, uid_t, int, uint64_t)
     const gmem_driver_ops *gmem_driver_builtin(const char *)
     void gmem_hnodes(gmem_core *, gmem_hnode_stats *, size_t *)
+    struct gmem_trace_config:
+        uint64_t session
+        int hnid
+        uint64_t buffer_bytes
+    int gmem_trace_start(gmem_core *, const gmem_trace_config *)
+    void gmem_trace_stop(gmem_core *)
+    size_t gmem_trace_read(gmem_core *, gmem_access *, size_t, uint64_t *)
+    void gmem_trace_close(gmem_core *)
     int gmem_event_fd(gmem_core *)
     size_t gmem_event_read(gmem_core *, gmem_event *, size_t)

@@ -711,6 +711,51 @@ cdef class Core:
             })
         return found
 
+    # ---- traces ----
+
+    def trace_start(self, *, uint64_t session=0, int hnid=-1, uint64_t buffer_bytes=0):
+        """EBUSY: there is a recording."""
+        cdef gmem_core *core = self._enter()
+        cdef gmem_trace_config config
+        cdef int err
+        config.session = session
+        config.hnid = hnid
+        config.buffer_bytes = buffer_bytes
+        with nogil:
+            err = gmem_trace_start(core, &config)
+        self._leave()
+        if err:
+            _raise(err)
+
+    def trace_stop(self):
+        cdef gmem_core *core = self._enter()
+        with nogil:
+            gmem_trace_stop(core)
+        self._leave()
+
+    def trace_read(self, size_t most):
+        """(records, lost): at most so many accesses that nobody has read yet, of 32 bytes each, and how many were lost so
+        far."""
+        cdef gmem_core *core
+        cdef gmem_access *accesses
+        cdef bytes records
+        cdef uint64_t lost = 0
+        cdef size_t count
+        records = PyBytes_FromStringAndSize(NULL, most * sizeof(gmem_access))
+        accesses = <gmem_access *>PyBytes_AS_STRING(records)
+        core = self._enter()
+        with nogil:
+            count = gmem_trace_read(core, accesses, most, &lost)
+        self._leave()
+        return (records if count == most else records[: count * sizeof(gmem_access)]), lost
+
+    def trace_close(self):
+        """Stops, and gives the buffer back."""
+        cdef gmem_core *core = self._enter()
+        with nogil:
+            gmem_trace_close(core)
+        self._leave()
+
     # ---- events ----
 
     def event_fd(self):

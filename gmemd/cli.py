@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gmemd import __version__
+from gmemd import __version__, cli_trace
 from gmemd.config import LOG_LEVELS, Config, ConfigError, load, override
 from gmemd.control import Control, socket_path
 from gmemd.errors import RequestError
@@ -202,6 +202,7 @@ def gmemctl_parser() -> argparse.ArgumentParser:
     regions = command("map", "mapped regions")
     regions.add_argument("--session", type=int, metavar="ID", help="only of this session")
     regions.add_argument("--limit", type=int, default=4096, help="at most so many regions (default 4096)")
+    cli_trace.add_parser(command("trace", "record which pages are used, and replay that with other policies"))
     top = command("top", "devices and sessions, refreshed")
     top.add_argument("--interval", type=float, default=1.0, metavar="SECONDS")
     top.add_argument("--count", type=int, default=0, metavar="N", help="stop after N looks (default: on Ctrl-C)")
@@ -307,6 +308,8 @@ def _top(control: Control, args: argparse.Namespace) -> int:
 
 
 def _gmemctl(args: argparse.Namespace) -> int:
+    if args.command == "trace":
+        return cli_trace.run(args)
     path = socket_path(args.socket)
     with Control(path) as control:
         if args.command == "top":
@@ -328,6 +331,8 @@ def main_gmemctl(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"gmemctl: {error}", file=sys.stderr)
         return EXIT_USAGE
+    except cli_trace.TraceFailure as error:
+        print(f"gmemctl: {error}", file=sys.stderr)
     except RequestError as error:
         print(f"gmemctl: {error.message} ({error.code})", file=sys.stderr)
     except (FileNotFoundError, ConnectionRefusedError, PermissionError) as error:

@@ -17,6 +17,7 @@ from gmemd import schema, wire
 from gmemd.config import SYSTEM_RUNTIME_DIR
 from gmemd.errors import RequestError
 
+_LAST_WORDS_MS = 200  # an answer may be under way on the other socket
 DEFAULT_SOCKET = str(SYSTEM_RUNTIME_DIR / "gmemd.sock")
 
 
@@ -65,9 +66,7 @@ class Control:
         self._dealer.send(msgpack.packb(message))
         deadline = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
         while True:
-            left = deadline - time.monotonic()
-            if left <= 0 or not self._dealer.poll(max(1, int(left * 1000))):
-                raise TimeoutError(f"gmemd did not answer {op} in time")
+            self._wait(op, deadline)
             reply = msgpack.unpackb(self._dealer.recv())
             if reply.get("id") == request_id:
                 break
@@ -75,6 +74,18 @@ class Control:
             error = reply["error"]
             raise RequestError(error["errno"], error["message"], error.get("argument"))
         return {key: value for key, value in reply.items() if key not in ("id", "ok")}
+
+    def _wait(self, op: str, deadline: float) -> None:
+        """Until something has come. The end of the handshake's connection is the end of gmemd, or of this token."""
+        poller = zmq.Poller()
+        poller.register(self._dealer, zmq.POLLIN)
+        poller.register(self._handshake, zmq.POLLIN)
+        left = deadline - time.monotonic()
+        ready = dict(poller.poll(max(1, int(left * 1000)))) if left > 0 else {}
+        if not ready:
+            raise TimeoutError(f"gmemd did not answer {op} in time")
+        if self._dealer not in ready and not self._dealer.poll(_LAST_WORDS_MS):
+            raise ConnectionResetError(f"gmemd went away, or ended the connection, before it answered {op}")
 
     def close(self) -> None:
         self._dealer.close(linger=0)

@@ -14,6 +14,7 @@ from gmemd import __version__, schema
 from gmemd.devices import DeviceTable
 from gmemd.drivers.registry import Registry
 from gmemd.errors import RequestError, as_request_error
+from gmemd.recorder import Recorder
 from gmemd.sessions import Session, SessionTable
 from gmemd.watch import Watch
 
@@ -33,6 +34,7 @@ _BLAME: dict[str, dict[int, str]] = {
         errno.ENOENT: "session",
     },
     "mmap_commit": {errno.EINVAL: "va", errno.ENOMEM: "va"},
+    "trace_start": {errno.ENOMEM: "buffer_bytes", errno.ENODEV: "device"},
     "munmap": {errno.EINVAL: "va"},
     "advise": _RANGE,
     "prefetch": _RANGE,
@@ -58,6 +60,8 @@ _MEANING: dict[tuple[str, int], str] = {
     ("quota", errno.ENOENT): "there is no such session, or no session of that user",
     ("mmap_commit", errno.EINVAL): "not the start of a region, or not mapped there",
     ("mmap_commit", errno.ENOTCONN): "the session's userfaultfd has not been attached",
+    ("trace_start", errno.ENOMEM): "there is not so much memory",
+    ("trace_start", errno.ENODEV): "it has been detached",
     ("query", errno.EINVAL): "the range is not within one region of this session",
     ("hmemcpy", errno.EINVAL): "source or destination is not mapped by this session, or they overlap",
     ("hmemcpy", errno.EOPNOTSUPP): "this device can't be copied to directly",
@@ -103,6 +107,7 @@ class Operations:
         self._devices = devices
         self._drivers = drivers
         self._watch = watch
+        self._recorder = Recorder(core, sessions, devices)
         self._window = core.window()
         self._quota_lock = threading.Lock()
         self._methods: dict[str, Callable[[Session, Args], Reply]] = {
@@ -295,6 +300,16 @@ class Operations:
             total += len(found)
             regions.extend(_region(core_id, region) for region in found[: args["limit"] - len(regions)])
         return {"regions": regions, "total": total}
+
+    def _op_trace_start(self, session: Session, args: Args) -> Reply:
+        return self._recorder.start(session, args["session"], args["device"], args["buffer_bytes"])
+
+    def _op_trace_read(self, session: Session, args: Args) -> Reply:
+        return self._recorder.read(session, args["position"])
+
+    def _op_trace_stop(self, session: Session, args: Args) -> Reply:
+        self._recorder.stop(session)
+        return {}
 
     def _op_close(self, session: Session, args: Args) -> Reply:
         self._sessions.end(session, "closed by the client")

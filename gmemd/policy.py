@@ -18,20 +18,19 @@ REFERENCES = ("opt", "static")
 @dataclass(frozen=True)
 class Result:
     policy: str
-    capacity_pages: int
+    capacity_pages: int  # of page_bytes
     accesses: int
     misses: int  # pages in
     evicted_dirty: int  # pages out
     evicted_clean: int
+    in_bytes: int  # copied to it; nothing for pages that had no content yet
+    out_bytes: int  # copied from it, also because another hnode wrote them
+    dropped_bytes: int  # evicted clean
     page_bytes: int
 
     @property
-    def in_bytes(self) -> int:
-        return self.misses * self.page_bytes
-
-    @property
-    def out_bytes(self) -> int:
-        return self.evicted_dirty * self.page_bytes
+    def capacity_bytes(self) -> int:
+        return self.capacity_pages * self.page_bytes
 
     @property
     def miss_ratio(self) -> float:
@@ -39,12 +38,13 @@ class Result:
 
 
 class Trace:
-    """Accesses to pages: their numbers (uint64) and whether they wrote (uint8, 0 or 1), as buffers of one length."""
+    """Accesses to pages of one size: their numbers (uint64) and whether they wrote (uint8, 0 or 1), as buffers of one
+    length. of_records() takes what was recorded, with pages of several sizes: page_bytes is the smallest one's then."""
 
     def __init__(self, pages: Any, writes: Any = None, page_bytes: int = 4096) -> None:
         if writes is None:
             writes = bytes(len(memoryview(pages)))
-        self._accesses = Accesses(pages, writes)
+        self._accesses = Accesses.of_pages(pages, writes)
         self.page_bytes = page_bytes
 
     @classmethod
@@ -56,13 +56,37 @@ class Trace:
             writes.append(write)
         return cls(pages, writes, page_bytes)
 
+    @classmethod
+    def of_records(cls, records: Any, hnid: int, kinds: int, session: int = 0) -> Trace:
+        """From the records of gmemd.trace: uses on one hnode, of those kinds (bit k: kind k), and of one session unless
+        that is 0. Pages that end, or that writes elsewhere take away, come back as others. ValueError: bad records."""
+        trace = cls.__new__(cls)
+        trace._accesses = Accesses.of_records(records, hnid, kinds, session)
+        trace.page_bytes = trace._accesses.unit_bytes if trace._accesses.uses else 4096
+        return trace
+
     def __len__(self) -> int:
-        return self._accesses.count
+        return self._accesses.uses
 
     @property
     def working_set(self) -> int:
         """How many different pages there are."""
-        return self._accesses.distinct
+        return self._accesses.pages
+
+    @property
+    def stays(self) -> int:
+        """The misses of an hnode that is large enough."""
+        return self._accesses.stays
+
+    @property
+    def absent(self) -> int:
+        """Misses when it was recorded."""
+        return self._accesses.absent
+
+    @property
+    def peak_bytes(self) -> int:
+        """The least capacity that never evicts."""
+        return self._accesses.peak * self.page_bytes
 
     def capacity(self, ratio: float) -> int:
         """Pages of an hnode whose working set is `ratio` times as large as it."""
@@ -82,9 +106,11 @@ def replay(trace: Trace, policy: str, capacity_pages: int, *, visible: float = 1
         raise ValueError(f"capacity_pages: {capacity_pages} is out of range: 1 to {(1 << 32) - 1}")
     if not 0 <= visible <= 1:
         raise ValueError(f"visible: {visible} is out of range: 0 to 1")
-    # More than one frame for each page is never used.
-    misses, dirty, clean = trace._accesses.replay(policy, min(capacity_pages, (1 << 32) - 3), visible, seed)
-    return Result(policy, capacity_pages, len(trace), misses, dirty, clean, trace.page_bytes)
+    misses, dirty, clean, *units = trace._accesses.replay(policy, capacity_pages, visible, seed)
+    copied_in, copied_out, dropped = (count * trace.page_bytes for count in units)
+    return Result(
+        policy, capacity_pages, len(trace), misses, dirty, clean, copied_in, copied_out, dropped, trace.page_bytes
+    )
 
 
 def curve(

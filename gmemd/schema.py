@@ -27,6 +27,7 @@ TOKEN_BYTES = 32
 QUERY_PAGES_MAX = 65536
 MAP_REGIONS_MAX = 65536
 HNODE_MAX = 16
+TRACE_BUFFER_BYTES, TRACE_BUFFER_MAX = 16 << 20, 1 << 31
 NAME_BYTES_MAX = 31
 
 _UINT64_MAX = (1 << 64) - 1
@@ -227,6 +228,16 @@ OPS: dict[str, Op] = {
     "sessions": Op(ANY, {}),
     "stats": Op(ANY, {}),
     "map": Op(ANY, {"session": optional(uint()), "limit": optional(uint(MAP_REGIONS_MAX), 4096)}),
+    "trace_start": Op(
+        ADMIN,
+        {
+            "session": optional(uint()),
+            "device": optional(_DEVICE.check),
+            "buffer_bytes": optional(uint(TRACE_BUFFER_MAX), TRACE_BUFFER_BYTES),
+        },
+    ),
+    "trace_read": Op(ADMIN, {"position": Field(uint())}),
+    "trace_stop": Op(ADMIN, {}),
     "close": Op(SESSION, {}),
 }
 

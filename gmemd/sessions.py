@@ -75,6 +75,7 @@ class Session:
     contexts: dict[int, Context] = field(default_factory=dict)
     ended: bool = False
     holds: int = 0
+    at_end: list[Callable[[Session], None]] = field(default_factory=list)
     done: threading.Event = field(default_factory=threading.Event)
 
 
@@ -194,6 +195,14 @@ class SessionTable:
                 session.holds -= 1
                 self._changed.notify_all()
 
+    def at_end(self, session: Session, function: Callable[[Session], None]) -> None:
+        """Calls it once when the session ends. ESTALE if it has."""
+        with self._changed:
+            if session.ended:
+                raise RequestError(errno.ESTALE, "the session has ended")
+            if function not in session.at_end:
+                session.at_end.append(function)
+
     def check_context_count(self, session: Session) -> None:
         with self._changed:
             count = len(session.contexts)
@@ -262,6 +271,8 @@ class SessionTable:
         try:
             for context in self.contexts_of(session):
                 self.end_context(context, "session ended")
+            for function in session.at_end:
+                function(session)
             if session.core_id and destroy:
                 self._quietly("session_destroy", session.core_id)
         finally:

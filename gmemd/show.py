@@ -143,6 +143,60 @@ def _print(what: Any) -> None:
     console.print(what, soft_wrap=isinstance(what, str))
 
 
+def recorded(made: Reply) -> None:
+    lost = f"{_count(made['lost'])} lost: a larger --buffer keeps more" if made["lost"] else "none lost"
+    _print(f"{made['file']}: {_count(made['records'])} records in {made['seconds']:.1f} s, "
+           f"{format_size(made['bytes'])}; {lost}")  # fmt: skip
+    if not made["complete"]:
+        _print(f"not complete: {made['why']}")
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}"
+
+
+def misses_table(results: list[Reply]) -> Table:
+    table = _table(
+        "capacity", "<policy", "misses", "miss ratio", "copied in", "copied out", "dropped", "of OPT", "of LRU"
+    )
+    last = None
+    for r in results:
+        size = format_size(r["capacity_bytes"])
+        table.add_row(
+            size if size != last else "", "OPT" if r["policy"] == "opt" else r["policy"], _count(r["misses"]),
+            f"{r['miss_ratio']:.4f}", format_size(r["in_bytes"]), format_size(r["out_bytes"]),
+            format_size(r["dropped_bytes"]), _times(r["of_opt"]), _times(r["of_lru"]),
+        )  # fmt: skip
+        last = size
+    return table
+
+
+def _hnode_head(hnode: Reply) -> Text:
+    was = hnode["recorded"]
+    peak = format_size(hnode["peak_bytes"])
+    head = (f"{hnode['name']}: {_count(hnode['accesses'])} accesses to {_plural(hnode['pages'], 'page')}, "
+            f"{peak} at most at a time; as it was: {_count(was['misses'])} misses")  # fmt: skip
+    if was["policy"]:
+        head += f" ({was['policy']}, {format_size(was['capacity_bytes'])})"
+    return Text(head)
+
+
+def replayed(made: Reply) -> None:
+    parts: list[Any] = [
+        Text(f"{made['file']}: {_count(made['records'])} records, {made['seconds']:.1f} s"
+             f"{'' if made['complete'] else ', not complete'}"
+             f"{', ' + _count(made['lost']) + ' accesses lost' if made['lost'] else ''}")
+    ]  # fmt: skip
+    parts += [
+        Text(f"skipped {format_size(gap['bytes'])} at byte {gap['at']}: {gap['why']}", "red") for gap in made["skipped"]
+    ]
+    for hnode in made["hnodes"]:
+        parts += ["", _hnode_head(hnode), "", misses_table(hnode["results"])]
+    if not made["hnodes"]:
+        parts.append("no accesses")
+    _print(Group(*parts))
+
+
 SHOW: dict[str, Callable[[Reply, Namespace], None]] = {
     "status": lambda reply, args: _print(status_view(reply)),
     "devices": lambda reply, args: _print(devices_table(reply["devices"])),

@@ -36,6 +36,7 @@ static const struct {
 	{ { "lpt" }, page_table, true },
 	{ { "ring" }, ring_requests, true },
 	{ { "file" }, file_tier, true },
+	{ { "trace" }, trace_rows, true },
 	{ { "bare" }, primitives, false },
 };
 

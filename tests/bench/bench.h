@@ -37,6 +37,7 @@ void mappings(void);
 void page_table(void);
 void ring_requests(void);
 void file_tier(void);
+void trace_rows(void);
 void primitives(void);
 
 extern bool huge_pages; /* enough of them can be had for every group */

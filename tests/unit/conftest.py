@@ -38,6 +38,8 @@ class FakeCore:
         self.quotas: dict[int, dict[int, int]] = {}
         self.fds: dict[int, int] = {}
         self.events: list[dict[str, Any]] = []
+        self.tracing: list[bytes] | None = None  # records that nobody has read
+        self.trace_lost = 0
         self.closed = False
         self.busy: list[dict[str, Any]] = []
         self.stored = False
@@ -114,6 +116,21 @@ class FakeCore:
 
     def do_driver_builtin(self, name: str) -> bool:
         return name == "simgpu"
+
+    def do_trace_start(self, *, session: int, hnid: int, buffer_bytes: int) -> None:
+        if self.tracing is not None:
+            raise OSError(errno.EBUSY, "there is one")
+        self.tracing = []
+
+    def do_trace_stop(self) -> None:
+        pass
+
+    def do_trace_read(self, most: int) -> tuple[bytes, int]:
+        taken, self.tracing[:] = self.tracing[:most], self.tracing[most:]
+        return b"".join(taken), self.trace_lost
+
+    def do_trace_close(self) -> None:
+        self.tracing = None
 
     def do_event_fd(self) -> int:
         return self._event_fd

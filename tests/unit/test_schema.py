@@ -42,6 +42,9 @@ GOOD = {
     "sessions": {},
     "stats": {},
     "map": {"session": 2, "limit": 10},
+    "trace_start": {"session": 3, "device": "simgpu0", "buffer_bytes": 1 << 20},
+    "trace_read": {"position": 7},
+    "trace_stop": {},
     "close": {},
 }
 

@@ -121,6 +121,12 @@ def test_every_op_answers(rig):
     assert rig.core.called("limit") == [(0, 1 << 30)]
     assert rig.ask(admin, "quota", name="g0", bytes=1 << 30, uid=5) == {"ok": True}
     assert rig.core.called("quota_uid") == [(5, 1, 1 << 30)]
+    header = rig.ask(admin, "trace_start", session=admin.core_id, device="g0")
+    assert [h["name"] for h in header["hnodes"]] == ["host", "g0"] and header["device"] == "g0"
+    assert rig.core.called("trace_start") == [(admin.core_id, 1, 16 << 20)]
+    assert rig.ask(admin, "trace_read", position=0) == {"ok": True, "records": b"", "lost": 0, "running": True}
+    assert rig.ask(admin, "trace_stop") == {"ok": True}
+    assert rig.ask(admin, "trace_read", position=0)["running"] is False
     assert rig.ask(admin, "munmap", va=VA, bytes=8192) == {"ok": True}
     assert rig.ask(admin, "detach", name="g0") == {"ok": True}
     assert rig.ask(admin, "close") == {"ok": True}
@@ -202,7 +208,7 @@ def test_an_unexpected_exception_is_an_answer_and_tells_nothing(rig):
 def test_who_may_ask_what(rig):
     user, admin, tool = rig.session(uid=1000), rig.session(uid=0, admin=True), rig.session(uid=1000, memory=False)
     for op, args in [("attach", {"driver": "os:system", "name": "x"}), ("detach", {"name": "x"}),
-                     ("limit", {"name": "host", "bytes": 1 << 30})]:  # fmt: skip
+                     ("limit", {"name": "host", "bytes": 1 << 30}), ("trace_start", {})]:  # fmt: skip
         assert rig.error(user, op, **args) == ("EPERM", "token")
         assert rig.error(tool, op, **args) == ("EPERM", "token")
     assert not rig.core.called("device_attach")

@@ -9,6 +9,7 @@
 
 #include <sys/types.h>
 
+#include <gmem/access.h>
 #include <gmem/driver.h>
 #include <gmem/types.h>
 
@@ -233,6 +234,21 @@ struct gmem_thread_info {
 };
 /* Fills at most capacity entries, ret_count is the full count. */
 void gmem_core_threads(struct gmem_core *core, struct gmem_thread_info *threads, size_t capacity, size_t *ret_count);
+
+/* ---- traces: the uses of pages that the core sees, one recording at a time ---- */
+struct gmem_trace_config {
+	uint64_t session;      /* only of this one; 0: of all */
+	int hnid;              /* only there, and writes elsewhere; -1: everywhere */
+	uint64_t buffer_bytes; /* at most; what nobody reads in time is lost, and counted. At least 40 KiB are taken */
+};
+/* -EBUSY: there is a recording already; -ENODEV; -ENOMEM. */
+int gmem_trace_start(struct gmem_core *core, const struct gmem_trace_config *config);
+/* Nothing more is recorded; what is there can be read. */
+void gmem_trace_stop(struct gmem_core *core);
+/* How many accesses were read, each of them once; 0: there is none just now. ret_lost: of this recording, so far. */
+size_t gmem_trace_read(struct gmem_core *core, struct gmem_access *accesses, size_t capacity, uint64_t *ret_lost);
+/* Stops, and gives the buffer back. */
+void gmem_trace_close(struct gmem_core *core);
 
 /* ---- events for the daemon's Python side ---- */
 enum gmem_event_type {

@@ -15,6 +15,7 @@
 #include <gmem/range.h>
 #include <gmem/session.h>
 #include <gmem/stats.h>
+#include <gmem/trace.h>
 #include <gmem/watch.h>
 
 #define GMEM_SESSION_BUCKETS 256
@@ -47,6 +48,7 @@ struct gmem_core {
 	struct gmem_faults faults;
 	struct gmem_fillers fillers;
 	struct gmem_watch watch;
+	struct gmem_trace trace;
 	struct gmem_rings *rings;                            /* (C) */
 };
 
@@ -54,6 +56,9 @@ static inline struct gmem_hnode *gmem_core_hnode(struct gmem_core *core, int hni
 {
 	return hnid < 0 || hnid >= GMEM_HNODE_MAX ? NULL : atomic_load(&core->hnodes[hnid]);
 }
+
+/* Whether accesses are being recorded; then gmem_page_trace() is to hear of them. */
+static inline bool gmem_core_traces(const struct gmem_core *core) { return gmem_trace_is_on(&core->trace); }
 
 void gmem_core_post(struct gmem_core *core, enum gmem_event_type type, uint64_t session, uint64_t va, uint64_t value,
 		    int hnid, int error);

@@ -26,6 +26,7 @@ enum gmem_rank {
 	GMEM_RANK_RING,        /* rings and their run queue */
 	GMEM_RANK_AGENT,       /* the ring of an agent */
 	GMEM_RANK_WATCH,       /* what each thread is doing */
+	GMEM_RANK_TRACE,       /* beginning, reading and ending a trace */
 	GMEM_RANK_EVENT,       /* event ring */
 	GMEM_RANK_KEEP,        /* what outlives the process */
 	GMEM_RANK_TIER,        /* of zstd: slabs of one size class, or a stripe of its entries */
