@@ -25,6 +25,8 @@
 extern "C" {
 #endif
 
+#define GMEM_API __attribute__((visibility("default")))
+
 #ifndef MAP_PEER_SHARED
 #define MAP_PEER_SHARED 0x8000000
 #endif
@@ -65,25 +67,25 @@ struct gmem_hmadvise_arg {
 
 /* Drops the content of the whole pages in [addr, addr + size): they read zero next. None: 0. What is no peer-shared
  * memory in the range is passed over. -EINVAL: the range ends beyond the address space. */
-int gmemFreeEager(unsigned long addr, size_t size, void *stream);
+GMEM_API int gmemFreeEager(unsigned long addr, size_t size, void *stream);
 /* Moves each page that [addr, addr + len) touches to hnid (0: the host), which does not fault there afterwards; what is
  * there already counts as used now. -EINVAL: no such hnid, or not all of it is peer-shared memory; -ENOMEM: what is
  * on hnid is pinned or in use. */
-int gmemPrefetch(unsigned long addr, size_t len, int hnid, void *stream);
+GMEM_API int gmemPrefetch(unsigned long addr, size_t len, int hnid, void *stream);
 /* Hnid of the first device that is attached; -ENODEV: none, -ENOTCONN: no gmemd is running. */
-int gmemGetNumaId(void);
+GMEM_API int gmemGetNumaId(void);
 /* Waits for all calls that were made with this stream. 0, or -errno of the first of them that failed since this was last
  * asked. NULL: 0, there is nothing to wait for. */
-int gmemStreamSynchronize(void *stream);
+GMEM_API int gmemStreamSynchronize(void *stream);
 
 /* ---- functions that return 0, or -1 with errno, as system calls do ---- */
 
 /* MADV_PREFETCH and MADV_PINNED move the pages that the range touches to hnid, MADV_UNPINNED lets them leave, and
  * MADV_DONTNEED is gmemFreeEager(), with hnid -1 or any. EINVAL: as above, or behaviour is none of these. */
-int hmadvise(int hnid, unsigned long start, size_t len, int behaviour);
+GMEM_API int hmadvise(int hnid, unsigned long start, size_t len, int behaviour);
 /* Copies at any alignment; dst is on hnid afterwards, -1: on the host. EINVAL: no such hnid; the ranges are not both
  * inside peer-shared memory, or overlap; dst is not writable. */
-int hmemcpy(int hnid, unsigned long dst, unsigned long src, size_t size);
+GMEM_API int hmemcpy(int hnid, unsigned long dst, unsigned long src, size_t size);
 
 #ifdef __cplusplus
 }
