@@ -40,7 +40,7 @@
 
 #define LIKELY_NOT(condition) __builtin_expect(!!(condition), 0)
 /* Defines libc's function of that name: not under its own in C, as headers declare some with `...`. */
-#define IN_PLACE_OF(name) __attribute__((visibility("default"))) __asm__(name)
+#define IN_PLACE_OF(name) __asm__(name) __attribute__((visibility("default")))
 
 /* ---- what comes next: the kernel, until the constructor has found the libraries ---- */
 
