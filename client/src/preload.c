@@ -68,8 +68,10 @@ static struct {
 	int (*open)(const char *path, int flags, mode_t mode);
 	int (*openat)(int directory, const char *path, int flags, mode_t mode);
 	int (*ioctl)(int fd, unsigned long request, void *arg);
+	FILE *(*fopen)(const char *path, const char *mode); /* NULL: not looked for yet */
+	FILE *(*fopen64)(const char *path, const char *mode);
 } next = { gmem_sys_mmap, gmem_sys_munmap, gmem_sys_mremap, gmem_sys_mprotect, gmem_sys_madvise, kernel_open,
-	   kernel_openat, kernel_ioctl };
+	   kernel_openat, kernel_ioctl, NULL, NULL };
 
 static void find(const char *name, void *ret)
 {
@@ -89,6 +91,8 @@ __attribute__((constructor)) static void find_next(void)
 	find("open", &next.open);
 	find("openat", &next.openat);
 	find("ioctl", &next.ioctl);
+	find("fopen", &next.fopen);
+	find("fopen64", &next.fopen64);
 }
 
 /* ---- libgmem ---- */
@@ -464,27 +468,24 @@ static FILE *fopen_ours(const char *path, const char *mode)
 	return file;
 }
 
-static FILE *fopen_next(const char *name, const char *path, const char *mode)
-{
-	FILE *(*function)(const char *, const char *) = NULL;
-
-	find(name, &function);
-	if (function)
-		return function(path, mode);
-	errno = ENOSYS;
-	return NULL;
-}
-
 FILE *in_fopen(const char *path, const char *mode) IN_PLACE_OF("fopen");
 FILE *in_fopen(const char *path, const char *mode)
 {
-	return LIKELY_NOT(is_ours(path)) ? fopen_ours(path, mode) : fopen_next("fopen", path, mode);
+	if (LIKELY_NOT(is_ours(path)))
+		return fopen_ours(path, mode);
+	if (LIKELY_NOT(!next.fopen))
+		find("fopen", &next.fopen);
+	return next.fopen(path, mode);
 }
 
 FILE *in_fopen64(const char *path, const char *mode) IN_PLACE_OF("fopen64");
 FILE *in_fopen64(const char *path, const char *mode)
 {
-	return LIKELY_NOT(is_ours(path)) ? fopen_ours(path, mode) : fopen_next("fopen64", path, mode);
+	if (LIKELY_NOT(is_ours(path)))
+		return fopen_ours(path, mode);
+	if (LIKELY_NOT(!next.fopen64))
+		find("fopen64", &next.fopen64);
+	return next.fopen64(path, mode);
 }
 
 /* By its name, so that copies of the descriptor are known, inherited ones too. */
