@@ -9,6 +9,7 @@
 #include <gmem/uffd.h>
 
 #define BUSY_SPINS 2000
+#define TAKEN_MAX 64
 
 static int shift_of(uint64_t page_bytes, uint64_t bytes)
 {
@@ -86,6 +87,28 @@ static int commit_charge(struct gmem_core *core, enum gmem_class class_, uint64_
 	return -ENOMEM;
 }
 
+/* A range that is free here and in this address space: what was moved in it by mremap, as a forked child's copies are, may
+ * lie where another session's range has become free. */
+static int take_range(struct gmem_core *core, struct gmem_as *as, enum gmem_class class_, uint64_t bytes, uint64_t align,
+		      uint64_t *ret)
+{
+	uint64_t taken[TAKEN_MAX], va;
+	int count = 0, err;
+
+	do {
+		err = gmem_range_alloc(&core->va[class_], bytes, align, &va);
+		if (err || gmem_as_next(as, va) >= va + bytes)
+			break;
+		taken[count++] = va;
+		err = -ENOMEM;
+	} while (count < TAKEN_MAX);
+	while (count)
+		gmem_range_free(&core->va[class_], taken[--count], bytes);
+	if (!err)
+		*ret = va;
+	return err;
+}
+
 int gmem_mmap(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args *args, struct gmem_region_info *ret)
 {
 	int shift = shift_of(args->page_bytes, args->bytes), err;
@@ -110,7 +133,7 @@ int gmem_mmap(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args *
 	err = check_quotas(core, session->account, bytes);
 	if (err)
 		goto uncharge;
-	err = gmem_range_alloc(&core->va[class_], bytes, align, &va);
+	err = take_range(core, &session->as, class_, bytes, align, &va);
 	if (err)
 		goto uncharge;
 	err = gmem_account_file(session->account, GMEM_HOST, class_, &file);

@@ -9,6 +9,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <stdatomic.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -274,7 +275,7 @@ static int replace(struct gmem *session, const struct peer *peer)
 	err = copy_pages(session, fresh, peer->va, bytes);
 	if (!err && gmem_sys_mremap((void *)fresh, bytes, bytes, MREMAP_MAYMOVE | MREMAP_FIXED, (void *)peer->va) ==
 			    MAP_FAILED)
-		err = -errno;
+		err = gmem_fail(-errno, "mremap: %s", strerror(errno));
 	if (err) {
 		gmem_munmap(session, (void *)fresh, bytes);
 		return err;
@@ -287,20 +288,14 @@ static int replace(struct gmem *session, const struct peer *peer)
 	return err;
 }
 
+/* Past stdio, which a forked child shares with its parent. */
 static void say(const char *what)
 {
-	static const char prefix[] = "libgmem: ";
-
-	if (write(STDERR_FILENO, prefix, sizeof(prefix) - 1) < 0 || write(STDERR_FILENO, what, strlen(what)) < 0 ||
-	    write(STDERR_FILENO, "\n", 1) < 0) {
-		/* nobody listens */
-	}
+	dprintf(STDERR_FILENO, "libgmem: %s: %s\n", what, gmem_last_error());
 }
 
 static void take_copies(struct gmem *session)
 {
-	bool failed = false;
-
 	for (size_t i = 0; i < peer_count;) {
 		struct peer *peer = &peers[i];
 
@@ -308,12 +303,11 @@ static void take_copies(struct gmem *session)
 			i++;
 			continue;
 		}
-		failed = failed || !peer->withheld;
+		if (!peer->withheld)
+			say("memory could not be copied for a forked child, and is not mapped there");
 		gmem_munmap(session, (void *)peer->va, peer->end - peer->va);
 		remove_locked(i);
 	}
-	if (failed)
-		say("memory could not be copied for a forked child, and is not mapped there");
 }
 
 static void after_fork_child(void)
@@ -383,7 +377,7 @@ int gmem_peer_session(struct gmem **ret)
 	}
 	pthread_mutex_unlock(&session_lock);
 	if (err) {
-		warn_once(gmem_last_error());
+		warn_once("no gmemd");
 		return gmem_fail(-ENOTCONN, "no gmemd: %s", gmem_strerror(err));
 	}
 	*ret = default_session;
@@ -437,7 +431,7 @@ static int map(size_t bytes, int prot, struct peer *ret)
 
 	if (!err && gmem_peer_device() < 0) {
 		err = -ENODEV;
-		warn_once("mmap(MAP_PEER_SHARED) needs a device, and none is attached");
+		warn_once("mmap(MAP_PEER_SHARED)");
 	}
 	if (bytes > SIZE_MAX / 2)
 		err = -ENOMEM;
@@ -618,6 +612,7 @@ static int peer_mprotect(uintptr_t va, size_t bytes, int prot)
 
 	if (__builtin_add_overflow(va, bytes, &end) || end > UINTPTR_MAX - PAGE_MASK || !is_peer(va, end))
 		return GMEM_NOT_PEER;
+	end = (end + SMALL_MASK) & ~SMALL_MASK;
 	whole = (end + PAGE_MASK) & ~PAGE_MASK;
 	if (va & PAGE_MASK || (end != whole && peer_at(end, &last) && end < last.asked_end))
 		return -EINVAL;

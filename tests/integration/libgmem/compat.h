@@ -6,6 +6,7 @@
 #ifndef COMPAT_H
 #define COMPAT_H
 
+#define _GNU_SOURCE
 #include <errno.h>
 #include <libgmem.h>
 #include <stdint.h>

@@ -3,9 +3,9 @@
  * How an AI framework's memory adapter uses it: libgmem.so is loaded late, for one function; mmap(2) and munmap(2) are
  * libc's, and each freed block is given back by its whole pages.
  */
-#include <dlfcn.h>
-
 #include "compat.h"
+
+#include <dlfcn.h>
 
 #define BLOCKS 6
 #define BLOCK_BYTES (PAGE + PAGE / 2)

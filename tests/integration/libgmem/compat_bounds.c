@@ -2,9 +2,9 @@
  *
  * Sizes, addresses and arguments at the edges, and what is refused.
  */
-#include <fcntl.h>
-
 #include "compat.h"
+
+#include <fcntl.h>
 
 #define FLAGS (MAP_PRIVATE | MAP_ANONYMOUS | MAP_PEER_SHARED)
 #define RW (PROT_READ | PROT_WRITE)
