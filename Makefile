@@ -122,10 +122,16 @@ bench: $(VENV)/.test build ## measure beside the floors; build/bench/results.jso
 bench-workloads: $(VENV)/.bench build ## jobs on memory that is too small for them; build/bench/workloads.json and .png; BENCH_FLAGS=--quick
 	$(BIN)/python tests/bench/workloads $(addprefix --only ,$(ONLY)) $(BENCH_FLAGS)
 
+N ?= 100
+test-kill: $(VENV)/.test build ## kills the daemon N=100 times under load; every word is checked
+	$(BIN)/python tests/fault/kill.py --seconds 86400 --kills $(N)
+
 soak: $(VENV)/.test build c-plain ## the coherence tests for SOAK_SECONDS=60 each
 	build/c/test_coherence $(SOAK_SECONDS)
+	$(BIN)/python tests/fault/kill.py --seconds 86400 --kills 1000
+	GMEM_KILL_ROUNDS=500 $(BIN)/python -m pytest --timeout 600 -o faulthandler_timeout=900 tests/adversity $(PYTEST_FLAGS)
 	GMEM_SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest --timeout $$((60 + 10 * $(SOAK_SECONDS))) \
-		tests/integration -k coherence $(PYTEST_FLAGS)
+		-o faulthandler_timeout=$$((120 + 10 * $(SOAK_SECONDS))) tests/integration -k coherence $(PYTEST_FLAGS)
 
 # ---- style ----
 
@@ -174,4 +180,4 @@ clean: ## remove everything that was built, the environment as well
 	rm -rf build dist *.egg-info $(VENV) client/gmem/_*.so client/gmem/_client.c gmemd/_*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help run test check build lib c-plain c-asan c-tsan asan tsan bench bench-workloads soak lint fmt dist install uninstall clean
+.PHONY: help run test test-kill check build lib c-plain c-asan c-tsan asan tsan bench bench-workloads soak lint fmt dist install uninstall clean

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <gmem/crash.h>
 #include <gmem/as.h>
 #include <gmem/internal.h>
 
@@ -71,6 +72,7 @@ static int write_record_locked(struct gmem_region *region)
 	record.region.offset = region->offset;
 	record.region.fork = (uint8_t)region->fork;
 	record.region.committed = region->committed;
+	record.region.asked = region->asked;
 	return gmem_record_put(&region->object->core->keep, &record, &region->record);
 }
 
@@ -124,6 +126,8 @@ static int insert_locked(struct gmem_as *as, struct gmem_object *object, uint64_
 
 	if (at < as->count && as->regions[at]->va < va + bytes)
 		return -EEXIST;
+	if (as->count >= GMEM_REGIONS_MAX)
+		return -ENOMEM;
 	region = malloc(sizeof(*region));
 	if (!region || grow_locked(as, as->count + 1)) {
 		free(region);
@@ -138,6 +142,7 @@ static int insert_locked(struct gmem_as *as, struct gmem_object *object, uint64_
 	gmem_object_ref(object);
 	place_locked(as, region);
 	link_object(region);
+	gmem_crash(GMEM_CRASH_REGION_LINKED);
 	return 0;
 }
 
@@ -165,8 +170,39 @@ int gmem_as_adopt(struct gmem_as *as, struct gmem_object *object, const struct g
 	gmem_rwlock_write(&as->lock);
 	err = insert_locked(as, object, known->region.va, known->region.offset, known->region.bytes,
 			    (enum gmem_fork)known->region.fork, known->region.committed, record);
+	if (!err)
+		as->regions[find(as, known->region.va)]->asked = known->region.asked;
 	gmem_rwlock_unlock(&as->lock);
 	return err;
+}
+
+void gmem_as_asked(struct gmem_as *as, uint64_t va, uint64_t asked)
+{
+	size_t at;
+
+	gmem_rwlock_write(&as->lock);
+	at = find(as, va);
+	if (at < as->count && as->regions[at]->va == va) {
+		as->regions[at]->asked = asked;
+		write_record_locked(as->regions[at]);
+	}
+	gmem_rwlock_unlock(&as->lock);
+}
+
+bool gmem_as_find_asked(struct gmem_as *as, uint64_t asked, uint64_t bytes, uint64_t *ret_va)
+{
+	bool found = false;
+
+	gmem_rwlock_read(&as->lock);
+	for (size_t i = 0; !found && i < as->count; i++) {
+		const struct gmem_region *region = as->regions[i];
+
+		found = region->asked == asked && !region->committed && region->bytes == bytes;
+		if (found)
+			*ret_va = region->va;
+	}
+	gmem_rwlock_unlock(&as->lock);
+	return found;
 }
 
 uint64_t gmem_as_next(struct gmem_as *as, uint64_t va)
@@ -233,6 +269,7 @@ static struct gmem_region cut_locked(struct gmem_as *as, size_t at, uint64_t sta
 		uint64_t tail_offset = region->offset + (end - region->va);
 
 		resize(region, region->va, region->offset, start - region->va);
+		gmem_crash(GMEM_CRASH_REGION_CUT);
 		/* Out of memory: the tail is forgotten, and a touch of it is a clear SIGBUS. */
 		if (end < region_end)
 			insert_locked(as, region->object, end, tail_offset, region_end - end, region->fork,

@@ -4,6 +4,7 @@
 #include <stdlib.h>
 #include <unistd.h>
 
+#include <gmem/crash.h>
 #include <gmem/internal.h>
 #include <gmem/reclaim.h>
 #include <gmem/recover.h>
@@ -164,11 +165,13 @@ int gmem_core_create(const struct gmem_core_config *config, struct gmem_core **r
 
 	if (!core)
 		return -ENOMEM;
+	gmem_crash_init();
 	core->overcommit = config->overcommit;
 	core->policy = gmem_policy_find(config->policy);
 	core->fault_ahead = !config->no_fault_ahead;
 	core->next_id = 1;
 	core->keep.socket = -1;
+	gmem_watch_init(&core->watch, config->stuck_ns);
 	gmem_mutex_init(&core->devices_lock, GMEM_RANK_DEVICES);
 	gmem_rwlock_init(&core->sessions_lock, GMEM_RANK_SESSIONS);
 	gmem_mutex_init(&core->tenants_lock, GMEM_RANK_TENANTS);
@@ -204,6 +207,9 @@ int gmem_core_create(const struct gmem_core_config *config, struct gmem_core **r
 	err = gmem_reclaimer_start(core->hnodes[GMEM_HOST]);
 	if (err)
 		goto no_reclaimer;
+	err = gmem_watch_start(core);
+	if (err)
+		goto no_watch;
 	err = core->recovering ? gmem_recover_load(core) : begin_state(core);
 	if (err)
 		goto no_state;
@@ -212,6 +218,8 @@ int gmem_core_create(const struct gmem_core_config *config, struct gmem_core **r
 no_state:
 	if (core->recovering) /* nothing has been touched, and half of it is made: the process ends */
 		return err;
+	gmem_watch_stop(core);
+no_watch:
 	gmem_reclaimer_stop(core->hnodes[GMEM_HOST]);
 no_reclaimer:
 	gmem_rings_stop(core);
@@ -228,6 +236,7 @@ no_lpt:
 	gmem_range_deinit(&core->va[GMEM_CLASS_HUGE]);
 no_window:
 	gmem_keep_deinit(&core->keep);
+	gmem_watch_deinit(&core->watch);
 	if (core->features.uffd_device)
 		close(core->features.uffd_device_fd);
 	free(core);
@@ -263,6 +272,7 @@ void gmem_core_destroy(struct gmem_core *core)
 	atomic_store(&core->stopping, true);
 	while ((id = any_session(core)))
 		gmem_session_destroy(core, id);
+	gmem_watch_stop(core);
 	gmem_rings_stop(core);
 	gmem_faults_stop(core);
 	for (struct gmem_hnode *hnode = core->retired, *next; hnode; hnode = next) {
@@ -283,6 +293,7 @@ void gmem_core_destroy(struct gmem_core *core)
 	gmem_mutex_deinit(&core->devices_lock);
 	gmem_rwlock_deinit(&core->sessions_lock);
 	gmem_mutex_deinit(&core->tenants_lock);
+	gmem_watch_deinit(&core->watch);
 	if (core->features.uffd_device)
 		close(core->features.uffd_device_fd);
 	free(core);
@@ -320,6 +331,7 @@ void gmem_core_stats(struct gmem_core *core, struct gmem_core_stats *ret)
 		.contexts = gmem_counter(&core->context_count), .regions = gmem_counter(&core->region_count),
 		.objects = gmem_counter(&core->object_count), .lpt_bytes = gmem_lpt_bytes(&core->lpt),
 		.ring_requests = gmem_counter(&s->ring_requests), .ring_errors = gmem_counter(&s->ring_errors),
+		.stuck_reports = gmem_counter(&s->stuck_reports),
 	};
 	gmem_mutex_lock(&core->events.lock);
 	ret->events_lost = core->events.lost;

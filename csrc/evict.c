@@ -5,6 +5,7 @@
  */
 #include <errno.h>
 
+#include <gmem/crash.h>
 #include <gmem/evict.h>
 #include <gmem/internal.h>
 #include <gmem/migrate.h>
@@ -34,6 +35,7 @@ static int drop(struct gmem_hnode *hnode, struct gmem_page *page, bool clean)
 
 	frame->evicted = true; /* the policy may remember it */
 	err = gmem_page_drop(page, hnode->hnid);
+	gmem_crash(GMEM_CRASH_DROP);
 	if (err)
 		frame->evicted = false;
 	else
@@ -116,7 +118,9 @@ static int push(struct batch *batch)
 {
 	int err = 0;
 
+	gmem_crash(GMEM_CRASH_PUSH);
 	gmem_tier_push(batch->to, batch->io, batch->count);
+	gmem_crash(GMEM_CRASH_PUSHED);
 	for (size_t i = 0; i < batch->count; i++) {
 		struct gmem_page *page = batch->pages[i];
 		int result = batch->io[i].result;

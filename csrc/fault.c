@@ -1,11 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
 #include <sched.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <gmem/internal.h>
@@ -19,6 +21,7 @@
 #define CLOSE_NS 100000     /* faults so close together are worth a spin */
 #define CLOSE_FAULTS 3      /* that many, before the first one */
 #define LINGER_NS 40000
+#define NO_FD_NAP_NS 1000000
 #define LOOK_FAULTS 64      /* how often to look where the client runs */
 #define TURN_NS 2000000     /* then other views get their turn */
 #define FILLERS 4 /* they sleep most of the time */
@@ -221,22 +224,49 @@ out:
 	gmem_object_unref(place.object);
 }
 
+/* ---- a descriptor in reserve: reading a fork event makes one, and without one it can't be read ---- */
+
+static bool give_up_spare(struct gmem_faults *faults)
+{
+	int fd = atomic_exchange(&faults->spare_fd, -1);
+
+	if (fd >= 0)
+		close(fd);
+	return fd >= 0;
+}
+
+static void keep_spare(struct gmem_faults *faults)
+{
+	int none = -1, fd;
+
+	if (atomic_load_explicit(&faults->spare_fd, memory_order_relaxed) >= 0)
+		return;
+	fd = fcntl(faults->stop_fd, F_DUPFD_CLOEXEC, 0);
+	if (fd >= 0 && !atomic_compare_exchange_strong(&faults->spare_fd, &none, fd))
+		close(fd);
+}
+
 static void handle(struct gmem_core *core, struct gmem_view *view, const struct gmem_uffd_msg *msg)
 {
 	switch (msg->event) {
 	case GMEM_UFFD_EVENT_PAGEFAULT: {
 		struct gmem_fault fault = { view, msg->arg.pagefault.address, (uint32_t)msg->arg.pagefault.flags };
 
+		gmem_duty_begin(GMEM_DOING_FAULT, view->session_id, fault.va);
 		gmem_fault_resolve(core, &fault, true);
 		break;
 	}
 	case GMEM_UFFD_EVENT_FORK:
+		gmem_duty_begin(GMEM_DOING_EVENT, view->session_id, 0);
 		gmem_session_forked(view->session, (int)msg->arg.fork.ufd);
+		keep_spare(&core->faults);
 		break;
 	case GMEM_UFFD_EVENT_REMAP:
+		gmem_duty_begin(GMEM_DOING_EVENT, view->session_id, msg->arg.remap.from);
 		gmem_as_move(view->as, msg->arg.remap.from, msg->arg.remap.to, msg->arg.remap.len);
 		break;
 	case GMEM_UFFD_EVENT_UNMAP:
+		gmem_duty_begin(GMEM_DOING_EVENT, view->session_id, msg->arg.remove.start);
 		gmem_as_remove(view->as, msg->arg.remove.start, msg->arg.remove.end - msg->arg.remove.start,
 			       gmem_session_release_piece, core);
 		break;
@@ -278,14 +308,31 @@ static void note_faults(struct gmem_view *view)
 		atomic_store_explicit(&view->close_faults, close_faults + 1, memory_order_relaxed);
 }
 
-static ssize_t read_messages(struct gmem_core *core, struct gmem_view *view, struct gmem_uffd_msg *messages)
+/* A client can make its userfaultfd blocking, and read it as well: so it is read only when it has just been said to have a
+ * message, and a read that sleeps all the same is interrupted (watch.h) and was the last one. */
+static ssize_t read_messages(struct gmem_core *core, struct gmem_view *view, bool ready, struct gmem_uffd_msg *messages)
 {
+	struct pollfd look = { .fd = view->uffd, .events = POLLIN };
 	ssize_t n;
 
-	do
+	if (!ready && poll(&look, 1, 0) <= 0)
+		return 0;
+	if (!ready && look.revents != POLLIN) {
+		view_failed(core, view);
+		return 0;
+	}
+	gmem_duty_begin(GMEM_DOING_READ, view->session_id, 0);
+	n = read(view->uffd, messages, MESSAGES * sizeof(*messages));
+	if (n < 0 && (errno == EMFILE || errno == ENFILE)) {
+		const struct timespec nap = { 0, NO_FD_NAP_NS };
+
+		if (!give_up_spare(&core->faults)) {
+			nanosleep(&nap, NULL); /* the fork waits until there is one */
+			return 0;
+		}
 		n = read(view->uffd, messages, MESSAGES * sizeof(*messages));
-	while (n < 0 && errno == EINTR);
-	if (n < 0 && errno != EAGAIN)
+	}
+	if (n < 0 && errno != EAGAIN && (errno != EINTR || gmem_duty_poked()))
 		view_failed(core, view);
 	return n < 0 ? 0 : n / (ssize_t)sizeof(*messages);
 }
@@ -337,13 +384,14 @@ static void serve(struct gmem_core *core, struct gmem_view *view, struct gmem_se
 {
 	uint64_t start = gmem_now_ns(), idle_since = 0;
 	struct gmem_uffd_msg messages[MESSAGES];
-	bool armed = false;
+	bool armed = false, ready = true;
 
 	service->client = 0;
 	atomic_store(&service->view, (uintptr_t)view);
 	while (!atomic_load_explicit(&view->dead, memory_order_relaxed)) {
-		ssize_t n = read_messages(core, view, messages);
+		ssize_t n = read_messages(core, view, ready, messages);
 
+		ready = false;
 		if (n) {
 			if (n > 1 && !armed) {
 				arm(core, view);
@@ -368,6 +416,7 @@ static void serve(struct gmem_core *core, struct gmem_view *view, struct gmem_se
 			}
 		}
 		atomic_fetch_add(&service->turns, 1);
+		gmem_duty_end();
 		if (n && gmem_now_ns() - start > TURN_NS)
 			break;
 	}
@@ -381,7 +430,7 @@ static void serve(struct gmem_core *core, struct gmem_view *view, struct gmem_se
 
 void gmem_faults_quiesce(struct gmem_core *core, struct gmem_view *view)
 {
-	for (uint32_t i = 0; i < core->faults.thread_count; i++) {
+	for (uint32_t i = 0; i < atomic_load(&core->faults.thread_count); i++) {
 		struct gmem_service *service = &core->faults.services[i];
 		uint64_t turns = atomic_load(&service->turns);
 
@@ -409,6 +458,7 @@ static void *fault_thread(void *arg)
 	struct gmem_faults *faults = &core->faults;
 
 	pthread_setname_np(pthread_self(), "gmem-fault");
+	gmem_duty_enlist(core, GMEM_ROLE_FAULT);
 	service->cpu = -1;
 	service->can_stay = !gmem_cpus_get(&service->cpus);
 	for (;;) {
@@ -419,7 +469,7 @@ static void *fault_thread(void *arg)
 		if (n <= 0)
 			continue;
 		if (event.data.u64 == STOP_TOKEN)
-			return NULL;
+			break;
 		view = view_of(faults, event.data.u64);
 		if (!view)
 			continue;
@@ -428,7 +478,10 @@ static void *fault_thread(void *arg)
 		else
 			serve(core, view, service);
 		gmem_view_unref(view);
+		gmem_duty_end();
 	}
+	gmem_duty_leave(core);
+	return NULL;
 }
 
 int gmem_work_post(struct gmem_core *core, const struct gmem_work *work)
@@ -450,10 +503,12 @@ int gmem_work_post(struct gmem_core *core, const struct gmem_work *work)
 static void do_work(struct gmem_core *core, struct gmem_work *work)
 {
 	if (work->object) {
+		gmem_duty_begin(GMEM_DOING_AHEAD, work->object->account->session_id, 0);
 		gmem_session_release_piece(work->object, work->offset, work->bytes, NULL);
 		gmem_object_unref(work->object);
 		return;
 	}
+	gmem_duty_begin(work->ahead ? GMEM_DOING_AHEAD : GMEM_DOING_FAULT, work->fault.view->session_id, work->fault.va);
 	if (work->ahead)
 		gmem_stream_help(core, work->fault.view);
 	else
@@ -467,6 +522,7 @@ static void *filler_thread(void *arg)
 	struct gmem_faults *faults = &core->faults;
 
 	pthread_setname_np(pthread_self(), "gmem-fill");
+	gmem_duty_enlist(core, GMEM_ROLE_FILL);
 	gmem_mutex_lock(&faults->work_lock);
 	while (!faults->stop || faults->work_count) {
 		struct gmem_work work;
@@ -480,9 +536,11 @@ static void *filler_thread(void *arg)
 		faults->work_count--;
 		gmem_mutex_unlock(&faults->work_lock);
 		do_work(core, &work);
+		gmem_duty_end();
 		gmem_mutex_lock(&faults->work_lock);
 	}
 	gmem_mutex_unlock(&faults->work_lock);
+	gmem_duty_leave(core);
 	return NULL;
 }
 
@@ -537,20 +595,51 @@ void gmem_faults_unwatch(struct gmem_core *core, struct gmem_view *view)
 		gmem_view_unref(view);
 }
 
+static int start_fault_thread(struct gmem_core *core)
+{
+	struct gmem_faults *faults = &core->faults;
+	uint32_t count = atomic_load(&faults->thread_count);
+	int err;
+
+	faults->services[count].core = core;
+	err = -pthread_create(&faults->threads[count], NULL, fault_thread, &faults->services[count]);
+	if (!err)
+		atomic_store(&faults->thread_count, count + 1);
+	return err;
+}
+
+static int start_filler(struct gmem_core *core)
+{
+	struct gmem_faults *faults = &core->faults;
+	uint32_t count = atomic_load(&faults->filler_count);
+	int err = -pthread_create(&faults->fillers[count], NULL, filler_thread, core);
+
+	if (!err)
+		atomic_store(&faults->filler_count, count + 1);
+	return err;
+}
+
 static int start_threads(struct gmem_core *core, uint32_t threads)
 {
 	struct gmem_faults *faults = &core->faults;
 	int err = 0;
 
-	for (; !err && faults->thread_count < threads; faults->thread_count += !err) {
-		struct gmem_service *service = &faults->services[faults->thread_count];
-
-		service->core = core;
-		err = -pthread_create(&faults->threads[faults->thread_count], NULL, fault_thread, service);
-	}
-	for (; !err && faults->filler_count < FILLERS; faults->filler_count += !err)
-		err = -pthread_create(&faults->fillers[faults->filler_count], NULL, filler_thread, core);
+	while (!err && atomic_load(&faults->thread_count) < threads)
+		err = start_fault_thread(core);
+	while (!err && atomic_load(&faults->filler_count) < FILLERS)
+		err = start_filler(core);
 	return err;
+}
+
+void gmem_faults_grow(struct gmem_core *core, bool fault, bool filler)
+{
+	struct gmem_faults *faults = &core->faults;
+
+	/* If none can be had, those that are there go on as they can; the next look tries again. */
+	if (fault && atomic_load(&faults->thread_count) < GMEM_THREADS_MAX)
+		start_fault_thread(core);
+	if (filler && atomic_load(&faults->filler_count) < GMEM_THREADS_MAX)
+		start_filler(core);
 }
 
 int gmem_faults_start(struct gmem_core *core, uint32_t threads)
@@ -568,8 +657,11 @@ int gmem_faults_start(struct gmem_core *core, uint32_t threads)
 	if (faults->epoll_fd < 0 || faults->stop_fd < 0 ||
 	    epoll_ctl(faults->epoll_fd, EPOLL_CTL_ADD, faults->stop_fd, &event))
 		err = -errno;
-	else
+	else {
+		faults->spare_fd = -1;
+		keep_spare(faults);
 		err = start_threads(core, threads);
+	}
 	if (err)
 		gmem_faults_stop(core);
 	return err;
@@ -593,6 +685,7 @@ void gmem_faults_stop(struct gmem_core *core)
 		pthread_join(faults->fillers[--faults->filler_count], NULL);
 	close(faults->epoll_fd);
 	close(faults->stop_fd);
+	give_up_spare(faults);
 	gmem_mutex_deinit(&faults->slots_lock);
 	gmem_mutex_deinit(&faults->work_lock);
 	pthread_cond_destroy(&faults->work_ready);

@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <sched.h>
 
+#include <gmem/crash.h>
 #include <gmem/internal.h>
 #include <gmem/pages.h>
 #include <gmem/prefetch.h>
@@ -74,6 +75,7 @@ static int copy_locked(struct end *dst, struct end *src, bool same, int hnid, ui
 	err = gmem_page_fetch(&dst->page, hnid, NULL, nowhere, GMEM_WHY_HMEMCPY, &mapped);
 	if (!err)
 		err = gmem_page_own(&dst->page, hnid);
+	gmem_crash(GMEM_CRASH_HMEMCPY);
 	if (!err)
 		err = readable(from, &source);
 	if (!err)

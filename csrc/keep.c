@@ -11,6 +11,7 @@
 #include <sys/time.h>
 #include <unistd.h>
 
+#include <gmem/crash.h>
 #include <gmem/keep.h>
 
 #define HEADER_BYTES 4096
@@ -47,6 +48,7 @@ int gmem_keep_fd(struct gmem_keep *keep, int fd, const char *format, ...)
 	char name[GMEM_KEEP_NAME], text[2 * GMEM_KEEP_NAME];
 	va_list args;
 	bool full;
+	int err;
 
 	if (!gmem_keeps(keep))
 		return 0;
@@ -61,7 +63,9 @@ int gmem_keep_fd(struct gmem_keep *keep, int fd, const char *format, ...)
 		return -ENFILE;
 	/* without FDPOLL=0 what polls an error or a hang-up is dropped, before its successor could learn of it */
 	snprintf(text, sizeof(text), "FDSTORE=1\nFDNAME=%s\nFDPOLL=0\n", name);
-	return send_message(keep, text, fd);
+	err = send_message(keep, text, fd);
+	gmem_crash(GMEM_CRASH_FD_HELD);
+	return err;
 }
 
 static void forget(struct gmem_keep *keep, const char *name)
@@ -288,10 +292,13 @@ int gmem_record_put(struct gmem_keep *keep, const struct gmem_record *record, ui
 	at->replaces = old;
 	memcpy((uint8_t *)at + offsetof(struct gmem_record, id), (const uint8_t *)record + offsetof(struct gmem_record, id),
 	       sizeof(*at) - offsetof(struct gmem_record, id));
+	gmem_crash(GMEM_CRASH_RECORD_WRITTEN);
 	atomic_store_explicit(&at->kind, atomic_load(&record->kind), memory_order_release);
+	gmem_crash(GMEM_CRASH_RECORD_PUBLISHED);
 	*number = fresh;
 	if (old) {
 		atomic_store_explicit(&keep->records[old].kind, GMEM_RECORD_FREE, memory_order_release);
+		gmem_crash(GMEM_CRASH_RECORD_REPLACED);
 		at->replaces = 0; /* before that number may come to mean something else */
 		atomic_thread_fence(memory_order_release);
 		free_number(keep, old);

@@ -127,13 +127,10 @@ static int fill_huge(struct gmem_file *file, uint64_t offset, uint8_t *alias, co
 	return err ? err : gmem_copy(alias, src, bytes);
 }
 
-int gmem_file_fill(struct gmem_file *file, uint64_t offset, uint8_t *alias, const void *src, uint64_t bytes)
+int gmem_file_write(struct gmem_file *file, uint64_t offset, const void *src, uint64_t bytes)
 {
 	uint64_t done = 0;
 
-	if (file->class_ == GMEM_CLASS_HUGE) /* hugetlbfs has no write(2) */
-		return fill_huge(file, offset, alias, src, bytes);
-	/* write(2) into a hole allocates without zeroing and without a fault in a cold mapping */
 	while (done < bytes) {
 		ssize_t n = pwrite(file->fd, (const uint8_t *)src + done, bytes - done, (off_t)(offset + done));
 
@@ -144,6 +141,30 @@ int gmem_file_fill(struct gmem_file *file, uint64_t offset, uint8_t *alias, cons
 		done += (uint64_t)n;
 	}
 	return 0;
+}
+
+int gmem_file_read(struct gmem_file *file, uint64_t offset, void *dst, uint64_t bytes)
+{
+	uint64_t done = 0;
+
+	while (done < bytes) {
+		ssize_t n = pread(file->fd, (uint8_t *)dst + done, bytes - done, (off_t)(offset + done));
+
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n <= 0)
+			return n < 0 ? -errno : -EIO;
+		done += (uint64_t)n;
+	}
+	return 0;
+}
+
+int gmem_file_fill(struct gmem_file *file, uint64_t offset, uint8_t *alias, const void *src, uint64_t bytes)
+{
+	if (file->class_ == GMEM_CLASS_HUGE) /* hugetlbfs has no write(2) */
+		return fill_huge(file, offset, alias, src, bytes);
+	/* write(2) into a hole allocates without zeroing and without a fault in a cold mapping */
+	return gmem_file_write(file, offset, src, bytes);
 }
 
 /* Aliases are aligned to 2 MiB at the same phase as the offset, so that huge mappings are possible. */

@@ -87,6 +87,7 @@ static int commit_charge(struct gmem_core *core, enum gmem_class class_, uint64_
 	return -ENOMEM;
 }
 
+
 /* A range that is free here and in this address space: what was moved in it by mremap, as a forked child's copies are, may
  * lie where another session's range has become free. */
 static int take_range(struct gmem_core *core, struct gmem_as *as, enum gmem_class class_, uint64_t bytes, uint64_t align,
@@ -109,6 +110,26 @@ static int take_range(struct gmem_core *core, struct gmem_as *as, enum gmem_clas
 	return err;
 }
 
+/* What a predecessor had reserved, and not told any more. */
+static bool reserved_before(struct gmem_session *session, const struct gmem_mmap_args *args, uint64_t bytes,
+			    struct gmem_region_info *ret)
+{
+	struct gmem_place place;
+	struct gmem_file *file;
+	uint64_t va;
+
+	if (!args->again || !gmem_as_find_asked(&session->as, args->asked, bytes, &va) ||
+	    gmem_as_lookup(&session->as, va, &place))
+		return false;
+	*ret = (struct gmem_region_info){ .va = va, .bytes = bytes, .offset = place.object->offset,
+					  .page_bytes = 1ull << place.object->shift, .class_ = place.object->class_,
+					  .fork = args->fork };
+	if (!gmem_object_file(place.object, GMEM_HOST, &file))
+		ret->fd = file->fd;
+	gmem_object_unref(place.object);
+	return true;
+}
+
 int gmem_mmap(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args *args, struct gmem_region_info *ret)
 {
 	int shift = shift_of(args->page_bytes, args->bytes), err;
@@ -127,6 +148,10 @@ int gmem_mmap(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args *
 	session = gmem_session_get(core, id);
 	if (!session)
 		return -ENOENT;
+	if (reserved_before(session, args, bytes, ret)) {
+		gmem_session_unref(session);
+		return 0;
+	}
 	err = commit_charge(core, class_, bytes);
 	if (err)
 		goto out;
@@ -146,6 +171,8 @@ int gmem_mmap(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args *
 	}
 	err = gmem_as_insert(&session->as, object, va, 0, bytes, args->fork, false);
 	gmem_object_unref(object); /* on failure the last one: gives back range and charge */
+	if (!err && args->asked && gmem_keeps(&core->keep))
+		gmem_as_asked(&session->as, va, args->asked);
 	if (!err)
 		*ret = (struct gmem_region_info){ .va = va, .bytes = bytes, .offset = va - core->window.base,
 						  .page_bytes = 1ull << shift, .class_ = class_,

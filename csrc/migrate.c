@@ -4,6 +4,7 @@
 #include <sched.h>
 #include <time.h>
 
+#include <gmem/crash.h>
 #include <gmem/internal.h>
 #include <gmem/migrate.h>
 #include <gmem/pmap.h>
@@ -108,9 +109,12 @@ static gmem_word_t settled(const struct gmem_page *page)
  * too, finds the page held again, and parks again. */
 void gmem_page_unlock(struct gmem_page *page)
 {
-	gmem_word_t word = settled(page) | (page->park ? GMEM_WORD_WAITERS : 0);
+	gmem_word_t word = settled(page) | (page->park ? GMEM_WORD_WAITERS : 0), old;
 
-	if (atomic_exchange_explicit(word_of(page), word, memory_order_acq_rel) & GMEM_WORD_WAITERS)
+	gmem_crash(GMEM_CRASH_COMMIT);
+	old = atomic_exchange_explicit(word_of(page), word, memory_order_acq_rel);
+	gmem_crash(GMEM_CRASH_COMMITTED);
+	if (old & GMEM_WORD_WAITERS)
 		gmem_page_wake(page);
 }
 
@@ -121,6 +125,7 @@ void gmem_page_mark(struct gmem_page *page, enum gmem_dir dir, int target)
 
 	while (!atomic_compare_exchange_weak(word_of(page), &old, busy | (old & GMEM_WORD_WAITERS)))
 		;
+	gmem_crash(GMEM_CRASH_MARK);
 }
 
 struct notice {
@@ -133,8 +138,10 @@ static int notify_view(struct gmem_view *view, struct gmem_range range, void *ar
 	struct notice *notice = arg;
 	struct gmem_hnode *hnode = notice->hnode;
 
+	gmem_duty_driver(hnode->hnid, "invalidate");
 	hnode->ops->invalidate(hnode->device, view->session_id, range, notice->cause,
 			       atomic_fetch_add(&hnode->sequence, 1) + 1);
+	gmem_duty_driver(hnode->hnid, NULL);
 	return 0;
 }
 
@@ -175,6 +182,7 @@ int gmem_page_downgrade(struct gmem_page *page)
 		return -EBUSY;
 	gmem_page_notify(page, hnode, GMEM_CAUSE_PROTECT);
 	err = gmem_object_for_views(page->object, writer, page->offset, page->bytes, protect_view, NULL);
+	gmem_crash(GMEM_CRASH_DOWNGRADE);
 	if (!err)
 		page->word = gmem_word_set_writer(page->word, -1);
 	return err; /* views protected before the failure fault on their next write and get it back */
@@ -188,14 +196,14 @@ static void release_copy(struct gmem_page *page, struct gmem_hnode *hnode, enum 
 
 	gmem_page_notify(page, hnode, cause);
 	if (gmem_hnode_is_peer(hnode)) {
-		if (hnode->ops->peer_free)
-			err = hnode->ops->peer_free(hnode->device, page->pn, page->bytes);
+		err = gmem_tier_free(hnode, page->pn, page->bytes);
 	} else {
 		/* a hole in the file takes the page out of every view at once */
 		err = gmem_object_file(page->object, hnode->hnid, &file);
 		if (!err)
 			err = gmem_file_punch(file, page->object->offset + page->offset, page->bytes);
 	}
+	gmem_crash(GMEM_CRASH_RELEASE);
 	if (gmem_word_flags(page->word) & GMEM_PAGE_PINNED)
 		gmem_hnode_pinned(hnode, -(int64_t)page->bytes);
 	gmem_hnode_frame_free(hnode, page->object, page->index);
@@ -245,6 +253,7 @@ int gmem_page_own(struct gmem_page *page, int hnid)
 	 * writable, it is all there is. */
 	if (gmem_word_valid(atomic_load_explicit(word_of(page), memory_order_relaxed)) != mine)
 		gmem_page_mark(page, GMEM_DIR_UPGRADE, hnid);
+	gmem_crash(GMEM_CRASH_OWN);
 	return 0;
 }
 
@@ -288,10 +297,13 @@ int gmem_copy_by_engine(struct gmem_hnode *engine, void *dst, const void *src, u
 {
 	struct gmem_sg sg = { dst, src, bytes };
 	gmem_fence_t fence = 0;
-	int err = engine->ops->copy(engine->device, &sg, 1, 0, &fence);
+	int err;
 
+	gmem_duty_driver(engine->hnid, "copy");
+	err = engine->ops->copy(engine->device, &sg, 1, 0, &fence);
 	if (!err && fence && engine->ops->fence_wait)
 		err = engine->ops->fence_wait(engine->device, fence, 0);
+	gmem_duty_driver(engine->hnid, NULL);
 	return err;
 }
 
@@ -362,6 +374,7 @@ static int copy_awaited(struct gmem_page *page, const uint8_t *src, struct gmem_
 	uint64_t at = (page->awaited & ~4095ull) - range.va, behind = at + 4096, done;
 	int err = gmem_uffd_copy_wp(view->uffd, range.va + at, src + at, 4096, true, &done);
 
+	gmem_crash(GMEM_CRASH_COPY_FIRST);
 	if (!err && at)
 		err = gmem_uffd_copy_wp(view->uffd, range.va, src, at, false, &done);
 	if (!err && behind < range.bytes)
@@ -394,6 +407,7 @@ void gmem_page_forget(struct gmem_page *page, struct gmem_hnode *to)
 
 	if (!gmem_hnode_is_peer(to) && !gmem_object_file(page->object, to->hnid, &file))
 		gmem_file_punch(file, page->object->offset + page->offset, page->bytes);
+	gmem_crash(GMEM_CRASH_FORGET);
 	gmem_hnode_frame_free(to, page->object, page->index);
 	gmem_page_mark(page, GMEM_DIR_MAP, 0);
 }
@@ -457,9 +471,11 @@ static int transfer(struct gmem_page *page, struct gmem_hnode *from, struct gmem
 			err = copy_into_view(page, from, to, view, range);
 		}
 		*ret_mapped = !err;
+		gmem_crash(GMEM_CRASH_COPY);
 	}
 	if (err == -ESRCH)
 		err = fill_from(page, from, to);
+	gmem_crash(GMEM_CRASH_FILL);
 	return err;
 }
 
@@ -513,6 +529,7 @@ int gmem_page_fetch(struct gmem_page *page, int hnid, struct gmem_view *view, st
 		err = get_frame(page, to);
 	if (err)
 		return err;
+	gmem_crash(GMEM_CRASH_FRAME);
 	err = from ? transfer(page, from, to, view, range, ret_mapped) : first_touch(page, to);
 	if (err) {
 		gmem_page_forget(page, to);
@@ -523,6 +540,7 @@ int gmem_page_fetch(struct gmem_page *page, int hnid, struct gmem_view *view, st
 		return err == -ENOSPC ? -ENOMEM : err;
 	}
 	gmem_page_arrived(page, from, to, why);
+	gmem_crash(GMEM_CRASH_ARRIVED);
 	gmem_count(&page->core->stats.migration_ns, gmem_now_ns() - start);
 	return 0;
 }
@@ -531,10 +549,15 @@ int gmem_page_map(struct gmem_page *page, struct gmem_view *view, struct gmem_ra
 {
 	bool writable = gmem_word_writer(page->word) == view->hnid;
 	struct gmem_pmap *pmap = gmem_view_pmap(view);
+	int err;
 
+	gmem_crash(GMEM_CRASH_MAP);
 	if (was_protected && writable)
-		return gmem_uffd_pmap_protect(pmap, range, GMEM_PROT_WRITE);
-	if (was_protected)
-		return gmem_uffd_pmap_wake(pmap, range);
-	return gmem_uffd_pmap_enter(pmap, range, 0, writable ? GMEM_PROT_WRITE : GMEM_PROT_READ);
+		err = gmem_uffd_pmap_protect(pmap, range, GMEM_PROT_WRITE);
+	else if (was_protected)
+		err = gmem_uffd_pmap_wake(pmap, range);
+	else
+		err = gmem_uffd_pmap_enter(pmap, range, 0, writable ? GMEM_PROT_WRITE : GMEM_PROT_READ);
+	gmem_crash(GMEM_CRASH_MAPPED);
+	return err;
 }

@@ -268,14 +268,19 @@ static void *reclaimer(void *arg)
 	struct teller teller = { .core = hnode->core }, account_teller = teller;
 
 	pthread_setname_np(pthread_self(), "gmem-reclaim");
+	gmem_duty_enlist(hnode->core, GMEM_ROLE_RECLAIM);
 	gmem_mutex_lock(&hnode->lock);
 	while (!hnode->stop) {
+		gmem_duty_begin(GMEM_DOING_RECLAIM, 0, 0);
 		if (hnode->pressed)
 			relieve_account_locked(hnode, &account_teller);
-		else if (!relieve_locked(hnode, &teller))
+		else if (!relieve_locked(hnode, &teller)) {
+			gmem_duty_end();
 			gmem_mutex_wait(&hnode->lock, &hnode->wake, 0);
+		}
 	}
 	gmem_mutex_unlock(&hnode->lock);
+	gmem_duty_leave(hnode->core);
 	return NULL;
 }
 

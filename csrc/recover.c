@@ -8,6 +8,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <gmem/crash.h>
 #include <gmem/agent.h>
 #include <gmem/internal.h>
 #include <gmem/maps.h>
@@ -16,6 +17,7 @@
 #include <gmem/pmap.h>
 #include <gmem/recover.h>
 #include <gmem/ring.h>
+#include <gmem/tier.h>
 #include <gmem/uffd.h>
 
 /* What is referenced from the load to the resume: accounts by id, objects by first page number. */
@@ -275,6 +277,7 @@ static struct gmem_view *resume_view(struct gmem_session *session, int hnid, uin
 		return NULL;
 	}
 	resume_agent(core, view);
+	gmem_crash(GMEM_CRASH_RECOVER_VIEW);
 	return view;
 }
 
@@ -338,8 +341,7 @@ static void drop_copy(struct gmem_object *object, uint64_t index, int hnid)
 	uint64_t bytes = 1ull << object->shift;
 
 	if (hnode && gmem_hnode_is_peer(hnode)) {
-		if (hnode->ops->peer_free)
-			hnode->ops->peer_free(hnode->device, object->pn + index, bytes);
+		gmem_tier_free(hnode, object->pn + index, bytes);
 	} else if (file) {
 		gmem_file_punch(file, object->offset + index * bytes, bytes);
 	}
@@ -414,6 +416,7 @@ static int resume_page(struct gmem_object *object, uint64_t index)
 		if (!err && (gmem_word_flags(word) & GMEM_PAGE_PINNED))
 			gmem_hnode_pinned(hnode, (int64_t)1 << object->shift);
 	}
+	gmem_crash(GMEM_CRASH_RECOVER_PAGE);
 	atomic_store(at, word);
 	return err;
 }
@@ -608,8 +611,10 @@ int gmem_core_resume(struct gmem_core *core)
 	if (err)
 		return err;
 	clear_between(core, core->recovery);
+	gmem_crash(GMEM_CRASH_RECOVER_MAPS);
 	for_sessions(core, look_at_process);
 	core->recovering = false;
+	gmem_crash(GMEM_CRASH_RECOVER_DONE);
 	for_sessions(core, go_on);
 	let_go(core);
 	gmem_keep_drop_left(&core->keep);

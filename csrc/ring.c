@@ -13,6 +13,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <gmem/crash.h>
 #include <gmem/internal.h>
 #include <gmem/memfd.h>
 #include <gmem/ring.h>
@@ -103,13 +104,13 @@ static uint32_t takeable(struct gmem_ring *ring, bool *ret_full)
 	return waiting < most ? waiting : most;
 }
 
-static void log_taken(struct gmem_ring *ring, const struct gmem_ring_job *job, uint32_t sq_index)
+static void log_taken(struct gmem_ring *ring, const struct gmem_ring_job *job)
 {
 	size_t i = (size_t)(job - ring->jobs);
 
 	if (!ring->log)
 		return;
-	ring->log->entries[i].sq_index = sq_index;
+	ring->log->entries[i].sq_index = job->sq_index;
 	memcpy(&ring->log->entries[i].sqe, &job->sqe, sizeof(job->sqe));
 	atomic_store_explicit(&ring->log->entries[i].state, GMEM_RING_LOG_TAKEN, memory_order_release);
 }
@@ -134,8 +135,11 @@ static bool take(struct gmem_ring *ring)
 		memcpy(&job->sqe, sq_entry(ring, ring->sq_head++), sizeof(job->sqe));
 		__asm__ volatile("" ::: "memory"); /* nothing is read from there again */
 		job->running = job->again = false;
-		log_taken(ring, job, ring->sq_head - 1);
+		job->sq_index = ring->sq_head - 1;
+		log_taken(ring, job);
 	}
+	if (count)
+		gmem_crash(GMEM_CRASH_RING_TAKEN);
 	if (count)
 		__atomic_store_n(&ring->shared->sq_head, ring->sq_head, __ATOMIC_RELEASE);
 	return count;
@@ -154,8 +158,10 @@ static void complete(struct gmem_ring *ring, uint32_t i)
 	uint8_t index = ring->order[i];
 
 	log_state(ring, index, GMEM_RING_LOG_COMPLETES);
+	gmem_crash(GMEM_CRASH_RING_COMPLETES);
 	memcpy(cq_entry(ring, ring->cq_tail++), &job->cqe, sizeof(job->cqe));
 	__atomic_store_n(&ring->shared->cq_tail, ring->cq_tail, __ATOMIC_RELEASE);
+	gmem_crash(GMEM_CRASH_RING_COMPLETED);
 	log_state(ring, index, GMEM_RING_LOG_FREE);
 	ring->running -= job->running;
 	ring->job_count--;
@@ -381,6 +387,7 @@ static void *ring_thread(void *arg)
 	uint32_t me;
 
 	pthread_setname_np(pthread_self(), "gmem-ring");
+	gmem_duty_enlist(core, GMEM_ROLE_RING);
 	gmem_mutex_lock(&rings->lock);
 	me = rings->thread_count++;
 	while (listen_locked(rings, !ring)) {
@@ -391,7 +398,9 @@ static void *ring_thread(void *arg)
 			continue;
 		rings->serving[me] = ring;
 		gmem_mutex_unlock(&rings->lock);
+		gmem_duty_begin(GMEM_DOING_REQUESTS, ring->session->id, 0);
 		more = serve(rings, ring);
+		gmem_duty_end();
 		gmem_mutex_lock(&rings->lock);
 		rings->serving[me] = NULL;
 		ring->state = GMEM_RING_IDLE;
@@ -400,6 +409,7 @@ static void *ring_thread(void *arg)
 		pthread_cond_broadcast(&rings->turned);
 	}
 	gmem_mutex_unlock(&rings->lock);
+	gmem_duty_leave(core);
 	return NULL;
 }
 
@@ -656,6 +666,7 @@ static void redo(struct gmem_ring *ring)
 		}
 		memcpy(&ring->jobs[i].sqe, &ring->log->entries[i].sqe, sizeof(ring->jobs[i].sqe));
 		ring->jobs[i].again = true;
+		ring->jobs[i].sq_index = at;
 		if ((int32_t)(at + 1 - ring->sq_head) > 0)
 			ring->sq_head = at + 1;
 		for (place = ring->job_count++; place && (int32_t)(ring->log->entries[ring->order[place - 1]].sq_index - at) > 0; place--)

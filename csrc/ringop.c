@@ -167,6 +167,7 @@ static bool do_mmap(struct gmem_session *session, struct gmem_ring_job *job)
 	struct gmem_mmap_args args = {
 		.bytes = sqe->bytes, .page_bytes = sqe->arg, .small_only = sqe->flags & GMEM_RING_SMALL,
 		.fork = sqe->flags & GMEM_RING_NO_INHERIT ? GMEM_FORK_NONE : GMEM_FORK_SHARE,
+		.asked = job->sq_index + 1ull, .again = job->again,
 	};
 	struct gmem_region_info region;
 	int err;

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include <errno.h>
 
+#include <gmem/crash.h>
 #include <gmem/internal.h>
 #include <gmem/pmap.h>
 #include <gmem/run.h>
@@ -211,6 +212,7 @@ static int fetch(struct run *run)
 	if (!run->count)
 		return 0;
 	err = through_view ? copy(run, from, to) : fill(run, from, to);
+	gmem_crash(GMEM_CRASH_RUN_MOVED);
 	if (err)
 		undo(run, to);
 	else
@@ -227,11 +229,12 @@ static void release_copies(struct run *run, struct gmem_hnode *hnode)
 		gmem_page_notify(&run->pages[i], hnode, GMEM_CAUSE_MIGRATE);
 	if (!gmem_hnode_is_peer(hnode) && !gmem_object_file(run->args->object, hnode->hnid, &file))
 		gmem_file_punch(file, file_offset(run), run_bytes(run));
+	gmem_crash(GMEM_CRASH_RUN_RELEASE);
 	for (size_t i = 0; i < run->count; i++) {
 		struct gmem_page *page = &run->pages[i];
 
-		if (gmem_hnode_is_peer(hnode) && hnode->ops->peer_free)
-			hnode->ops->peer_free(hnode->device, page->pn, page->bytes);
+		if (gmem_hnode_is_peer(hnode))
+			gmem_tier_free(hnode, page->pn, page->bytes);
 		if (gmem_word_flags(page->word) & GMEM_PAGE_PINNED)
 			gmem_hnode_pinned(hnode, -(int64_t)page->bytes);
 		gmem_hnode_frame_free(hnode, page->object, page->index);
@@ -254,6 +257,7 @@ static int own(struct run *run)
 	}
 	/* First touches, too: what is mapped writable must be valid in the words that a successor finds. */
 	mark_all(run, GMEM_DIR_UPGRADE, hnid);
+	gmem_crash(GMEM_CRASH_RUN_OWN);
 	if (!gone)
 		return 0;
 	for (int h = 0; gone >> h; h++)
@@ -279,11 +283,14 @@ int gmem_run_move(const struct gmem_run_args *args)
 	struct run run = { .args = args, .core = args->object->core, .page_bytes = 1ull << args->object->shift };
 	bool sole;
 	int err, count;
+	bool used;
 
 	lock_pages(&run);
 	keep_mapped(&run);
 	if (!run.count)
 		return 0;
+	/* A stream comes back to what is here and was aged: it maps the pages before anybody is seen to use them. */
+	used = args->wanted || gmem_word_valid(run.pages[0].word) >> args->hnid & 1;
 	err = fetch(&run);
 	if (!err && run.count) {
 		gmem_word_t word = run.pages[0].word;
@@ -292,10 +299,12 @@ int gmem_run_move(const struct gmem_run_args *args)
 		if (args->own || sole || !run.core->features.continue_wp)
 			err = own(&run);
 	}
+	gmem_crash(GMEM_CRASH_RUN_MAP);
 	if (!err && run.count && args->view)
 		err = map(&run);
+	gmem_crash(GMEM_CRASH_RUN_MAPPED);
 	count = (int)run.count;
-	if (!err && args->wanted)
+	if (!err && used)
 		for (int i = 0; i < count; i++)
 			gmem_hnode_touch(gmem_core_hnode(run.core, args->hnid), args->object, run.pages[i].index);
 	shorten(&run, 0);

@@ -5,12 +5,15 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <gmem/crash.h>
 #include <gmem/agent.h>
 #include <gmem/internal.h>
 #include <gmem/pages.h>
 #include <gmem/ring.h>
 #include <gmem/uffd.h>
 
+#define UNCLAIMED_MAX 256 /* of one user: each is a userfaultfd, and a session */
+#define REAP_BATCH 64
 #define FORK_WAIT_STEPS 500 /* of 1 ms: the event has been read when the child runs, but perhaps not been handled */
 
 static struct gmem_session **bucket(struct gmem_core *core, uint64_t id)
@@ -440,6 +443,48 @@ static void protect_regions(struct gmem_session *child, int uffd)
 	gmem_rwlock_unlock(&child->as.lock);
 }
 
+/* For a child that can't be served: what it has not mapped and is not zero would read as zero once its userfaultfd is
+ * closed. */
+static void poison_regions(struct gmem_session *child, int uffd)
+{
+	struct gmem_lpt *lpt = &child->core->lpt;
+
+	gmem_rwlock_read(&child->as.lock);
+	for (size_t i = 0; i < child->as.count && child->core->features.poison; i++) {
+		const struct gmem_region *r = child->as.regions[i];
+		uint64_t page_bytes = 1ull << r->object->shift, stop;
+		uint64_t pn = r->object->pn + (r->offset >> r->object->shift);
+		uint64_t end = r->object->pn + ((r->offset + r->bytes + page_bytes - 1) >> r->object->shift);
+
+		for (; pn < end && !gmem_lpt_next_touched(lpt, &pn, end, &stop); pn = stop)
+			for (uint64_t at = pn; at < stop; at++) {
+				uint64_t offset = (at - r->object->pn) << r->object->shift;
+
+				if (gmem_word_valid(atomic_load(&lpt->words[at])) && offset >= r->offset)
+					gmem_uffd_poison(uffd, r->va + (offset - r->offset), page_bytes);
+			}
+	}
+	gmem_rwlock_unlock(&child->as.lock);
+}
+
+static int count_unclaimed(struct gmem_session *child)
+{
+	_Atomic uint32_t *unclaimed = &child->account->tenant->unclaimed;
+
+	if (atomic_fetch_add(unclaimed, 1) < UNCLAIMED_MAX) {
+		atomic_store(&child->unclaimed, true);
+		return 0;
+	}
+	atomic_fetch_sub(unclaimed, 1);
+	return -EDQUOT;
+}
+
+static void uncount_unclaimed(struct gmem_session *child)
+{
+	if (atomic_exchange(&child->unclaimed, false))
+		atomic_fetch_sub(&child->account->tenant->unclaimed, 1);
+}
+
 void gmem_session_forked(struct gmem_session *parent, int uffd)
 {
 	struct gmem_core *core = parent->core;
@@ -452,13 +497,18 @@ void gmem_session_forked(struct gmem_session *parent, int uffd)
 		id = child->id;
 		err = inherit_regions(parent, child, true);
 		if (!err)
+			err = count_unclaimed(child);
+		if (!err)
 			err = gmem_session_watch(child, GMEM_HOST, 0, uffd, -1, 0, true, &view);
 		/* Its page tables were copied before movers knew it: what was writable then may not be now. The child
 		 * does not run before its atfork handler hears that it is stored. */
 		if (!err)
 			protect_regions(child, uffd);
+		else
+			poison_regions(child, uffd);
 		atomic_store(&child->stored, !err);
 		write_record(child);
+		gmem_crash(GMEM_CRASH_FORKED);
 		gmem_session_unref(child);
 	}
 	gmem_core_post(core, err ? GMEM_EVENT_ERROR : GMEM_EVENT_FORK, parent->id, 0, id, 0, err);
@@ -480,7 +530,7 @@ static struct gmem_session *claim_child(struct gmem_core *core, uint64_t parent)
 			    (!best || s->id < best->id))
 				best = s;
 	if (best && !atomic_exchange(&best->bound, true))
-		gmem_session_ref(best);
+		uncount_unclaimed(gmem_session_ref(best));
 	else
 		best = NULL;
 	gmem_rwlock_unlock(&core->sessions_lock);
@@ -530,14 +580,14 @@ int gmem_session_fork(struct gmem_core *core, uint64_t parent_id, uid_t uid, pid
 	return err;
 }
 
-void gmem_core_reap(struct gmem_core *core)
+static size_t reap_some(struct gmem_core *core)
 {
-	uint64_t gone[16];
+	uint64_t gone[REAP_BATCH];
 	size_t count = 0;
 
 	gmem_rwlock_read(&core->sessions_lock);
 	for (size_t b = 0; b < GMEM_SESSION_BUCKETS; b++)
-		for (struct gmem_session *s = core->sessions[b]; s && count < 16; s = s->next) {
+		for (struct gmem_session *s = core->sessions[b]; s && count < REAP_BATCH; s = s->next) {
 			struct gmem_view *view = atomic_load(&s->stored) && !atomic_load(&s->bound) ?
 							 gmem_as_view(&s->as, GMEM_HOST) : NULL;
 
@@ -547,8 +597,15 @@ void gmem_core_reap(struct gmem_core *core)
 			gmem_view_unref(view);
 		}
 	gmem_rwlock_unlock(&core->sessions_lock);
-	while (count)
-		gmem_session_destroy(core, gone[--count]);
+	for (size_t i = 0; i < count; i++)
+		gmem_session_destroy(core, gone[i]);
+	return count;
+}
+
+void gmem_core_reap(struct gmem_core *core)
+{
+	while (reap_some(core) == REAP_BATCH)
+		;
 }
 
 /* ---- end ---- */
@@ -612,7 +669,7 @@ static void tear_down(struct gmem_session *session)
 		gmem_as_remove(&session->as, range.va, range.bytes, gmem_session_release_piece, NULL);
 		if (!host)
 			continue;
-		if (atomic_load(&core->stopping))
+		if (atomic_load(&core->stopping) || atomic_load(&session->disowned))
 			gmem_uffd_unregister(host->uffd, range.va, range.bytes);
 		else if (core->features.poison)
 			gmem_uffd_poison(host->uffd, range.va, range.bytes);
@@ -637,6 +694,7 @@ int gmem_session_destroy(struct gmem_core *core, uint64_t id)
 	if (!session)
 		return -ENOENT;
 	atomic_store(&session->closed, true);
+	uncount_unclaimed(session);
 	gmem_ring_close(session);
 	tear_down(session);
 	gmem_rwlock_write(&core->sessions_lock);
@@ -645,6 +703,24 @@ int gmem_session_destroy(struct gmem_core *core, uint64_t id)
 	atomic_fetch_sub(&core->session_count, 1);
 	gmem_session_unref(session);
 	return 0;
+}
+
+int gmem_session_disown(struct gmem_core *core, uint64_t id)
+{
+	struct gmem_session *session = gmem_session_get(core, id);
+	bool stored;
+
+	if (!session)
+		return -ENOENT;
+	stored = atomic_load(&session->stored);
+	if (stored) {
+		atomic_store(&session->bound, false);
+		write_record(session);
+	} else {
+		atomic_store(&session->disowned, true);
+	}
+	gmem_session_unref(session);
+	return stored ? 0 : gmem_session_destroy(core, id);
 }
 
 int gmem_session_stats(struct gmem_core *core, uint64_t id, struct gmem_session_stats *ret)

@@ -57,8 +57,10 @@ int gmem_tier_rank(struct gmem_core *core, int hnid, uint32_t rank)
 
 void gmem_tier_push(struct gmem_hnode *peer, struct gmem_peer_io *io, size_t count)
 {
-	int err = peer->ops->peer_map_batch ? peer->ops->peer_map_batch(peer->device, io, count) : 0;
+	int err;
 
+	gmem_duty_driver(peer->hnid, "peer_map");
+	err = peer->ops->peer_map_batch ? peer->ops->peer_map_batch(peer->device, io, count) : 0;
 	for (size_t i = 0; i < count; i++) {
 		if (err)
 			io[i].result = err;
@@ -67,18 +69,34 @@ void gmem_tier_push(struct gmem_hnode *peer, struct gmem_peer_io *io, size_t cou
 		if (io[i].result == -ENOSPC)
 			gmem_hnode_full(peer, io[i].bytes);
 	}
+	gmem_duty_driver(peer->hnid, NULL);
 }
 
 void gmem_tier_pull(struct gmem_hnode *peer, struct gmem_peer_io *io, size_t count)
 {
-	int err = peer->ops->peer_unmap_batch ? peer->ops->peer_unmap_batch(peer->device, io, count) : 0;
+	int err;
 
+	gmem_duty_driver(peer->hnid, "peer_unmap");
+	err = peer->ops->peer_unmap_batch ? peer->ops->peer_unmap_batch(peer->device, io, count) : 0;
 	for (size_t i = 0; i < count; i++) {
 		if (err)
 			io[i].result = err;
 		else if (!peer->ops->peer_unmap_batch)
 			io[i].result = peer->ops->peer_unmap(peer->device, io[i].key, io[i].memory, io[i].bytes);
 	}
+	gmem_duty_driver(peer->hnid, NULL);
+}
+
+int gmem_tier_free(struct gmem_hnode *peer, uint64_t key, uint64_t bytes)
+{
+	int err;
+
+	if (!peer->ops->peer_free)
+		return 0;
+	gmem_duty_driver(peer->hnid, "peer_free");
+	err = peer->ops->peer_free(peer->device, key, bytes);
+	gmem_duty_driver(peer->hnid, NULL);
+	return err;
 }
 
 int gmem_tier_relay(struct gmem_hnode *from, struct gmem_hnode *to, uint64_t key, size_t bytes)

@@ -2,8 +2,10 @@
 #include <errno.h>
 #include <stdlib.h>
 
+#include <gmem/crash.h>
 #include <gmem/as.h>
 #include <gmem/internal.h>
+#include <gmem/tier.h>
 #include <gmem/vm_object.h>
 
 int gmem_object_create(struct gmem_core *core, struct gmem_account *account, enum gmem_class class_, uint64_t offset,
@@ -92,8 +94,8 @@ static void free_pages(struct gmem_object *object)
 					continue;
 				if (gmem_word_flags(word) & GMEM_PAGE_PINNED)
 					gmem_hnode_pinned(hnode, -(int64_t)(1ull << object->shift));
-				if (gmem_hnode_is_peer(hnode) && hnode->ops->peer_free)
-					hnode->ops->peer_free(hnode->device, pn, 1ull << object->shift);
+				if (gmem_hnode_is_peer(hnode))
+					gmem_tier_free(hnode, pn, 1ull << object->shift);
 				gmem_hnode_frame_free(hnode, object, pn - object->pn);
 			}
 		}
@@ -116,9 +118,12 @@ void gmem_object_unref(struct gmem_object *object)
 	core = object->core;
 	for (int h = 0; h < GMEM_HNODE_MAX; h++)
 		gmem_alias_unmap(atomic_load(&object->aliases[h]), object->bytes);
+	gmem_crash(GMEM_CRASH_OBJECT_FREE);
 	if (!atomic_load(&core->stopping))
 		free_pages(object);
+	gmem_crash(GMEM_CRASH_OBJECT_FREED);
 	gmem_record_drop(&core->keep, &object->record); /* before its ranges may come to be another's */
+	gmem_crash(GMEM_CRASH_OBJECT_FORGOTTEN);
 	gmem_lpt_extent_free(&core->lpt, object->pn, object->pages);
 	gmem_account_map(object->account, -(int64_t)object->bytes);
 	atomic_fetch_sub(&core->committed_bytes[object->class_], object->bytes);

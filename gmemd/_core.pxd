@@ -131,6 +131,7 @@ cdef extern from "gmem/core.h" nogil:
         uint32_t keep_max_fds
         const gmem_kept_fd *kept
         size_t kept_count
+        uint64_t stuck_ns
     struct gmem_core_features:
         uint64_t uffd
         c_bool event_fork, continue_wp, poison, hugepages, uffd_device
@@ -148,6 +149,8 @@ cdef extern from "gmem/core.h" nogil:
         uint64_t bytes, page_bytes
         gmem_fork fork
         c_bool small_only
+        uint64_t asked
+        c_bool again
     struct gmem_hnode_stats:
         int hnid
         char name[32]
@@ -163,7 +166,16 @@ cdef extern from "gmem/core.h" nogil:
         uint64_t h2d_bytes, d2h_bytes, d2d_bytes, duplicates, invalidations, evictions, evicted_clean
         uint64_t prefetched_pages, ahead_pages, discarded_pages, poisoned_pages, retries, parked_faults, aged_pages
         uint64_t migration_ns, fault_ns, sessions, contexts, regions, objects, lpt_bytes, events_lost
-        uint64_t ring_requests, ring_errors
+        uint64_t ring_requests, ring_errors, stuck_reports
+    struct gmem_thread_info:
+        size_t index
+        pid_t tid
+        const char *role
+        const char *doing
+        const char *op
+        int hnid
+        uint64_t session, va, held_ns
+        c_bool stuck
     struct gmem_session_stats:
         uint64_t session
         uid_t uid
@@ -184,8 +196,11 @@ cdef extern from "gmem/core.h" nogil:
         GMEM_EVENT_NOT_ACQUIRED
         GMEM_EVENT_PRESSURE
         GMEM_EVENT_DEVICE_LOST
+        GMEM_EVENT_STUCK
+        GMEM_EVENT_UNSTUCK
         GMEM_EVENT_ERROR
 
+    void gmem_core_threads(gmem_core *, gmem_thread_info *, size_t, size_t *)
     c_bool gmem_core_recovers(gmem_core *)
     int gmem_core_resume(gmem_core *)
     int gmem_core_create(const gmem_core_config *, gmem_core **)
@@ -196,6 +211,7 @@ cdef extern from "gmem/core.h" nogil:
     void gmem_core_stats_ "gmem_core_stats"(gmem_core *, gmem_core_stats *)
     int gmem_session_create(gmem_core *, uid_t, pid_t, uint64_t *)
     void gmem_session_ids(gmem_core *, uint64_t *, size_t, size_t *)
+    int gmem_session_disown(gmem_core *, uint64_t)
     int gmem_session_destroy(gmem_core *, uint64_t)
     int gmem_session_files(gmem_core *, uint64_t, int *)
     int gmem_session_ring(gmem_core *, uint64_t, int *)

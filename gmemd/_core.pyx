@@ -33,7 +33,8 @@ _FORK_NAMES = {number: name for name, number in _FORK.items()}
 _EVENTS = {
     GMEM_EVENT_FORK: "fork", GMEM_EVENT_VIEW_GONE: "view_gone", GMEM_EVENT_POISONED: "poisoned",
     GMEM_EVENT_SEGV: "segv", GMEM_EVENT_NOT_ACQUIRED: "not_acquired", GMEM_EVENT_PRESSURE: "pressure",
-    GMEM_EVENT_DEVICE_LOST: "device_lost", GMEM_EVENT_ERROR: "error",
+    GMEM_EVENT_DEVICE_LOST: "device_lost", GMEM_EVENT_STUCK: "stuck", GMEM_EVENT_UNSTUCK: "unstuck",
+    GMEM_EVENT_ERROR: "error",
 }
 # gmem_driver_ops.probe has no argument of its caller's, so who is being probed is told aside: one at a time.
 _probe_lock = threading.Lock()
@@ -103,7 +104,7 @@ cdef class Core:
         self, *, uint64_t window_base=0, uint64_t window_bytes=0, uint64_t host_limit_bytes=0,
         uint64_t feature_mask=0xFFFFFFFFFFFFFFFF, uint32_t fault_threads=0, bint hugepages=True, bint overcommit=False,
         bint event_fork=True, bint fault_ahead=True, str policy=None, int keep_socket=0, uint32_t keep_max_fds=0,
-        list kept=None,
+        list kept=None, double stuck_s=0,
     ):
         """keep_socket and the descriptors of kept, pairs of name and number, are taken over; see gmem/keep.h."""
         cdef gmem_core_config config
@@ -124,6 +125,7 @@ cdef class Core:
         config.no_fault_ahead = not fault_ahead
         config.keep_socket = keep_socket
         config.keep_max_fds = keep_max_fds
+        config.stuck_ns = <uint64_t>(stuck_s * 1e9)
         if kept:
             left = <gmem_kept_fd *>calloc(len(kept), sizeof(gmem_kept_fd))
             if left is NULL:
@@ -227,6 +229,25 @@ cdef class Core:
         self._leave()
         return s
 
+    def threads(self):
+        """What each of the core's threads is doing; see gmem_thread_info."""
+        cdef gmem_core *core = self._enter()
+        cdef gmem_thread_info infos[64]
+        cdef gmem_thread_info *t
+        cdef size_t count = 0
+        with nogil:
+            gmem_core_threads(core, infos, 64, &count)
+        self._leave()
+        found = []
+        for i in range(min(count, <size_t>64)):
+            t = &infos[i]
+            found.append({
+                "index": t.index, "tid": t.tid, "role": (<bytes>t.role).decode(), "doing": (<bytes>t.doing).decode(),
+                "op": (<bytes>t.op).decode() if t.op is not NULL else "", "hnid": t.hnid, "session": t.session,
+                "va": t.va, "held_ns": t.held_ns, "stuck": bool(t.stuck),
+            })
+        return found
+
     def reap(self):
         cdef gmem_core *core = self._enter()
         with nogil:
@@ -259,6 +280,16 @@ cdef class Core:
         finally:
             free(ids)
             self._leave()
+
+    def session_disown(self, uint64_t session):
+        """A predecessor's session that had not come to its client."""
+        cdef gmem_core *core = self._enter()
+        cdef int err
+        with nogil:
+            err = gmem_session_disown(core, session)
+        self._leave()
+        if err:
+            _raise(err)
 
     def session_destroy(self, uint64_t session):
         cdef gmem_core *core = self._enter()
@@ -428,6 +459,8 @@ cdef class Core:
         args.page_bytes = page_bytes
         args.fork = <gmem_fork>fork_number
         args.small_only = small
+        args.asked = 0
+        args.again = False
         with nogil:
             err = gmem_mmap(core, session, &args, &region)
         self._leave()

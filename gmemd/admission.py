@@ -55,7 +55,7 @@ class Admission:
     ready: bool = True
     close: Close = _nothing
     find_agent: Callable[[], int] | None = None
-    keep: Callable[[], tuple[int, int]] | None = None  # (blocks) lets it outlive the daemon; its session and context
+    keep: Callable[[bool], tuple[int, int]] | None = None  # (blocks) SessionTable.note(), or note_context()
 
     def agent(self) -> int | None:
         """(blocks) The descriptor for the process's agent, once it is attached; None where there is no use for one."""
@@ -140,7 +140,7 @@ class Admissions:
 
         admission = Admission(wire.Welcome(), close=close, finish=None if stored else finish)
         admission.find_agent = lambda: self._core.view_agent(core_id, 0)
-        admission.keep = lambda: self._sessions.note(session)
+        admission.keep = lambda told: self._sessions.note(session, told)
         try:
             with self._sessions.hold(session):
                 flags = self._lend(admission, *self._core.session_files(core_id))
@@ -184,7 +184,7 @@ class Admissions:
                 context_id = self._core.context_attach(session.core_id, hnid, uffd, pidfd, who.pid)
             context = Context(context_id, session, hnid, who.pid, who.on_end)
             admission.find_agent = lambda: self._core.view_agent(session.core_id, context_id)
-            admission.keep = lambda: self._sessions.note_context(context)
+            admission.keep = lambda told: self._sessions.note_context(context, told)
             try:
                 self._sessions.open_context(session, context)
             except RequestError:

@@ -62,6 +62,8 @@ class Config:
     policy: str = POLICIES[0]
     fault_ahead: bool = True
     log_level: str = "info"
+    stuck_report_s: float = 5.0
+    stuck_limit_s: float = 120.0
     host_limit_bytes: int = 0
     limits: Limits = Limits()
     quotas: dict[str, dict[str, int]] = field(default_factory=dict)  # "session" and "user": bytes by hnode name
@@ -146,6 +148,8 @@ _TABLES: dict[str, dict[str, tuple[str, Check]]] = {
         "policy": ("policy", _one_of(*POLICIES)),
         "log_level": ("log_level", _one_of(*LOG_LEVELS)),
         "fault_ahead": ("fault_ahead", _boolean),
+        "stuck_report_s": ("stuck_report_s", _seconds(0.5, 3600)),
+        "stuck_limit_s": ("stuck_limit_s", _seconds(0, 86400)),
     },
     "host": {"limit": ("host_limit_bytes", _size)},
 }

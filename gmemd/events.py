@@ -17,13 +17,16 @@ import structlog
 import zmq
 
 from gmemd.devices import DeviceTable
+from gmemd.door import LOOK_MS, Door
 from gmemd.sessions import SessionTable
+from gmemd.watch import Watch
 
 log = structlog.get_logger("gmemd.events")
 
 _BATCH = 256
 _HWM = 1000
 _LINGER_MS = 200
+_REAP_PAUSE_S = 0.25
 # The same report again within this time is not told again: a fault that repeats must not fill a disk.
 _QUIET_S = 1.0
 
@@ -31,16 +34,25 @@ _QUIET_S = 1.0
 class Publisher:
     """The PUB socket. publish() may be called from any thread; the loop's thread sends."""
 
-    def __init__(self, context: zmq.Context, endpoint: str) -> None:
+    def __init__(self, context: zmq.Context, endpoint: str, admit: Callable[[], None] = lambda: None) -> None:
         self._socket = context.socket(zmq.PUB)
         self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
         self._socket.setsockopt(zmq.SNDHWM, _HWM)
         self._socket.setsockopt(zmq.MAXMSGSIZE, 4096)  # what a subscriber may send us
-        self._socket.bind(endpoint)
+        self._door = Door(self._socket, endpoint, admit)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._door.monitor.fileno(), self._look)
+        self._look()
+
+    def _look(self) -> None:
+        if self._socket.closed or self._loop is None:
+            return
+        self._door.look()
+        if not self._door.is_open:
+            self._loop.call_later(LOOK_MS / 1000, self._look)
 
     def publish(self, topic: str, fields: dict[str, Any]) -> None:
         if self._loop is None:
@@ -59,6 +71,9 @@ class Publisher:
             log.debug("event not sent", topic=topic, error=str(error))
 
     def close(self) -> None:
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.remove_reader(self._door.monitor.fileno())
+        self._door.close()
         self._socket.close()
 
 
@@ -67,13 +82,15 @@ class EventPump:
 
     def __init__(
         self, core: Any, sessions: SessionTable, devices: DeviceTable, publish: Callable[[str, dict[str, Any]], None],
-        defer: Callable[..., None],
+        defer: Callable[..., None], watch: Watch,
     ) -> None:  # fmt: skip
         self._core = core
         self._sessions = sessions
         self._devices = devices
         self._publish = publish
         self._defer = defer
+        self._watch = watch
+        self._reap_due = False
         self._fd = -1
         self._last_logged: dict[tuple[Any, ...], float] = {}
         self._handlers: dict[str, Callable[[dict[str, Any]], None]] = {
@@ -84,6 +101,8 @@ class EventPump:
             "not_acquired": self._not_acquired,
             "pressure": self._pressure,
             "device_lost": self._device_lost,
+            "stuck": self._stuck,
+            "unstuck": self._unstuck,
             "error": self._error,
         }
 
@@ -116,6 +135,21 @@ class EventPump:
 
     def _fork(self, event: dict[str, Any]) -> None:
         log.debug("fork stored", parent=event["session"], child=event["value"])
+        if not self._reap_due:  # most of those who never say hello end soon
+            self._reap_due = True
+            asyncio.get_running_loop().call_later(_REAP_PAUSE_S, self._reap)
+
+    def _reap(self) -> None:
+        self._reap_due = False
+        self._defer(self._reap_now)
+
+    def _reap_now(self) -> None:
+        """(blocks)"""
+        try:
+            self._core.reap()
+        except OSError as error:
+            if error.errno != errno.ESHUTDOWN:
+                raise
 
     def _view_gone(self, event: dict[str, Any]) -> None:
         if event["value"]:
@@ -172,6 +206,16 @@ class EventPump:
         name = self._devices.name_of(event["hnid"])
         log.error("device lost", hnid=event["hnid"], name=name, errno=abs(event["error"]))
         self._publish("device.lost", {"hnid": event["hnid"], "name": name})
+
+    def _stuck(self, event: dict[str, Any]) -> None:
+        thread = self._watch.find(event["value"])
+        if thread is not None:
+            log.error("thread stuck", **thread)
+            self._publish("thread.stuck", thread)
+
+    def _unstuck(self, event: dict[str, Any]) -> None:
+        log.warning("thread goes on", index=event["value"])
+        self._publish("thread.resumed", {"index": event["value"]})
 
     def _error(self, event: dict[str, Any]) -> None:
         if self._worth_telling("error", event["session"], event["error"]):

@@ -27,6 +27,7 @@ import structlog
 from gmemd import wire
 from gmemd.admission import Admission, Admissions, Claimant, Close
 from gmemd.config import Limits
+from gmemd.door import short_of_descriptors
 from gmemd.errors import RequestError, as_request_error
 from gmemd.keep import Keep
 from gmemd.pool import FairPool, PoolClosed, QueueFull
@@ -74,15 +75,15 @@ def peer_of(sock: socket.socket) -> Peer:
     return Peer(sock, pid, uid, pidfd)
 
 
-def receive(sock: socket.socket) -> tuple[bytes, list[int], bool]:
-    """One message, its descriptors (close-on-exec) and whether something of it was cut off."""
+def receive(sock: socket.socket) -> tuple[bytes, list[int], int]:
+    """One message, its descriptors (close-on-exec) and what of it was cut off: MSG_TRUNC, MSG_CTRUNC."""
     space = socket.CMSG_SPACE(_FDS_MAX * 4)
     data, ancillary, flags, _ = sock.recvmsg(wire.RECEIVE_BYTES, space, socket.MSG_CMSG_CLOEXEC)
     fds = array.array("i")
     for level, kind, raw in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(raw[: len(raw) - len(raw) % fds.itemsize])
-    return data, list(fds), bool(flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC))
+    return data, list(fds), flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC)
 
 
 def _close_all(fds: list[int]) -> None:
@@ -136,6 +137,9 @@ class HandshakeServer:
                 self._forget(name)
                 continue
             sock.setblocking(False)
+            if not sessions.was_told(session_id, context_id):
+                with contextlib.suppress(OSError):
+                    sock.send(wire.pack_ready(), socket.MSG_NOSIGNAL)
             owner.on_end = self._end_of(peer)
             peer.kept_as = name
             self._connections[peer.uid] += 1
@@ -227,6 +231,8 @@ class HandshakeServer:
             return RequestError(errno.EDQUOT, f"uid {uid} has {self._connections[uid]} connections, which is the limit")
         if self._halfway[uid] >= self._limits.handshakes_per_uid:
             return RequestError(errno.EAGAIN, f"uid {uid} has too many unfinished handshakes")
+        if short_of_descriptors():
+            return RequestError(errno.EMFILE, "gmemd has too few descriptors left for another session")
         return None
 
     async def _connection(self, peer: Peer) -> None:
@@ -266,12 +272,14 @@ class HandshakeServer:
             if admission.finish is not None:
                 uffd = await self._receive_uffd(peer)
                 admission.close = await self._in_pool(peer, admission.finish, uffd)
-            if admission.keep is not None:
-                peer.kept_as = await self._in_pool(peer, self._put_away, peer, admission)
             if admission.ready:
                 agent = await self._in_pool(peer, admission.agent) if hello.wants_agent else None
                 flags, fds = (0, []) if agent is None else (wire.HAS_AGENT, [agent])
+                if admission.keep is not None:
+                    peer.kept_as = await self._in_pool(peer, self._put_away, peer, admission)
                 await self._send(peer, wire.pack_ready(flags=flags), fds)
+                if admission.keep is not None:
+                    await self._in_pool(peer, admission.keep, True)
         except BaseException:
             await self._tear_down(peer, admission.close)
             raise
@@ -284,7 +292,7 @@ class HandshakeServer:
     def _put_away(self, peer: Peer, admission: Admission) -> str:
         """(blocks) Before the client learns that it is in."""
         assert admission.keep is not None
-        session_id, context_id = admission.keep()
+        session_id, context_id = admission.keep(False)
         name = f"conn.{session_id}.{context_id}"
         if self._keep is not None:
             self._keep.hold(name, peer.sock.fileno())
@@ -315,6 +323,8 @@ class HandshakeServer:
         data, fds, cut = receive(peer.sock)
         if cut or not data:
             await self._discard(peer, fds)
+            if cut & socket.MSG_CTRUNC and len(fds) < _FDS_MAX and not cut & socket.MSG_TRUNC:
+                raise RequestError(errno.EMFILE, "gmemd has no room for the descriptor that came with the message")
             if cut:
                 raise RequestError(errno.EPROTO, "the message is too long, or carries too many descriptors")
             raise ConnectionResetError
@@ -431,3 +441,7 @@ def _refuse(sock: socket.socket, error: RequestError, welcomed: bool = False) ->
         message = wire.pack_welcome(wire.Welcome(status=status, message=error.message))
     with contextlib.suppress(OSError):
         sock.send(message, socket.MSG_NOSIGNAL | socket.MSG_DONTWAIT)
+        # Closed with something unread, a socket tells its peer ECONNRESET and not what is in the peer's queue.
+        sock.shutdown(socket.SHUT_RD)
+        while sock.recv(wire.RECEIVE_BYTES, socket.MSG_DONTWAIT):
+            pass

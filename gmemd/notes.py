@@ -16,8 +16,12 @@ from typing import Any
 import msgpack
 
 _HALF = 64 << 20  # sparse
-_HEADER = struct.Struct("<8sQQL")  # magic, generation, length, CRC-32 of what follows
+_HEADER = struct.Struct("<8sQQL")  # magic, generation, length, CRC-32 of generation and what follows
 _MAGIC = b"gmnotes1"
+
+
+def _crc(generation: int, body: bytes) -> int:
+    return zlib.crc32(body, zlib.crc32(generation.to_bytes(8, "little")))
 
 
 class Notes:
@@ -44,7 +48,7 @@ class Notes:
             if magic != _MAGIC or generation <= self._generation or length > _HALF - _HEADER.size:
                 continue
             body = os.pread(fd, length, half * _HALF + _HEADER.size)
-            if zlib.crc32(body) == crc:
+            if length and _crc(generation, body) == crc:
                 self._generation = generation
                 self._tables = msgpack.unpackb(body, strict_map_key=False)
 
@@ -55,7 +59,7 @@ class Notes:
         self._generation += 1
         at = self._generation % 2 * _HALF
         os.pwrite(self._fd, body, at + _HEADER.size)
-        os.pwrite(self._fd, _HEADER.pack(_MAGIC, self._generation, len(body), zlib.crc32(body)), at)
+        os.pwrite(self._fd, _HEADER.pack(_MAGIC, self._generation, len(body), _crc(self._generation, body)), at)
 
     def table(self, name: str) -> dict[Any, dict[str, Any]]:
         with self._lock:

@@ -15,6 +15,7 @@ from gmemd.devices import DeviceTable
 from gmemd.drivers.registry import Registry
 from gmemd.errors import RequestError, as_request_error
 from gmemd.sessions import Session, SessionTable
+from gmemd.watch import Watch
 
 Args = dict[str, Any]
 Reply = dict[str, Any]
@@ -55,7 +56,7 @@ _MEANING: dict[tuple[str, int], str] = {
     ("quota", errno.EDQUOT): "there is nowhere for the rest to go within its other quotas; nothing has changed",
     ("quota", errno.EAGAIN): "the rest is in use just now; nothing has changed",
     ("quota", errno.ENOENT): "there is no such session, or no session of that user",
-    ("mmap_commit", errno.EINVAL): "not the start of a region that waits for its commit, or not mapped there",
+    ("mmap_commit", errno.EINVAL): "not the start of a region, or not mapped there",
     ("mmap_commit", errno.ENOTCONN): "the session's userfaultfd has not been attached",
     ("query", errno.EINVAL): "the range is not within one region of this session",
     ("hmemcpy", errno.EINVAL): "source or destination is not mapped by this session, or they overlap",
@@ -93,7 +94,7 @@ class Operations:
     """One method for each op of schema.OPS, by its name. They run on several threads at once."""
 
     def __init__(
-        self, core: Any, sessions: SessionTable, devices: DeviceTable, drivers: Registry,
+        self, core: Any, sessions: SessionTable, devices: DeviceTable, drivers: Registry, watch: Watch,
         upgrade: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         self._upgrade = upgrade
@@ -101,6 +102,7 @@ class Operations:
         self._sessions = sessions
         self._devices = devices
         self._drivers = drivers
+        self._watch = watch
         self._window = core.window()
         self._quota_lock = threading.Lock()
         self._methods: dict[str, Callable[[Session, Args], Reply]] = {
@@ -270,7 +272,11 @@ class Operations:
         return {"sessions": rows}
 
     def _op_stats(self, session: Session, args: Args) -> Reply:
-        return {"stats": self._core.stats(), "hnodes": self._devices.describe_all()}
+        stuck = self._watch.stuck()
+        stats = {**self._core.stats(), "threads_stuck": len(stuck)}
+        if not session.admin:  # whom they serve is for whoever looks after this gmemd
+            stuck = []
+        return {"stats": stats, "hnodes": self._devices.describe_all(), "stuck": stuck}
 
     def _op_map(self, session: Session, args: Args) -> Reply:
         wanted = args["session"]

@@ -14,11 +14,13 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Callable
 
 import structlog
 import zmq
 
 from gmemd import schema
+from gmemd.door import LOOK_MS, Door
 from gmemd.errors import RequestError
 from gmemd.ops import Operations
 from gmemd.pool import FairPool, PoolClosed, QueueFull
@@ -30,25 +32,30 @@ log = structlog.get_logger("gmemd.server")
 _INLINE_BYTES_MAX = 4096
 _BATCH = 64
 _DECODE_BACKLOG = 32
-_ANSWERED_MAX = 4096
+# What is longer is a question, and can be asked twice.
+_ANSWERED_MAX, _ANSWERED_S, _ANSWER_BYTES_MAX = 4096, 2.0, 4096
+Asked = tuple[bytes, int, int]  # the connection, the request's id, its hash
 _LINGER_MS = 200
-# Per connection, in messages. A client that does not read its replies loses those beyond this; gmemd does not wait.
-_SEND_HWM = 2048
+# Per connection. A client that does not read its replies loses those beyond this; gmemd does not wait. libzmq counts
+# messages, of which the longest are half a MiB; so it gets few, and the others are counted in bytes.
+_SEND_HWM = 16
+_UNSENT_BYTES_MAX = 4 << 20
+_RESEND_MS = 1
 _RECEIVE_HWM = 64
 
 
 class Server:
     def __init__(
         self, context: zmq.Context, endpoint: str, sessions: SessionTable, operations: Operations, *, workers: int,
-        requests_in_flight: int,
+        requests_in_flight: int, admit: Callable[[], None] = lambda: None,
     ) -> None:  # fmt: skip
         self._sessions = sessions
         self._operations = operations
         self._in_flight_max = requests_in_flight
         self._in_flight: dict[Session, int] = {}
-        # Clients ask again what is not answered soon. Those under way, and the last ones that were answered.
-        self._under_way: set[tuple[bytes, int]] = set()
-        self._answered: collections.OrderedDict[tuple[bytes, int], None] = collections.OrderedDict()
+        # Clients ask again, word for word, what is not answered soon: what is under way, and the last answers.
+        self._under_way: set[Asked] = set()
+        self._answered: collections.OrderedDict[Asked, tuple[float, bytes]] = collections.OrderedDict()
         self._lock = threading.Lock()
         # Four threads of sixteen for one session, and never all of them for one user.
         self._pool = FairPool(
@@ -56,6 +63,9 @@ class Server:
             backlog=max(requests_in_flight, _DECODE_BACKLOG), name="gmemd-op",
         )  # fmt: skip
         self._replies: queue.SimpleQueue[tuple[bytes, bytes]] = queue.SimpleQueue()
+        # Replies for which libzmq has no room now, by connection, and how many bytes they are.
+        self._unsent: dict[bytes, collections.deque[bytes]] = {}
+        self._unsent_bytes: collections.Counter[bytes] = collections.Counter()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopping = False
         self._stopped = False
@@ -63,8 +73,9 @@ class Server:
         self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
         self._socket.setsockopt(zmq.MAXMSGSIZE, schema.MESSAGE_BYTES_MAX)
         self._socket.setsockopt(zmq.SNDHWM, _SEND_HWM)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # says that there is no room, instead of dropping
         self._socket.setsockopt(zmq.RCVHWM, _RECEIVE_HWM)
-        self._socket.bind(endpoint)
+        self._door = Door(self._socket, endpoint, admit)
         self._thread = threading.Thread(target=self._run, name="gmemd-router", daemon=True)
 
     def start(self) -> None:
@@ -87,9 +98,12 @@ class Server:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._wake, zmq.POLLIN)
+        poller.register(self._door.monitor, zmq.POLLIN)
         try:
             while not self._stopped:
-                ready = dict(poller.poll())
+                ready = dict(poller.poll(_RESEND_MS if self._unsent else None if self._door.is_open else LOOK_MS))
+                if self._door.monitor in ready or not self._door.is_open:
+                    self._door.look()
                 if self._wake in ready:
                     os.eventfd_read(self._wake)
                 self._send_replies()
@@ -99,12 +113,15 @@ class Server:
         except Exception:
             log.exception("the control plane has failed")
         finally:
+            self._door.close()
             self._socket.close()
             with self._lock:  # a late worker must not write to whatever gets this number next
                 os.close(self._wake)
                 self._wake = -1
 
     def _send_replies(self) -> None:
+        for identity in list(self._unsent):
+            self._resend(identity)
         while True:
             try:
                 identity, body = self._replies.get_nowait()
@@ -113,11 +130,31 @@ class Server:
             self._send(identity, body)
 
     def _send(self, identity: bytes, body: bytes) -> None:
+        waiting = self._unsent.get(identity)
+        if waiting is None and self._try_send(identity, body):
+            return
+        if self._unsent_bytes[identity] + len(body) > _UNSENT_BYTES_MAX:
+            log.debug("a client does not read its replies: one is dropped")
+            return
+        self._unsent.setdefault(identity, collections.deque()).append(body)
+        self._unsent_bytes[identity] += len(body)
+
+    def _try_send(self, identity: bytes, body: bytes) -> bool:
+        """False: there is no room. What can't be delivered at all counts as sent."""
         try:
             self._socket.send_multipart((identity, body), zmq.NOBLOCK)
-        except zmq.ZMQError as error:
-            # A ROUTER drops what can't be delivered by itself; this is for the rest, such as EHOSTUNREACH.
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:  # EHOSTUNREACH: the client is gone
             log.debug("reply not sent", error=str(error))
+        return True
+
+    def _resend(self, identity: bytes) -> None:
+        waiting = self._unsent[identity]
+        while waiting and self._try_send(identity, waiting[0]):
+            self._unsent_bytes[identity] -= len(waiting.popleft())
+        if not waiting:
+            del self._unsent[identity], self._unsent_bytes[identity]
 
     def _receive_some(self) -> None:
         """A bounded batch, so that replies are not kept waiting by a flood."""
@@ -165,18 +202,23 @@ class Server:
             self._operations.allow(session, request)
             if request.op.inline:
                 return schema.encode_reply(request.id, self._operations.execute(session, request))
-            if not self._enter(session, (identity, request.id)):
-                return None
+            asked = (identity, request.id, hash(body))
+            known, answer = self._known(asked)
+            if known:
+                return answer
+            self._enter(session, asked)
         except RequestError as error:
             return schema.encode_error(request.id, error)
         except Exception as error:
             return self._unexpected(request, error)
         self._submit(
-            identity, request.id, session, session.uid, lambda: self._work(identity, session, request), session
+            identity, request.id, session, session.uid, lambda: self._work(identity, session, request, asked),
+            lambda: self._leave(session, asked, b""),
         )
         return None
 
-    def _work(self, identity: bytes, session: Session, request: schema.Request) -> None:
+    def _work(self, identity: bytes, session: Session, request: schema.Request, asked: Asked) -> None:
+        body = b""
         try:
             body = schema.encode_reply(request.id, self._operations.execute(session, request))
         except RequestError as error:
@@ -184,10 +226,10 @@ class Server:
         except Exception as error:
             body = self._unexpected(request, error)
         finally:
-            self._leave(session, (identity, request.id))
+            self._leave(session, asked, body)
         self._reply(identity, body)
 
-    def _submit(self, identity: bytes, request_id: int, key: object, owner: object, work, session=None) -> None:
+    def _submit(self, identity: bytes, request_id: int, key: object, owner: object, work, undo=None) -> None:
         try:
             self._pool.submit(key, owner, work)
             return
@@ -195,26 +237,32 @@ class Server:
             error = RequestError(errno.EAGAIN, "too many requests are waiting")
         except PoolClosed:
             error = RequestError(errno.ESHUTDOWN, "gmemd is stopping")
-        if session is not None:
-            self._leave(session, (identity, request_id))
+        if undo is not None:
+            undo()
         self._reply(identity, schema.encode_error(request_id, error))
 
-    def _enter(self, session: Session, request: tuple[bytes, int]) -> bool:
-        """False: it is a request that was asked again."""
+    def _known(self, asked: Asked) -> tuple[bool, bytes | None]:
+        """Whether it is asked again; then the answer, None if that is still to come."""
         with self._lock:
-            if request in self._under_way or request in self._answered:
-                return False
+            when, answer = self._answered.get(asked, (0.0, None))
+            if answer is not None and time.monotonic() - when < _ANSWERED_S:
+                return True, answer
+            return asked in self._under_way, None
+
+    def _enter(self, session: Session, asked: Asked) -> None:
+        with self._lock:
             count = self._in_flight.get(session, 0)
             if count >= self._in_flight_max:
                 raise RequestError(errno.EAGAIN, f"{count} requests of the session are in flight, which is the limit")
             self._in_flight[session] = count + 1
-            self._under_way.add(request)
-            return True
+            self._under_way.add(asked)
 
-    def _leave(self, session: Session, request: tuple[bytes, int]) -> None:
+    def _leave(self, session: Session, asked: Asked, answer: bytes) -> None:
         with self._lock:
-            self._under_way.discard(request)
-            self._answered[request] = None
+            self._under_way.discard(asked)
+            if 0 < len(answer) <= _ANSWER_BYTES_MAX:
+                self._answered[asked] = time.monotonic(), answer
+                self._answered.move_to_end(asked)
             if len(self._answered) > _ANSWERED_MAX:
                 self._answered.popitem(last=False)
             count = self._in_flight[session] - 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
@@ -16,6 +17,7 @@ import resource
 import signal
 import socket
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -39,12 +41,17 @@ from gmemd.server import Server
 from gmemd.sessions import SessionTable
 from gmemd.supervise import UPGRADE_STATUS
 from gmemd.systemd import Notifier, passed_descriptors
+from gmemd.watch import Watch
 
 log = structlog.get_logger("gmemd.service")
 
 HANDSHAKE, CONTROL, EVENTS = "gmemd.sock", "control.sock", "events.sock"
 _IDLE_CHECK_S = 0.05
 _REAP_S = 5.0
+_WAITERS = 4
+_START_S = 10.0
+_M_MMAP_THRESHOLD = -3  # of malloc.h
+_LONG_BYTES = 64 << 10
 _UPGRADE_PAUSE_S = 0.1  # for the answer to whoever asked
 
 
@@ -126,13 +133,21 @@ def _raise_file_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def _give_memory_back() -> None:
+    """Long replies are mappings of their own, and gone when they are sent: what a client made gmemd hold for a moment
+    must not stay with it."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library has another way
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _LONG_BYTES)
+
+
 def make_core(config: Config, **kept: Any) -> Any:
     from gmemd._core import Core  # here, so that what needs no core can be used without it
 
     return Core(
         window_base=config.window_base, window_bytes=config.window_bytes, host_limit_bytes=config.host_limit_bytes,
         fault_threads=config.fault_threads, hugepages=config.hugepages, overcommit=config.overcommit,
-        event_fork=config.event_fork, fault_ahead=config.fault_ahead, policy=config.policy, **kept,
+        event_fork=config.event_fork, fault_ahead=config.fault_ahead, policy=config.policy,
+        stuck_s=config.stuck_report_s, **kept,
     )  # fmt: skip
 
 
@@ -167,10 +182,15 @@ class Service:
     async def run(self) -> None:
         """Until stopped. OSError and ConfigError say why it could not start."""
         _raise_file_limit()
+        _give_memory_back()
         self._loop = asyncio.get_running_loop()
+        self._loop.set_default_executor(_started(ThreadPoolExecutor(_WAITERS, "gmemd-wait"), _WAITERS))
         try:
             async with contextlib.AsyncExitStack() as stack:
-                await self._start(stack)
+                try:
+                    await self._start(stack)
+                except zmq.ZMQError as error:  # out of descriptors, most likely
+                    raise OSError(error.errno, f"ZeroMQ: {error}") from None
                 self._report_ready()
                 await self._stop.wait()
                 self._notifier.stopping(self._why)
@@ -198,9 +218,8 @@ class Service:
         zmq_context = zmq.Context(io_threads=1)
         stack.callback(zmq_context.term)
         control, events = f"ipc://{runtime.file(CONTROL)}", f"ipc://{runtime.file(EVENTS)}"
-        publisher = Publisher(zmq_context, events)
+        publisher = Publisher(zmq_context, events, lambda: runtime.admit(EVENTS))
         stack.callback(publisher.close)
-        runtime.admit(EVENTS)
         publisher.start()
         drivers = Registry(self.core.driver_builtin)
         self.sessions = SessionTable(
@@ -210,6 +229,7 @@ class Service:
         self.devices = DeviceTable(
             self.core, drivers, self.sessions, publisher.publish, config.quotas, notes=self.keep.notes
         )
+        self._watch = Watch(self.core, self.devices.name_of, config.stuck_limit_s)
         self._start_events(stack, publisher)
         self._warn_of_what_is_missing()
         if self.core.recovers():
@@ -217,7 +237,9 @@ class Service:
         else:
             for device in config.devices:
                 await asyncio.to_thread(self.devices.attach, device.driver, device.name, device.config)
-        operations = Operations(self.core, self.sessions, self.devices, drivers, upgrade=self._upgrade)
+        operations = Operations(
+            self.core, self.sessions, self.devices, drivers, self._watch, upgrade=self._upgrade
+        )
         await self._open_doors(stack, runtime, zmq_context, operations, publisher, control, events)
         tasks = [self._loop.create_task(self._housekeeping())]
         stack.callback(tasks[0].cancel)
@@ -253,13 +275,13 @@ class Service:
         self._loop.call_soon_threadsafe(self._loop.call_later, _UPGRADE_PAUSE_S, leave)
 
     def _start_events(self, stack: contextlib.AsyncExitStack, publisher: Publisher) -> None:
-        executor = ThreadPoolExecutor(1, "gmemd-event")
+        executor = _started(ThreadPoolExecutor(1, "gmemd-event"), 1)
         stack.callback(executor.shutdown, wait=False, cancel_futures=True)
 
         def defer(function: Callable[..., Any], *args: Any) -> None:
             executor.submit(function, *args).add_done_callback(_log_failure)
 
-        self._pump = EventPump(self.core, self.sessions, self.devices, publisher.publish, defer)
+        self._pump = EventPump(self.core, self.sessions, self.devices, publisher.publish, defer, self._watch)
         self._pump.start()
 
     async def _close_core(self) -> None:
@@ -277,9 +299,8 @@ class Service:
         limits = self._config.limits
         server = Server(
             zmq_context, control, self.sessions, operations, workers=limits.workers,
-            requests_in_flight=limits.requests_in_flight,
+            requests_in_flight=limits.requests_in_flight, admit=lambda: runtime.admit(CONTROL),
         )  # fmt: skip
-        runtime.admit(CONTROL)
         server.start()
         admissions = Admissions(
             self.core, self.sessions, self.devices, control=control, events=events, publish=publisher.publish
@@ -333,10 +354,14 @@ class Service:
         interval = self._notifier.watchdog_interval_s
         next_reap = 0.0
         while True:
-            self._notifier.watchdog()
+            if self._watch.healthy():
+                self._notifier.watchdog()
             if self._loop.time() >= next_reap:
                 next_reap = self._loop.time() + _REAP_S
-                await asyncio.to_thread(self.core.reap)
+                try:
+                    await asyncio.to_thread(self.core.reap)
+                except Exception:  # the signs of life must go on
+                    log.exception("children that nobody claimed can't be looked for")
             await asyncio.sleep(min(interval, _REAP_S) if interval else _REAP_S)
 
     async def _until_orphaned(self) -> None:
@@ -374,6 +399,14 @@ def _parent_gone(loop: asyncio.AbstractEventLoop, parent_fd: int) -> Iterator[as
         if fd >= 0:
             loop.remove_reader(fd)
             os.close(fd)
+
+
+def _started(executor: ThreadPoolExecutor, threads: int) -> ThreadPoolExecutor:
+    """With all its threads: later there may be none to be had."""
+    together = threading.Barrier(threads)
+    for future in [executor.submit(together.wait, _START_S) for _ in range(threads)]:
+        future.result()
+    return executor
 
 
 def _log_failure(future: Any) -> None:

@@ -116,20 +116,25 @@ class SessionTable:
             self._by_digest[self._digest(token)] = session
         return session
 
-    def note(self, session: Session) -> tuple[int, int]:
-        """Its client has all that it needs: from now on it outlives this daemon. The numbers that it goes by."""
+    def note(self, session: Session, told: bool) -> tuple[int, int]:
+        """From now on it outlives this daemon. told: its client knows that it is in. The numbers that it goes by."""
         self._notes.put(
             "sessions",
             session.core_id,
             {"token": session.token, "uid": session.uid, "pid": session.pid, "name": session.name,
-             "admin": session.admin, "started": session.started},
+             "admin": session.admin, "started": session.started, "told": told},
         )  # fmt: skip
         return session.core_id, 0
 
-    def note_context(self, context: Context) -> tuple[int, int]:
-        note = {"session": context.session.core_id, "hnid": context.hnid, "pid": context.pid}
+    def note_context(self, context: Context, told: bool) -> tuple[int, int]:
+        note = {"session": context.session.core_id, "hnid": context.hnid, "pid": context.pid, "told": told}
         self._notes.put("contexts", context.id, note)
         return context.session.core_id, context.id
+
+    def was_told(self, core_id: int, context_id: int) -> bool:
+        table, key = ("contexts", context_id) if context_id else ("sessions", core_id)
+        note = self._notes.table(table).get(key)
+        return bool(note and note["told"])
 
     def restore(self) -> None:
         """(blocks) A predecessor's sessions and contexts; their connections come later. Those that it had not noted had
@@ -147,7 +152,7 @@ class SessionTable:
                 self._by_core[core_id] = session
                 self._by_digest[self._digest(session.token)] = session
         for core_id in known:
-            self._quietly("session_destroy", core_id)
+            self._quietly("session_disown", core_id)
         for context_id, note in self._notes.table("contexts").items():
             owner = self.by_core_id(note["session"])
             if owner is None:

@@ -92,6 +92,15 @@ def stats_table(stats: Reply) -> Table:
     return table
 
 
+def stuck_lines(stuck: list[Reply]) -> list[Text]:
+    return [
+        Text(f"stuck for {t['seconds']} s: thread {t['thread']}, {t['doing']}"
+             f"{', waits for ' + t['waits_for'] if t['waits_for'] else ''}, session {t['session']}, "
+             f"0x{t['va']:x}", "red")
+        for t in stuck
+    ]  # fmt: skip
+
+
 def status_view(reply: Reply) -> Group:
     stats = reply["stats"]
     head = Text(
@@ -144,7 +153,9 @@ SHOW: dict[str, Callable[[Reply, Namespace], None]] = {
     "upgrade": lambda reply, args: _print(f"gmemd {reply['version']}, pid {reply['pid']}, has taken over"),
     "drivers": _drivers,
     "sessions": lambda reply, args: _print(sessions_table(reply["sessions"], reply["hnodes"])),
-    "stats": lambda reply, args: _print(Group(stats_table(reply["stats"]), "", devices_table(reply["hnodes"]))),
+    "stats": lambda reply, args: _print(
+        Group(stats_table(reply["stats"]), "", devices_table(reply["hnodes"]), *stuck_lines(reply["stuck"]))
+    ),
     "map": _map_table,
 }
 

@@ -24,15 +24,14 @@ HELD_MAX = 8192  # their names are one environment variable, which may have 128 
 UPGRADE_STATUS = 75  # the daemon asks to be started again, on whatever code is installed now
 _FIRST = 3
 _MESSAGE_BYTES = 4096
-_QUICK_S = 1.0  # a life so short is no life
-_QUICK_MAX = 5
+_PAUSE_S, _PAUSE_MAX_S = 0.01, 1.0  # before another try, doubled for each in a row that could not even start
 _PR_SET_PDEATHSIG = 1
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Supervisor:
-    """argv: the daemon's command line. watchdog_s: how long it may say nothing once it is ready; 0: for ever. ready_fd: for
-    the first life, which tells whoever waits."""
+    """argv: the daemon's command line. watchdog_s: how long it may say nothing once it is ready; 0: for ever. ready_fd:
+    for the first life, which tells whoever waits."""
 
     def __init__(self, argv: Sequence[str], *, watchdog_s: float = 0.0, ready_fd: int = -1) -> None:
         self._argv = list(argv)
@@ -54,16 +53,15 @@ class Supervisor:
         signal.set_wakeup_fd(wakeup_end)
         for number in (*_FORWARDED, signal.SIGCHLD):
             signal.signal(number, self._on_signal)
-        quick = 0
+        failures = 0
         while True:
-            began = time.monotonic()
             self._start()
             status = self._watch(wakeup)
             if self._is_over(status):
                 return status
-            quick = quick + 1 if time.monotonic() - began < _QUICK_S else 0
-            if quick > _QUICK_MAX:
-                time.sleep(_QUICK_S)
+            failures = 0 if self._ready else failures + 1
+            if failures:
+                time.sleep(min(_PAUSE_MAX_S, _PAUSE_S * 2**failures))
 
     def _is_over(self, status: int) -> bool:
         """It ended in order, was told to, or has never worked."""

@@ -7,6 +7,7 @@
 #include <sys/socket.h>
 #include <sys/time.h>
 #include <sys/un.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "agent.h"
@@ -14,6 +15,8 @@
 #include "ring.h"
 
 #define FDS_MAX 8
+#define TRIES_MAX 50
+#define AGAIN_NS 50000000
 #define ANSWER_S 30 /* a daemon that is silent for so long is not one */
 
 static struct gmem_wire_header header(enum gmem_wire_type type)
@@ -200,7 +203,7 @@ static bool wanted(const char *variable)
 	return !chosen || strcmp(chosen, "0") != 0;
 }
 
-int gmem_link_handshake(struct gmem_link *link, uint32_t kind, const uint8_t *token, const char *device)
+static int attempt(struct gmem_link *link, uint32_t kind, const uint8_t *token, const char *device)
 {
 	struct gmem_wire_hello hello = { .header = header(GMEM_WIRE_HELLO), .kind = kind };
 	bool stored;
@@ -223,7 +226,7 @@ int gmem_link_handshake(struct gmem_link *link, uint32_t kind, const uint8_t *to
 	err = dial(link);
 	if (!err)
 		err = put(link, &hello, sizeof(hello), -1);
-	if (!err)
+	if (!err || err == -EPIPE) /* a refusal may be there before HELLO could be sent */
 		err = get_welcome(link);
 	stored = !err && (link->hello.flags & GMEM_WIRE_FORK_STORED);
 	if (!err && kind == GMEM_WIRE_CONTEXT) {
@@ -237,8 +240,27 @@ int gmem_link_handshake(struct gmem_link *link, uint32_t kind, const uint8_t *to
 		err = give_uffd(link);
 	if (!err)
 		err = get_ready(link);
+	if (err && kind == GMEM_WIRE_CONTEXT)
+		gmem_link_unmap_window(link);
 	if (err)
 		gmem_link_hang_up(link);
+	return err;
+}
+
+/* gmemd closes a connection without a word only if it is killed. One that is started again takes the next one. */
+int gmem_link_handshake(struct gmem_link *link, uint32_t kind, const uint8_t *token, const char *device)
+{
+	const struct timespec pause = { 0, AGAIN_NS };
+	uint8_t kept[GMEM_WIRE_TOKEN_BYTES];
+	int err = -ECONNRESET;
+
+	if (token) /* perhaps that of the WELCOME which is about to be replaced */
+		token = memcpy(kept, token, sizeof(kept));
+	for (int tries = 0; (err == -ECONNRESET || err == -EPIPE) && tries < TRIES_MAX; tries++) {
+		if (tries)
+			nanosleep(&pause, NULL);
+		err = attempt(link, kind, token, device);
+	}
 	return err;
 }
 

@@ -10,6 +10,7 @@
 #include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <sys/socket.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -233,11 +234,18 @@ int gmem_link_socket(const struct gmem_link *link)
 	return link->sock;
 }
 
+/* After READY gmemd says nothing, but that a successor, which can't know whether it was said, says it again. */
 bool gmem_link_is_lost(const struct gmem_link *link)
 {
-	struct pollfd end = { .fd = link->sock, .events = POLLIN }; /* gmemd says nothing after READY */
+	struct gmem_wire_ready again;
+	ssize_t n = -1;
 
-	return link->sock < 0 || poll(&end, 1, 0) > 0;
+	if (link->sock < 0)
+		return true;
+	do {
+		n = recv(link->sock, &again, sizeof(again), MSG_DONTWAIT);
+	} while (n > 0 || (n < 0 && errno == EINTR));
+	return n == 0 || (errno != EAGAIN && errno != EWOULDBLOCK);
 }
 
 int gmem_link_status(const struct gmem_link *link)

@@ -87,6 +87,7 @@ void gmem_link_unmap_all(struct gmem_link *link);
 int gmem_link_map_region(struct gmem_link *link, const struct gmem_wire_region *region, int fd, bool inherit);
 /* Both parts of the window, whole, in a context's process. */
 int gmem_link_map_window(struct gmem_link *link);
+void gmem_link_unmap_window(struct gmem_link *link);
 
 /* ---- uffd.c ---- */
 

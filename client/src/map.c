@@ -145,6 +145,14 @@ int gmem_link_map_region(struct gmem_link *link, const struct gmem_wire_region *
 	return err;
 }
 
+void gmem_link_unmap_window(struct gmem_link *link)
+{
+	const struct gmem_wire_welcome *hello = &link->hello;
+
+	munmap((void *)(uintptr_t)hello->small_base, hello->small_bytes);
+	munmap((void *)(uintptr_t)hello->huge_base, hello->huge_bytes);
+}
+
 int gmem_link_map_window(struct gmem_link *link)
 {
 	const struct gmem_wire_welcome *hello = &link->hello;

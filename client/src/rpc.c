@@ -247,7 +247,7 @@ static int wait_readable(struct gmem_rpc *rpc, void *socket, const char *op, con
 {
 	zmq_pollitem_t items[] = {
 		{ .socket = socket, .events = ZMQ_POLLIN },
-		{ .fd = gmem_link_socket(rpc->link), .events = ZMQ_POLLIN }, /* readable at its end only */
+		{ .fd = gmem_link_socket(rpc->link), .events = ZMQ_POLLIN },
 	};
 
 	for (;;) {
@@ -263,7 +263,7 @@ static int wait_readable(struct gmem_rpc *rpc, void *socket, const char *op, con
 			continue;
 		if (items[0].revents)
 			return 0;
-		if (items[1].revents)
+		if (items[1].revents && gmem_link_is_lost(rpc->link))
 			return gmem_fail(-ECONNRESET, "%s: gmemd has gone, or has ended this session", op);
 	}
 }

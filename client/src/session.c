@@ -43,13 +43,12 @@ struct gmem_heap_slot *gmem_session_heap(struct gmem *session, uint64_t *ret_bas
 
 int gmem_session_check(const struct gmem *session)
 {
-	struct pollfd end = { .fd = gmem_link_socket(session->link), .events = POLLIN };
 	int err = gmem_link_status(session->link);
 
 	if (err)
 		return gmem_fail(err, "this forked process could not join gmemd: %s",
 				 gmem_link_message(session->link));
-	if (poll(&end, 1, 0) > 0)
+	if (gmem_link_is_lost(session->link))
 		return gmem_fail(-ECONNRESET, "gmemd has gone, or has ended this session");
 	return 0;
 }

@@ -11,6 +11,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include <gmem/crash.h>
 #include <gmem/memfd.h>
 #include <gmem/stats.h>
 
@@ -250,9 +251,11 @@ static int push_done(struct gmem_store *store, struct gmem_lane *lane, struct gm
 	if (op->result)
 		return push_failed(store, lane, op);
 	count_success(store);
+	gmem_crash(GMEM_CRASH_STORE_WRITTEN);
 	old = gmem_index_set(&store->index, op->io->key, op->offset, op->bytes, op->crc);
 	atomic_fetch_add(&store->pages, 1);
 	atomic_fetch_add(&store->page_bytes, op->bytes);
+	gmem_crash(GMEM_CRASH_STORE_FLIPPED);
 	if (old)
 		free_place(store, old);
 	return 0;

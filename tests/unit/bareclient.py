@@ -6,6 +6,7 @@ bareclient.py SOCKET context TOKEN DEVICE   a device context of one
 
 A line of JSON on stdin is a command, a line on stdout its answer."""
 
+import contextlib
 import ctypes
 import fcntl
 import json
@@ -39,7 +40,8 @@ class Client:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.sock.settimeout(20)
         self.sock.connect(path)
-        self.sock.send(wire.pack_hello(kind, token, device))
+        with contextlib.suppress(BrokenPipeError):  # refused already: why, is there to be read
+            self.sock.send(wire.pack_hello(kind, token, device))
         data, self.fds, _, _ = socket.recv_fds(self.sock, 1024, 8)
         self.welcome = w = wire.unpack_welcome(data)
         if w.status:
@@ -163,4 +165,5 @@ def main():
         print(json.dumps(answer), flush=True)
 
 
-main()
+if __name__ == "__main__":
+    main()

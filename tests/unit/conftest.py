@@ -39,6 +39,7 @@ class FakeCore:
         self.fds: dict[int, int] = {}
         self.events: list[dict[str, Any]] = []
         self.closed = False
+        self.busy: list[dict[str, Any]] = []
         self.stored = False
         self._event_fd = os.eventfd(0, os.EFD_NONBLOCK)
         self._device_fd = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
@@ -267,6 +268,9 @@ class FakeCore:
              "caps": 0x041, "policy": "acme", **zero}
             for h, (name, driver) in sorted(self.devices.items())
         ]  # fmt: skip
+
+    def do_threads(self) -> list[dict[str, Any]]:
+        return self.busy
 
     def do_stats(self) -> dict[str, int]:
         counters = ("h2d_bytes", "d2h_bytes", "evictions", "regions", "contexts", "fault_ns")

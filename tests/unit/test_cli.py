@@ -68,6 +68,7 @@ class FakeControl:
     """Answers from a table; remembers what was asked."""
 
     asked = []
+    upgraded = False
     hnode = {
         "hnid": 1, "name": "[red]gpu", "driver": "simgpu", "used_bytes": 1 << 20, "peak_bytes": 1 << 21,
         "capacity_bytes": 48 << 20, "pinned_bytes": 0, "contexts": 1, "faults": 12345, "in_bytes": 0, "out_bytes": 0,
@@ -78,14 +79,16 @@ class FakeControl:
         "host_faults": 5, "device_faults": 6, "resident_bytes": {"0": 4096, "1": 8192},
         "quota_bytes": {"1": 1 << 20},
     }  # fmt: skip
+    stuck = {"thread": "fill 71", "doing": "a page fault", "waits_for": "peer_map of slow0", "session": 3, "va": 4096,
+             "seconds": 7.5}  # fmt: skip
     region = {"session": 3, "va": 0x660000000000, "bytes": 8192, "page_bytes": 4096, "huge": False, "fork": "share"}
     counters = {"sessions": 1, "regions": 2, "contexts": 1, "h2d_bytes": 1 << 20, "d2h_bytes": 0, "evictions": 7,
                 "migration_ns": 1_500_000_000}  # fmt: skip
     replies = {
         "ping": {"version": "9", "pid": 5}, "devices": {"devices": [hnode]}, "sessions": {"sessions": [session]},
-        "stats": {"stats": counters, "hnodes": [hnode]}, "map": {"regions": [region], "total": 9},
+        "stats": {"stats": counters, "hnodes": [hnode], "stuck": [stuck]}, "map": {"regions": [region], "total": 9},
         "drivers": {"drivers": [{"name": "simgpu", "builtin": True, "origin": "gmemd"}]},
-        "attach": {"hnid": 4}, "detach": {}, "limit": {}, "quota": {},
+        "attach": {"hnid": 4}, "detach": {}, "limit": {}, "quota": {}, "upgrade": {},
     }  # fmt: skip
 
     def __init__(self, path):
@@ -99,6 +102,10 @@ class FakeControl:
 
     def request(self, op, timeout_s=None, **args):
         self.asked.append((self.path, op, args))
+        if op == "upgrade":
+            FakeControl.upgraded = True
+        if op == "ping":
+            return {"version": "9", "pid": 6 if FakeControl.upgraded else 5}
         if args.get("name") == "bad":
             raise RequestError(2, "name: no device bad is attached", "name")
         return dict(self.replies[op])
@@ -110,6 +117,7 @@ def ctl(monkeypatch, capsys):
     FakeControl.asked = []
 
     def ctl(*argv):
+        FakeControl.upgraded = False
         status = cli.main_gmemctl(argv)
         captured = capsys.readouterr()
         return status, captured.out, captured.err
@@ -127,7 +135,7 @@ def ctl(monkeypatch, capsys):
         (["devices"], ["[red]gpu", "48.0 MiB", "3.0 MiB", "12,345", "errno 5"]),
         (["sessions"], ["py[b]thon", "1000", "77", "[red]gpu:8.0 KiB"]),
         (["drivers"], ["simgpu", "yes"]),
-        (["stats"], ["migration", "1.500 s", "h2d", "1.0 MiB"]),
+        (["stats"], ["migration", "1.500 s", "h2d", "1.0 MiB", "stuck for 7.5 s", "peer_map of slow0"]),
         (["map"], ["0x660000000000", "shmem", "8 more"]),
         (["top", "--count", "2", "--interval", "0.05"], ["gmemd 9"]),
         (["attach", "simgpu", "g", "capacity=1M", "x=a=b"], ["g is attached as hnode 4"]),
@@ -135,6 +143,7 @@ def ctl(monkeypatch, capsys):
         (["limit", "host", "2G"], ["host: at most 2G"]),
         (["quota", "host", "512M", "--uid", "1000"], ["host: at most 512M"]),
         (["quota", "g", "0", "--session", "3"], ["g: no quota"]),
+        (["upgrade"], ["gmemd 9, pid 6, has taken over"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )

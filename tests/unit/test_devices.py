@@ -35,7 +35,7 @@ def refusal(call, *args):
 
 def test_attach_and_detach(devices, fake_core, published):
     assert devices.attach("simgpu", "simgpu0", {"capacity": "48M"}) == 1
-    assert fake_core.called("device_attach") == [("simgpu", "simgpu0", {"capacity": "48M"}, None)]
+    assert fake_core.called("device_attach") == [("simgpu", "simgpu0", {"capacity": "48M"}, None, 0)]
     assert devices.names() == ["simgpu0"] and devices.name_of(1) == "simgpu0" and devices.name_of(0) == "host"
     assert devices.describe(1)["caps"] == ["replayable", "compute"]
     devices.detach("simgpu0", False)

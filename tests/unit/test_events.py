@@ -11,6 +11,7 @@ from gmemd.devices import DeviceTable
 from gmemd.drivers.registry import Registry
 from gmemd.events import EventPump, Publisher
 from gmemd.sessions import Context, SessionTable
+from gmemd.watch import Watch
 
 
 @pytest.fixture
@@ -20,7 +21,8 @@ def rig(fake_core):
     publish = lambda topic, fields: published.append((topic, fields))  # noqa: E731
     sessions = SessionTable(fake_core, sessions_per_uid=9, contexts_per_session=9, publish=publish)
     devices = DeviceTable(fake_core, Registry(fake_core.driver_builtin), sessions, publish)
-    pump = EventPump(fake_core, sessions, devices, publish, lambda function, *args: function(*args))
+    pump = EventPump(fake_core, sessions, devices, publish, lambda function, *args: function(*args),
+                     Watch(fake_core, devices.name_of, 0))  # fmt: skip
 
     def post(*events):
         for event in events:
@@ -134,8 +136,8 @@ def test_the_protocol_page_has_every_topic():
     source = "".join(
         (root / "gmemd" / name).read_text() for name in ("events.py", "devices.py", "sessions.py", "admission.py")
     )
-    topics = set(re.findall(r'"((?:device|memory|session|page|context)\.[a-z_]+)"', source))
+    topics = set(re.findall(r'"((?:device|memory|session|page|context|thread)\.[a-z_]+)"', source))
     listed = set(
         re.findall(r"^\| `([a-z]+\.(?!sock)[a-z_]+)` \|", (root / "docs" / "protocol.md").read_text(), re.MULTILINE)
     )
-    assert topics == listed and len(topics) == 9
+    assert topics == listed and len(topics) == 11

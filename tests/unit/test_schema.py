@@ -36,6 +36,7 @@ GOOD = {
     "detach": {"name": "simgpu0", "force": True},
     "limit": {"name": "host", "bytes": 1 << 30},
     "quota": {"name": "host", "bytes": 1 << 30, "session": 4, "uid": 1000},
+    "upgrade": {},
     "contexts": {},
     "context_close": {"context": 1},
     "sessions": {},

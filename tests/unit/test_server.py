@@ -19,6 +19,7 @@ from gmemd.drivers.registry import Registry
 from gmemd.ops import Operations
 from gmemd.server import Server
 from gmemd.sessions import Context, SessionTable
+from gmemd.watch import Watch
 
 VA = 0x660000000000
 
@@ -33,7 +34,7 @@ class Rig:
         drivers = Registry(core.driver_builtin)
         self.sessions = SessionTable(core, sessions_per_uid=100, contexts_per_session=8, publish=publish)
         self.devices = DeviceTable(core, drivers, self.sessions, publish)
-        operations = Operations(core, self.sessions, self.devices, drivers)
+        operations = Operations(core, self.sessions, self.devices, drivers, Watch(core, self.devices.name_of, 0))
         self.server = Server(self.context, self.endpoint, self.sessions, operations, workers=8, requests_in_flight=20)
         self.server.start()
         self.ids = itertools.count(1)
@@ -373,3 +374,23 @@ def test_stop_finishes_what_runs_and_refuses_the_rest(rig):
     assert msgpack.unpackb(dealer.recv()) == {"id": 1, "ok": True}
     stopper.join(5)
     assert not stopper.is_alive()
+
+
+def test_what_is_asked_again_is_done_once(rig):
+    session = rig.session()
+    dealer = rig.dealer()
+    request = {"v": 1, "id": 5, "op": "mmap", "token": session.token, "bytes": 4096}
+    gate = rig.core.delay["mmap"] = threading.Event()
+    for _ in range(3):
+        dealer.send(msgpack.packb(request))
+    assert not dealer.poll(200), "one is under way"
+    gate.set()
+    first = msgpack.unpackb(dealer.recv())
+    assert first["ok"] and not dealer.poll(100)
+    dealer.send(msgpack.packb(request))
+    assert msgpack.unpackb(dealer.recv()) == first, "the answer may have been lost"
+    assert len(rig.core.called("mmap")) == 1
+    dealer.send(msgpack.packb({**request, "id": 6}))
+    assert msgpack.unpackb(dealer.recv())["ok"] and len(rig.core.called("mmap")) == 2
+    dealer.send(msgpack.packb({**request, "bytes": 8192}))
+    assert msgpack.unpackb(dealer.recv())["ok"] and len(rig.core.called("mmap")) == 3, "another request, all the same"

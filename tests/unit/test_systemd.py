@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from gmemd.systemd import Notifier, activated_socket
+from gmemd.systemd import Notifier, passed_descriptors
 
 
 @pytest.fixture(params=["path", "abstract"])
@@ -41,8 +41,9 @@ def test_a_watchdog_of_another_process_is_not_ours():
 def test_without_systemd_nothing_happens(tmp_path):
     Notifier({}).ready("x")
     Notifier({"NOTIFY_SOCKET": str(tmp_path / "gone")}).ready("x")
-    assert activated_socket({}) is None
-    assert activated_socket({"LISTEN_PID": "1", "LISTEN_FDS": "1"}) is None
+    assert passed_descriptors({}) == []
+    assert passed_descriptors({"LISTEN_PID": "1", "LISTEN_FDS": "1"}) == []
+    assert Notifier({"FDSTORE": "5"}).fd_store_max == 0, "nobody to tell"
 
 
 def test_socket_activation(tmp_path):
@@ -51,9 +52,10 @@ def test_socket_activation(tmp_path):
         right.bind(str(tmp_path / "s"))
         right.listen()
         code = (
-            "import os; from gmemd.systemd import activated_socket as a\n"
-            "os.environ['LISTEN_PID'] = str(os.getpid()); s = a()\n"
-            "print(s.getsockname(), s.get_inheritable(), 'LISTEN_FDS' in os.environ)\n"
+            "import os; from gmemd.systemd import listening_socket as l, passed_descriptors as p\n"
+            "os.environ['LISTEN_PID'] = str(os.getpid()); passed = p()\n"
+            "print(passed, [os.get_inheritable(fd) for _, fd in passed], 'LISTEN_FDS' in os.environ)\n"
+            "print([s and s.getsockname() for s in (l(fd) for _, fd in passed)])\n"
             "try: os.fstat(3)\nexcept OSError: print('3 is closed')"
         )
 
@@ -64,6 +66,8 @@ def test_socket_activation(tmp_path):
 
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, preexec_fn=place, close_fds=False,
-            env={**os.environ, "LISTEN_FDS": "2"},
+            env={**os.environ, "LISTEN_FDS": "2", "LISTEN_FDNAMES": "some:gmemd.socket"},
         )  # fmt: skip
-    assert done.stdout.splitlines() == [f"{tmp_path}/s False False", "3 is closed"], done.stderr
+    assert done.stdout.splitlines() == [
+        "[('some', 3), ('gmemd.socket', 4)] [False, False] False", f"[None, '{tmp_path}/s']", "3 is closed",
+    ], done.stderr  # fmt: skip

@@ -27,6 +27,7 @@ struct gmem_tenant {
 	struct gmem_core *core;                  /* (C) */
 	struct gmem_share shares[GMEM_HNODE_MAX];
 	_Atomic uint64_t mapped_bytes;           /* (A) */
+	_Atomic uint32_t unclaimed;              /* (A) forked children of his that have not shown themselves */
 	struct gmem_tenant *next;                /* core->tenants_lock */
 };
 

@@ -17,9 +17,13 @@ struct gmem_region {
 	struct gmem_as *as;         /* (C) */
 	enum gmem_fork fork;        /* (C) */
 	bool committed;             /* (R) registered on the process's uffd */
+	uint64_t asked;             /* (R) for which request it waits to be committed; 0: unknown */
 	uint32_t record;            /* (R) */
 	struct gmem_region *next;   /* (O) in object->regions */
 };
+
+/* More than the kernel lets a process map, by default. */
+#define GMEM_REGIONS_MAX 65536
 
 struct gmem_as {
 	struct gmem_rwlock lock;
@@ -37,6 +41,10 @@ void gmem_as_deinit(struct gmem_as *as); /* no regions and no views are left */
 /* Adds a region on the object (a reference is taken). */
 int gmem_as_insert(struct gmem_as *as, struct gmem_object *object, uint64_t va, uint64_t offset, uint64_t bytes,
 		   enum gmem_fork fork, bool committed);
+/* The region at va was made for that request. */
+void gmem_as_asked(struct gmem_as *as, uint64_t va, uint64_t asked);
+/* The region of so many bytes that was made for that request, and is not committed. */
+bool gmem_as_find_asked(struct gmem_as *as, uint64_t asked, uint64_t bytes, uint64_t *ret_va);
 /* The same for an as that no other thread knows yet: takes no lock of the as. */
 int gmem_as_insert_private(struct gmem_as *as, struct gmem_object *object, uint64_t va, uint64_t offset, uint64_t bytes,
 			   enum gmem_fork fork, bool committed);

@@ -30,6 +30,7 @@ struct gmem_core_config {
 	uint32_t keep_max_fds;      /* how many may be held */
 	const struct gmem_kept_fd *kept; /* what a predecessor left there, taken over: keep.h */
 	size_t kept_count;
+	uint64_t stuck_ns;          /* how long a thread may be at one thing before it is reported; 0: 5 s */
 };
 
 struct gmem_core_features {
@@ -65,6 +66,9 @@ const char *gmem_policy_name(size_t index);
 /* ---- sessions: one client process each ---- */
 int gmem_session_create(struct gmem_core *core, uid_t uid, pid_t pid, uint64_t *ret_session);
 int gmem_session_destroy(struct gmem_core *core, uint64_t session); /* (blocks); frees everything it held */
+/* A predecessor's session that had not come to its client: a forked child can be claimed again; others end, and nothing
+ * is done to what their processes have mapped. */
+int gmem_session_disown(struct gmem_core *core, uint64_t session);
 /* Those that some process has claimed; fills at most capacity ids, ret_count is the full count. */
 void gmem_session_ids(struct gmem_core *core, uint64_t *ids, size_t capacity, size_t *ret_count);
 /* Files for the client to map, by class; borrowed; -1 where there is none. */
@@ -111,6 +115,8 @@ struct gmem_mmap_args {
 	uint64_t page_bytes; /* 4096, 65536, 2 MiB, or 0: 2 MiB for 2 MiB and more, else 4 KiB */
 	enum gmem_fork fork;
 	bool small_only;     /* never hugetlb */
+	uint64_t asked;      /* a number of the request's, 0: none */
+	bool again;          /* a predecessor may have reserved it for the request of that number: then that range */
 };
 /* Reserves a range. The client maps it, then commits; without a commit it goes away with the session. */
 int gmem_mmap(struct gmem_core *core, uint64_t session, const struct gmem_mmap_args *args,
@@ -194,6 +200,7 @@ struct gmem_core_stats {
 	uint64_t events_lost;
 	uint64_t ring_requests;   /* completed */
 	uint64_t ring_errors;     /* rings that a client broke */
+	uint64_t stuck_reports;   /* threads that were found at the same thing for too long */
 };
 void gmem_core_stats(struct gmem_core *core, struct gmem_core_stats *ret);
 
@@ -208,6 +215,21 @@ struct gmem_session_stats {
 };
 int gmem_session_stats(struct gmem_core *core, uint64_t session, struct gmem_session_stats *ret);
 
+/* ---- what the threads do ---- */
+struct gmem_thread_info {
+	size_t index;            /* its place, which events name */
+	pid_t tid;
+	const char *role;        /* fault, fill, ring, reclaim */
+	const char *doing;       /* nothing, read, fault, event, ahead, requests, reclaim */
+	const char *op;          /* the driver's op that it waits for; NULL: none */
+	int hnid;                /* that driver's device; -1: none */
+	uint64_t session, va;    /* for whom, and where; 0: for nobody in particular */
+	uint64_t held_ns;        /* for how long, within a tenth of a second; 0: not for long */
+	bool stuck;              /* it was reported */
+};
+/* Fills at most capacity entries, ret_count is the full count. */
+void gmem_core_threads(struct gmem_core *core, struct gmem_thread_info *threads, size_t capacity, size_t *ret_count);
+
 /* ---- events for the daemon's Python side ---- */
 enum gmem_event_type {
 	GMEM_EVENT_FORK = 1,      /* session = parent, value = child session */
@@ -217,6 +239,8 @@ enum gmem_event_type {
 	GMEM_EVENT_NOT_ACQUIRED,  /* a context of a device that can't replay touched memory it had not acquired */
 	GMEM_EVENT_PRESSURE,      /* hnid: low watermark reached */
 	GMEM_EVENT_DEVICE_LOST,   /* hnid */
+	GMEM_EVENT_STUCK,         /* a thread: value = index of gmem_core_threads(); session, va, hnid as there */
+	GMEM_EVENT_UNSTUCK,       /* it has gone on: value */
 	GMEM_EVENT_ERROR,         /* unexpected errno in the fault path: error, va */
 };
 struct gmem_event {

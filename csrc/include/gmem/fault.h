@@ -54,10 +54,11 @@ struct gmem_service {
 struct gmem_faults {
 	int epoll_fd; /* (C) */
 	int stop_fd;  /* (C) */
+	_Atomic int spare_fd; /* (A) given up for the userfaultfd of a child when there are no more descriptors; -1: it was */
 	struct gmem_mutex slots_lock;
 	struct gmem_slot slots[GMEM_VIEWS_MAX]; /* slots_lock */
 	uint32_t slots_used, slots_free;        /* slots_lock; index + 1 of the first free one, 0: none */
-	uint32_t thread_count, filler_count;
+	_Atomic uint32_t thread_count, filler_count; /* (A) they only grow while the core runs */
 	bool linger; /* (C) there is a CPU to spin on while a client runs on another */
 	pthread_t threads[GMEM_THREADS_MAX];
 	struct gmem_service services[GMEM_THREADS_MAX];
@@ -71,6 +72,8 @@ struct gmem_faults {
 
 int gmem_faults_start(struct gmem_core *core, uint32_t threads);
 void gmem_faults_stop(struct gmem_core *core);
+/* One thread more of a kind, if there may be one: all that there are have been held up. For the watching thread. */
+void gmem_faults_grow(struct gmem_core *core, bool fault, bool filler);
 /* -ENFILE: too many views. */
 int gmem_faults_watch(struct gmem_core *core, struct gmem_view *view);
 /* Waits until every message of the view that has been read by now has been handled: munmap(2) returns when its event was

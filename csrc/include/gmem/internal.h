@@ -14,6 +14,7 @@
 #include <gmem/range.h>
 #include <gmem/session.h>
 #include <gmem/stats.h>
+#include <gmem/watch.h>
 
 #define GMEM_SESSION_BUCKETS 256
 
@@ -42,6 +43,7 @@ struct gmem_core {
 	struct gmem_stats stats;
 	struct gmem_events events;
 	struct gmem_faults faults;
+	struct gmem_watch watch;
 	struct gmem_rings *rings;                            /* (C) */
 };
 

@@ -56,7 +56,7 @@ struct gmem_record {
 			uint8_t shift, class_;
 		} object;
 		struct {
-			uint64_t session, va, bytes, offset;
+			uint64_t session, va, bytes, offset, asked;
 			uint8_t fork, committed;
 		} region;
 		struct {

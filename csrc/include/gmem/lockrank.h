@@ -25,8 +25,11 @@ enum gmem_rank {
 	GMEM_RANK_WORK,        /* work queue */
 	GMEM_RANK_RING,        /* rings and their run queue */
 	GMEM_RANK_AGENT,       /* the ring of an agent */
+	GMEM_RANK_WATCH,       /* what each thread is doing */
 	GMEM_RANK_EVENT,       /* event ring */
 	GMEM_RANK_KEEP,        /* what outlives the process */
+	GMEM_RANK_TIER,        /* of zstd: slabs of one size class, or a stripe of its entries */
+	GMEM_RANK_TIER_SPANS,  /* of zstd: file offsets that are free */
 	GMEM_RANK_DRIVER,      /* a built-in driver's own: its ops are called with any of the above held */
 };
 

@@ -30,6 +30,9 @@ int gmem_file_populate(struct gmem_file *file, uint64_t offset, uint64_t bytes);
 int gmem_file_punch(struct gmem_file *file, uint64_t offset, uint64_t bytes);
 /* Allocates pages and fills them from src in one pass where the file type can. -EFAULT if src has gone. */
 int gmem_file_fill(struct gmem_file *file, uint64_t offset, uint8_t *alias, const void *src, uint64_t bytes);
+/* For files without an alias: what they hold can be had with no fault, and too little memory is -ENOSPC or -ENOMEM. */
+int gmem_file_write(struct gmem_file *file, uint64_t offset, const void *src, uint64_t bytes);
+int gmem_file_read(struct gmem_file *file, uint64_t offset, void *dst, uint64_t bytes);
 
 int gmem_alias_map(struct gmem_file *file, uint64_t offset, uint64_t bytes, uint8_t **ret);
 void gmem_alias_unmap(uint8_t *alias, uint64_t bytes);

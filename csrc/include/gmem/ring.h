@@ -29,6 +29,7 @@ struct gmem_ring_job {
 	struct gmem_ring_cqe cqe;
 	bool running;
 	bool again;               /* a predecessor may have done it */
+	uint32_t sq_index;
 	uint64_t done, slice;     /* bytes */
 	uint64_t since_ns;        /* when it began to wait for somebody's release */
 	uint64_t retry_ns;

@@ -20,6 +20,8 @@ struct gmem_session {
 	atomic_bool stored;           /* (A) came by a fork event, and is served */
 	atomic_bool bound;            /* (A) the process has shown itself */
 	atomic_bool closed;           /* (A) */
+	atomic_bool disowned;         /* (A) its process begins anew: it is not to find its memory poisoned */
+	atomic_bool unclaimed;        /* (A) counted by its tenant */
 	uint32_t record;              /* core->sessions_lock; 0 once destroyed */
 	struct gmem_ring *ring;       /* core->rings->lock; NULL if it has none */
 	struct gmem_session *next;    /* core->sessions_lock */

@@ -15,7 +15,7 @@ struct gmem_stats {
 	_Atomic uint64_t duplicates, invalidations, evictions, evicted_clean;
 	_Atomic uint64_t prefetched_pages, ahead_pages, discarded_pages, poisoned_pages, retries, parked_faults, aged_pages;
 	_Atomic uint64_t migration_ns, fault_ns;
-	_Atomic uint64_t ring_requests, ring_errors;
+	_Atomic uint64_t ring_requests, ring_errors, stuck_reports;
 };
 
 static inline void gmem_count(_Atomic uint64_t *counter, uint64_t n)

@@ -1,0 +1,39 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Crash points: places between two steps where a daemon that is being tested can be told to die, as by kill -9. The
+ * file that GMEM_CRASH_FILE of its environment names says where, `POINT:N`: at the Nth time it comes by there. Without
+ * that variable each point costs one comparison.
+ */
+#ifndef GMEM_CRASH_H
+#define GMEM_CRASH_H
+
+#define GMEM_CRASH_POINTS(X)                                                                                           \
+	X(MARK) X(DOWNGRADE) X(FRAME) X(FILL) X(COPY_FIRST) X(COPY) X(ARRIVED) X(OWN) X(RELEASE) X(MAP) X(MAPPED)      \
+	X(COMMIT) X(COMMITTED) X(FORGET) X(RUN_MOVED) X(RUN_OWN) X(RUN_RELEASE) X(RUN_MAP) X(RUN_MAPPED)               \
+	X(PUSH) X(PUSHED) X(DROP) X(OBJECT_FREE) X(OBJECT_FREED) X(OBJECT_FORGOTTEN) X(REGION_CUT) X(REGION_LINKED)    \
+	X(RECORD_WRITTEN) X(RECORD_PUBLISHED) X(RECORD_REPLACED) X(FD_HELD) X(FORKED) X(RING_TAKEN)                    \
+	X(RING_COMPLETES) X(RING_COMPLETED) X(STORE_WRITTEN) X(STORE_FLIPPED) X(HMEMCPY) X(RECOVER_VIEW)               \
+	X(RECOVER_PAGE) X(RECOVER_MAPS) X(RECOVER_DONE)
+
+enum gmem_crash_point {
+	GMEM_CRASH_NONE,
+#define GMEM_CRASH_ENUM(name) GMEM_CRASH_##name,
+	GMEM_CRASH_POINTS(GMEM_CRASH_ENUM)
+#undef GMEM_CRASH_ENUM
+	GMEM_CRASH_COUNT,
+};
+
+extern int gmem_crash_at; /* enum gmem_crash_point; set before there are threads */
+
+void gmem_crash_init(void);
+void gmem_crash_pass(void);
+/* Names of the points, from 1 on; NULL beyond the last. */
+const char *gmem_crash_name(unsigned point);
+
+static inline void gmem_crash(enum gmem_crash_point point)
+{
+	if (__builtin_expect(gmem_crash_at == (int)point, 0))
+		gmem_crash_pass();
+}
+
+#endif
