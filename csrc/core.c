@@ -171,6 +171,7 @@ int gmem_core_create(const struct gmem_core_config *config, struct gmem_core **r
 	core->fault_ahead = !config->no_fault_ahead;
 	core->next_id = 1;
 	core->keep.socket = -1;
+	core->hold_ns = config->hold_ns;
 	gmem_watch_init(&core->watch, config->stuck_ns);
 	gmem_mutex_init(&core->devices_lock, GMEM_RANK_DEVICES);
 	gmem_rwlock_init(&core->sessions_lock, GMEM_RANK_SESSIONS);
@@ -325,6 +326,7 @@ void gmem_core_stats(struct gmem_core *core, struct gmem_core_stats *ret)
 		.ahead_pages = gmem_counter(&s->ahead_pages),
 		.discarded_pages = gmem_counter(&s->discarded_pages),
 		.poisoned_pages = gmem_counter(&s->poisoned_pages), .retries = gmem_counter(&s->retries),
+		.throttled_faults = gmem_counter(&s->throttled_faults),
 		.parked_faults = gmem_counter(&s->parked_faults),
 		.aged_pages = gmem_counter(&s->aged_pages), .migration_ns = gmem_counter(&s->migration_ns),
 		.fault_ns = gmem_counter(&s->fault_ns), .sessions = gmem_counter(&core->session_count),

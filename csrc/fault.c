@@ -14,6 +14,7 @@
 #include <gmem/migrate.h>
 #include <gmem/pmap.h>
 #include <gmem/prefetch.h>
+#include <gmem/thrash.h>
 #include <gmem/tier.h>
 #include <gmem/uffd.h>
 
@@ -24,7 +25,6 @@
 #define NO_FD_NAP_NS 1000000
 #define LOOK_FAULTS 64      /* how often to look where the client runs */
 #define TURN_NS 2000000     /* then other views get their turn */
-#define FILLERS 4 /* they sleep most of the time */
 #define STOP_TOKEN UINT64_MAX
 
 void gmem_fault_poison(struct gmem_core *core, struct gmem_view *view, struct gmem_range range, int error)
@@ -151,15 +151,41 @@ static void count_fault(struct gmem_core *core, const struct gmem_fault *fault, 
 	gmem_count(&fault->view->faults, 1);
 }
 
-static bool defer(struct gmem_core *core, const struct gmem_fault *fault)
+static int serve_locked(struct gmem_core *core, struct gmem_page *page, const struct gmem_fault *fault,
+			const struct gmem_place *place)
 {
-	struct gmem_work work = { .fault = *fault };
+	bool takes = gmem_thrash_takes(page, fault->view->hnid, is_write(fault));
+	int err;
+
+	count_fault(core, fault, page->object);
+	page->awaited = is_write(fault) ? 0 : fault->va;
+	err = resolve_locked(page, fault->view, place->range, fault->flags);
+	if (!err && takes)
+		gmem_thrash_note(page, gmem_now_ns());
+	return err;
+}
+
+/* For a filler, at once or at a time. */
+static bool defer(struct gmem_core *core, const struct gmem_fault *fault, uint64_t not_before_ns)
+{
+	struct gmem_work work = { .fault = *fault, .not_before_ns = not_before_ns };
 
 	gmem_view_ref(fault->view);
 	if (!gmem_work_post(core, &work))
 		return true;
 	gmem_view_unref(fault->view);
 	return false;
+}
+
+/* The page bounces: whoever has it may use it for a while, and the faulting thread waits. */
+static bool stays(struct gmem_core *core, struct gmem_page *page, const struct gmem_fault *fault, uint64_t now)
+{
+	uint64_t until = gmem_thrash_until(page, fault->view->hnid, is_write(fault), now);
+
+	if (!until || !defer(core, fault, until))
+		return false;
+	gmem_count(&core->stats.throttled_faults, 1);
+	return true;
 }
 
 static void settle(struct gmem_core *core, struct gmem_page *page, const struct gmem_fault *fault,
@@ -203,9 +229,8 @@ void gmem_fault_resolve(struct gmem_core *core, const struct gmem_fault *fault, 
 	}
 	if (view->hnid != GMEM_HOST && !view->replayable && gmem_devfault_refuse(core, view, fault->va, true))
 		goto out;
-	if (may_defer && gmem_fault_is_slow(core, &place, view->hnid) && defer(core, fault))
+	if (may_defer && gmem_fault_is_slow(core, &place, view->hnid) && defer(core, fault, 0))
 		goto out;
-	count_fault(core, fault, place.object);
 	if (gmem_page_trylock(place.object, place.index, true, &page)) {
 		gmem_count(&core->stats.parked_faults, 1);
 		goto out;
@@ -213,11 +238,11 @@ void gmem_fault_resolve(struct gmem_core *core, const struct gmem_fault *fault, 
 	if (gmem_page_poisoned(&page)) {
 		gmem_page_unlock(&page);
 		gmem_fault_poison(core, view, place.range, -EIO);
+	} else if (may_defer && stays(core, &page, fault, start)) {
+		gmem_page_unlock(&page);
 	} else {
 		gmem_page_hint(&page, place.hint);
-		page.awaited = is_write(fault) ? 0 : fault->va;
-		settle(core, &page, fault, &place,
-		       resolve_locked(&page, view, place.range, fault->flags));
+		settle(core, &page, fault, &place, serve_locked(core, &page, fault, &place));
 	}
 	gmem_count(&core->stats.fault_ns, gmem_now_ns() - start);
 out:
@@ -484,66 +509,6 @@ static void *fault_thread(void *arg)
 	return NULL;
 }
 
-int gmem_work_post(struct gmem_core *core, const struct gmem_work *work)
-{
-	struct gmem_faults *faults = &core->faults;
-	int err = 0;
-
-	gmem_mutex_lock(&faults->work_lock);
-	if (faults->work_count == GMEM_WORK_RING || faults->stop) {
-		err = -ENOBUFS;
-	} else {
-		faults->work[(faults->work_head + faults->work_count++) % GMEM_WORK_RING] = *work;
-		pthread_cond_signal(&faults->work_ready);
-	}
-	gmem_mutex_unlock(&faults->work_lock);
-	return err;
-}
-
-static void do_work(struct gmem_core *core, struct gmem_work *work)
-{
-	if (work->object) {
-		gmem_duty_begin(GMEM_DOING_AHEAD, work->object->account->session_id, 0);
-		gmem_session_release_piece(work->object, work->offset, work->bytes, NULL);
-		gmem_object_unref(work->object);
-		return;
-	}
-	gmem_duty_begin(work->ahead ? GMEM_DOING_AHEAD : GMEM_DOING_FAULT, work->fault.view->session_id, work->fault.va);
-	if (work->ahead)
-		gmem_stream_help(core, work->fault.view);
-	else
-		gmem_fault_resolve(core, &work->fault, false);
-	gmem_view_unref(work->fault.view);
-}
-
-static void *filler_thread(void *arg)
-{
-	struct gmem_core *core = arg;
-	struct gmem_faults *faults = &core->faults;
-
-	pthread_setname_np(pthread_self(), "gmem-fill");
-	gmem_duty_enlist(core, GMEM_ROLE_FILL);
-	gmem_mutex_lock(&faults->work_lock);
-	while (!faults->stop || faults->work_count) {
-		struct gmem_work work;
-
-		if (!faults->work_count) {
-			gmem_mutex_wait(&faults->work_lock, &faults->work_ready, 0);
-			continue;
-		}
-		work = faults->work[faults->work_head];
-		faults->work_head = (faults->work_head + 1) % GMEM_WORK_RING;
-		faults->work_count--;
-		gmem_mutex_unlock(&faults->work_lock);
-		do_work(core, &work);
-		gmem_duty_end();
-		gmem_mutex_lock(&faults->work_lock);
-	}
-	gmem_mutex_unlock(&faults->work_lock);
-	gmem_duty_leave(core);
-	return NULL;
-}
-
 int gmem_faults_watch(struct gmem_core *core, struct gmem_view *view)
 {
 	struct gmem_faults *faults = &core->faults;
@@ -608,26 +573,12 @@ static int start_fault_thread(struct gmem_core *core)
 	return err;
 }
 
-static int start_filler(struct gmem_core *core)
-{
-	struct gmem_faults *faults = &core->faults;
-	uint32_t count = atomic_load(&faults->filler_count);
-	int err = -pthread_create(&faults->fillers[count], NULL, filler_thread, core);
-
-	if (!err)
-		atomic_store(&faults->filler_count, count + 1);
-	return err;
-}
-
 static int start_threads(struct gmem_core *core, uint32_t threads)
 {
-	struct gmem_faults *faults = &core->faults;
 	int err = 0;
 
-	while (!err && atomic_load(&faults->thread_count) < threads)
+	while (!err && atomic_load(&core->faults.thread_count) < threads)
 		err = start_fault_thread(core);
-	while (!err && atomic_load(&faults->filler_count) < FILLERS)
-		err = start_filler(core);
 	return err;
 }
 
@@ -638,27 +589,25 @@ void gmem_faults_grow(struct gmem_core *core, bool fault, bool filler)
 	/* If none can be had, those that are there go on as they can; the next look tries again. */
 	if (fault && atomic_load(&faults->thread_count) < GMEM_THREADS_MAX)
 		start_fault_thread(core);
-	if (filler && atomic_load(&faults->filler_count) < GMEM_THREADS_MAX)
-		start_filler(core);
+	if (filler)
+		gmem_fillers_grow(core);
 }
 
 int gmem_faults_start(struct gmem_core *core, uint32_t threads)
 {
 	struct gmem_faults *faults = &core->faults;
 	struct epoll_event event = { .events = EPOLLIN, .data.u64 = STOP_TOKEN };
-	int err;
+	int err = gmem_fillers_start(core);
 
 	gmem_mutex_init(&faults->slots_lock, GMEM_RANK_SLOTS);
-	gmem_mutex_init(&faults->work_lock, GMEM_RANK_WORK);
-	pthread_cond_init(&faults->work_ready, NULL);
 	faults->linger = sysconf(_SC_NPROCESSORS_ONLN) > 1;
 	faults->epoll_fd = epoll_create1(EPOLL_CLOEXEC);
 	faults->stop_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	if (faults->epoll_fd < 0 || faults->stop_fd < 0 ||
-	    epoll_ctl(faults->epoll_fd, EPOLL_CTL_ADD, faults->stop_fd, &event))
+	faults->spare_fd = -1;
+	if (!err && (faults->epoll_fd < 0 || faults->stop_fd < 0 ||
+		     epoll_ctl(faults->epoll_fd, EPOLL_CTL_ADD, faults->stop_fd, &event)))
 		err = -errno;
-	else {
-		faults->spare_fd = -1;
+	if (!err) {
 		keep_spare(faults);
 		err = start_threads(core, threads);
 	}
@@ -675,18 +624,11 @@ void gmem_faults_stop(struct gmem_core *core)
 	if (write(faults->stop_fd, &one, sizeof(one)) < 0) {
 		/* the counter is not 0, so the threads stop all the same */
 	}
-	gmem_mutex_lock(&faults->work_lock);
-	faults->stop = true;
-	pthread_cond_broadcast(&faults->work_ready);
-	gmem_mutex_unlock(&faults->work_lock);
 	while (faults->thread_count)
 		pthread_join(faults->threads[--faults->thread_count], NULL);
-	while (faults->filler_count)
-		pthread_join(faults->fillers[--faults->filler_count], NULL);
+	gmem_fillers_stop(core);
 	close(faults->epoll_fd);
 	close(faults->stop_fd);
 	give_up_spare(faults);
 	gmem_mutex_deinit(&faults->slots_lock);
-	gmem_mutex_deinit(&faults->work_lock);
-	pthread_cond_destroy(&faults->work_ready);
 }

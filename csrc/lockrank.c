@@ -1,4 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
 #include <errno.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -87,11 +88,11 @@ void gmem_mutex_wait(struct gmem_mutex *mutex, pthread_cond_t *cond, uint64_t ti
 		pthread_cond_wait(cond, &mutex->m);
 		return;
 	}
-	clock_gettime(CLOCK_REALTIME, &until);
+	clock_gettime(CLOCK_MONOTONIC, &until);
 	timeout_ns += (uint64_t)until.tv_nsec;
 	until.tv_sec += (time_t)(timeout_ns / 1000000000ull);
 	until.tv_nsec = (long)(timeout_ns % 1000000000ull);
-	pthread_cond_timedwait(cond, &mutex->m, &until);
+	pthread_cond_clockwait(cond, &mutex->m, CLOCK_MONOTONIC, &until);
 }
 
 void gmem_rwlock_init(struct gmem_rwlock *lock, enum gmem_rank rank)

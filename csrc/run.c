@@ -5,6 +5,7 @@
 #include <gmem/internal.h>
 #include <gmem/pmap.h>
 #include <gmem/run.h>
+#include <gmem/thrash.h>
 #include <gmem/tier.h>
 #include <gmem/uffd.h>
 
@@ -51,6 +52,7 @@ static void lock_pages(struct run *run)
 {
 	const struct gmem_run_args *args = run->args;
 	size_t most = args->count < GMEM_RUN_PAGES ? args->count : GMEM_RUN_PAGES;
+	uint64_t now = args->wanted ? 0 : gmem_now_ns();
 
 	while (run->count < most) {
 		struct gmem_page *page = &run->pages[run->count];
@@ -59,7 +61,7 @@ static void lock_pages(struct run *run)
 			return;
 		run->count++;
 		gmem_page_hint(page, args->hint);
-		if (gmem_page_poisoned(page) || !is_free(page) || (run->count > 1 && !alike(page, &run->pages[0]))) {
+		if (gmem_page_poisoned(page) || !is_free(page) || (!args->wanted && gmem_thrash_bounces(page, now)) || (run->count > 1 && !alike(page, &run->pages[0]))) {
 			shorten(run, run->count - 1);
 			return;
 		}

@@ -104,7 +104,7 @@ cdef class Core:
         self, *, uint64_t window_base=0, uint64_t window_bytes=0, uint64_t host_limit_bytes=0,
         uint64_t feature_mask=0xFFFFFFFFFFFFFFFF, uint32_t fault_threads=0, bint hugepages=True, bint overcommit=False,
         bint event_fork=True, bint fault_ahead=True, str policy=None, int keep_socket=0, uint32_t keep_max_fds=0,
-        list kept=None, double stuck_s=0,
+        list kept=None, double stuck_s=0, double hold_s=0,
     ):
         """keep_socket and the descriptors of kept, pairs of name and number, are taken over; see gmem/keep.h."""
         cdef gmem_core_config config
@@ -126,6 +126,7 @@ cdef class Core:
         config.keep_socket = keep_socket
         config.keep_max_fds = keep_max_fds
         config.stuck_ns = <uint64_t>(stuck_s * 1e9)
+        config.hold_ns = <uint64_t>(hold_s * 1e9)
         if kept:
             left = <gmem_kept_fd *>calloc(len(kept), sizeof(gmem_kept_fd))
             if left is NULL:

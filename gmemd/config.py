@@ -62,6 +62,7 @@ class Config:
     policy: str = POLICIES[0]
     fault_ahead: bool = True
     log_level: str = "info"
+    hold_s: float = 0.0005
     stuck_report_s: float = 5.0
     stuck_limit_s: float = 120.0
     host_limit_bytes: int = 0
@@ -148,6 +149,7 @@ _TABLES: dict[str, dict[str, tuple[str, Check]]] = {
         "policy": ("policy", _one_of(*POLICIES)),
         "log_level": ("log_level", _one_of(*LOG_LEVELS)),
         "fault_ahead": ("fault_ahead", _boolean),
+        "hold_s": ("hold_s", _seconds(0, 0.1)),
         "stuck_report_s": ("stuck_report_s", _seconds(0.5, 3600)),
         "stuck_limit_s": ("stuck_limit_s", _seconds(0, 86400)),
     },

@@ -147,7 +147,7 @@ def make_core(config: Config, **kept: Any) -> Any:
         window_base=config.window_base, window_bytes=config.window_bytes, host_limit_bytes=config.host_limit_bytes,
         fault_threads=config.fault_threads, hugepages=config.hugepages, overcommit=config.overcommit,
         event_fork=config.event_fork, fault_ahead=config.fault_ahead, policy=config.policy,
-        stuck_s=config.stuck_report_s, **kept,
+        hold_s=config.hold_s, stuck_s=config.stuck_report_s, **kept,
     )  # fmt: skip
 
 

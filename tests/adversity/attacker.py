@@ -469,14 +469,26 @@ class Attacker:
         """Makes its userfaultfd blocking at the moment when gmemd is about to look for the next message: O_NONBLOCK
         belongs to the description that both share. Faults that come fast keep gmemd looking for a while."""
         for _ in range(rounds):
-            client = self.client()
-            region = client.region(1 << 20)
-            setfl = libc.fcntl
-            setfl(client.uffd, fcntl.F_SETFL, os.O_RDWR | os.O_NONBLOCK)
-            for at in range(region["va"], region["va"] + region["bytes"], PAGE):
-                libc.memset(at, 1, 8)
-            setfl(client.uffd, fcntl.F_SETFL, os.O_RDWR)
-        return True
+            child = os.fork()  # gmemd may end the session, and give its addresses to the next one
+            if not child:
+                try:
+                    self.begin_to_block()
+                finally:
+                    os._exit(1)
+            status = os.waitpid(child, 0)[1]
+            if status:
+                return status
+        return 0
+
+    def begin_to_block(self):
+        client = self.client()
+        region = client.region(1 << 20)
+        fcntl.fcntl(client.uffd, fcntl.F_SETFL, os.O_RDWR | os.O_NONBLOCK)
+        for at in range(region["va"], region["va"] + region["bytes"], PAGE):
+            libc.memset(at, 1, 8)
+        fcntl.fcntl(client.uffd, fcntl.F_SETFL, os.O_RDWR)
+        time.sleep(0.05)
+        os._exit(0)
 
     def do_foreign_ranges(self):
         """Registers memory of its own, which gmemd does not know, and has it answer the faults."""

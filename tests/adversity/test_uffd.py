@@ -32,7 +32,7 @@ def test_a_userfaultfd_that_begins_to_block(arena):
     """O_NONBLOCK is a flag of the description, which both ends share: gmemd's read must not wait for ever."""
     attackers = [arena.attacker() for _ in range(2)]
     for attacker in attackers:
-        attacker.ask("block_reader", rounds=10)
+        assert attacker.ask("block_reader", rounds=10) == 0
     for _ in range(3):
         arena.check_honest()
 

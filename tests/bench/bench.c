@@ -27,6 +27,7 @@ static const struct {
 	{ { "fault_isolated", "fault_stream", "fault_storm" }, faults_host, false },
 	{ { "device_fault" }, faults_device, false },
 	{ { "concurrent" }, faults_concurrent, false },
+	{ { "thrash" }, thrash, true },
 	{ { "first_touch" }, first_touch, false },
 	{ { "d2h", "h2d", "elsewhere" }, migrations, false },
 	{ { "prefetch" }, prefetches, false },

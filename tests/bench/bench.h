@@ -28,6 +28,7 @@ struct size {
 void faults_host(void);
 void faults_device(void);
 void faults_concurrent(void);
+void thrash(void);
 void first_touch(void);
 void migrations(void);
 void prefetches(void);

@@ -14,8 +14,8 @@ HOT, SCAN, ROOM = 32, 1024, 256  # pages
 
 
 def hot_and_scan(hot: np.ndarray, scan: np.ndarray) -> int:
-    """Every step of the scan touches a page that is not needed again, and all those that are. The pause is for the agent,
-    which ages nothing where it gets no CPU."""
+    """Every step of the scan touches a page that is not needed again, and all those that are. The pause is for the
+    agent, which ages nothing where it gets no CPU."""
     total = 0
     for at in range(0, scan.size, PAGE):
         total += int(scan[at]) + int(hot[::PAGE].sum())

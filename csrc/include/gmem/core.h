@@ -30,6 +30,7 @@ struct gmem_core_config {
 	uint32_t keep_max_fds;      /* how many may be held */
 	const struct gmem_kept_fd *kept; /* what a predecessor left there, taken over: keep.h */
 	size_t kept_count;
+	uint64_t hold_ns;           /* how long a page that bounces between hnodes is held where it is; 0: it is not */
 	uint64_t stuck_ns;          /* how long a thread may be at one thing before it is reported; 0: 5 s */
 };
 
@@ -193,6 +194,7 @@ struct gmem_core_stats {
 	uint64_t evictions, evicted_clean;
 	uint64_t prefetched_pages, ahead_pages, discarded_pages;
 	uint64_t poisoned_pages, retries, parked_faults;
+	uint64_t throttled_faults; /* of pages that bounce: they waited */
 	uint64_t aged_pages;      /* whose translations were dropped to see whether they are used */
 	uint64_t migration_ns;    /* summed over threads */
 	uint64_t fault_ns;

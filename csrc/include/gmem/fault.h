@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * The fault threads: they read uffds, resolve what a thread is waiting for, and honour events. Faults that need a slow
- * device are handed to filler threads over a bounded queue.
+ * device, or have to wait, are for a filler (fill.h).
  */
 #ifndef GMEM_FAULT_H
 #define GMEM_FAULT_H
@@ -10,26 +10,16 @@
 #include <gmem/lockrank.h>
 #include <gmem/view.h>
 
-#define GMEM_WORK_RING 4096
 #define GMEM_THREADS_MAX 16
 #define GMEM_VIEWS_MAX 8192
 
 struct gmem_core;
-struct gmem_object;
 struct gmem_place;
 
 struct gmem_fault {
 	struct gmem_view *view;
 	uint64_t va;
 	uint32_t flags; /* GMEM_UFFD_FAULT_* */
-};
-
-/* For a filler: a fault (view set), a view's streams (ahead too), or pages to discard (object set). References are held. */
-struct gmem_work {
-	struct gmem_fault fault;
-	bool ahead;
-	struct gmem_object *object;
-	uint64_t offset, bytes;
 };
 
 /* epoll hands out a slot and its generation, never a pointer: a view can be closed while a thread is about to read it. */
@@ -58,16 +48,10 @@ struct gmem_faults {
 	struct gmem_mutex slots_lock;
 	struct gmem_slot slots[GMEM_VIEWS_MAX]; /* slots_lock */
 	uint32_t slots_used, slots_free;        /* slots_lock; index + 1 of the first free one, 0: none */
-	_Atomic uint32_t thread_count, filler_count; /* (A) they only grow while the core runs */
+	_Atomic uint32_t thread_count; /* (A) it only grows while the core runs */
 	bool linger; /* (C) there is a CPU to spin on while a client runs on another */
 	pthread_t threads[GMEM_THREADS_MAX];
 	struct gmem_service services[GMEM_THREADS_MAX];
-	pthread_t fillers[GMEM_THREADS_MAX];
-	struct gmem_mutex work_lock;
-	pthread_cond_t work_ready;
-	struct gmem_work work[GMEM_WORK_RING]; /* work_lock */
-	size_t work_head, work_count;          /* work_lock */
-	bool stop;                             /* work_lock */
 };
 
 int gmem_faults_start(struct gmem_core *core, uint32_t threads);
@@ -89,7 +73,4 @@ void gmem_fault_resolve(struct gmem_core *core, const struct gmem_fault *fault, 
 bool gmem_devfault_refuse(struct gmem_core *core, struct gmem_view *view, uint64_t va, bool known);
 /* Memory that can't be had: SIGBUS at the touch, an event, a counter. */
 void gmem_fault_poison(struct gmem_core *core, struct gmem_view *view, struct gmem_range range, int error);
-/* -ENOBUFS if the queue is full. Takes over the references on success. */
-int gmem_work_post(struct gmem_core *core, const struct gmem_work *work);
-
 #endif

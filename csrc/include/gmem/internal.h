@@ -8,6 +8,7 @@
 #include <gmem/core.h>
 #include <gmem/event.h>
 #include <gmem/fault.h>
+#include <gmem/fill.h>
 #include <gmem/hnode.h>
 #include <gmem/keep.h>
 #include <gmem/lpt.h>
@@ -22,6 +23,7 @@ struct gmem_core {
 	struct gmem_core_features features;      /* (C) */
 	struct gmem_window window;               /* (C) */
 	bool hugepages, overcommit, fault_ahead; /* (C) */
+	uint64_t hold_ns;                        /* (C) thrash.h; 0: pages are not held */
 	const struct gmem_policy_ops *policy;    /* (C) of all hnodes */
 	atomic_bool stopping;                    /* (A) clients keep their memory: objects are forgotten, not freed */
 	struct gmem_hnode *retired;              /* devices_lock; detached, kept because a late reader may look */
@@ -43,6 +45,7 @@ struct gmem_core {
 	struct gmem_stats stats;
 	struct gmem_events events;
 	struct gmem_faults faults;
+	struct gmem_fillers fillers;
 	struct gmem_watch watch;
 	struct gmem_rings *rings;                            /* (C) */
 };

@@ -13,6 +13,7 @@
  *   bit 32-39  flags (GMEM_PAGE_*)
  *   bit 40-43  why (enum gmem_why)
  *   bit 44-48  preferred + 1, or 0: the hnode it is best kept on
+ *   bit 49-51  takings, bit 52-63 when the last one was: thrash.h; a lost or torn one costs some microseconds
  *
  * BUSY is the page's lock: one thread owns it and alone changes the word, except that anyone may set WAITERS.
  * NOMAP is valid == 0. What recovery does with a BUSY word is decided by its direction alone:
@@ -65,6 +66,16 @@ static inline gmem_word_t gmem_word_set_why(gmem_word_t w, enum gmem_why y) { re
 static inline gmem_word_t gmem_word_set_preferred(gmem_word_t w, int hnid)
 {
 	return gmem_word_set(w, 44, 31, (uint64_t)(hnid + 1));
+}
+
+#define GMEM_WORD_TAKINGS_MAX 7
+#define GMEM_WORD_TAKEN_MAX 0xfffull
+
+static inline unsigned gmem_word_takings(gmem_word_t w) { return (unsigned)(w >> 49 & GMEM_WORD_TAKINGS_MAX); }
+static inline uint64_t gmem_word_taken(gmem_word_t w) { return w >> 52; }
+static inline gmem_word_t gmem_word_set_taken(gmem_word_t w, unsigned takings, uint64_t when)
+{
+	return gmem_word_set(gmem_word_set(w, 49, GMEM_WORD_TAKINGS_MAX, takings), 52, GMEM_WORD_TAKEN_MAX, when);
 }
 
 struct gmem_lpt {
