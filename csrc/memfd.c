@@ -266,20 +266,25 @@ static uint64_t read_number(int fd)
 	return strtoull(text, NULL, 10);
 }
 
-static int hugepage_fds[2];
+static int hugepage_fds[3];
 
 static void open_hugepage_files(void)
 {
 	hugepage_fds[0] = open(HUGEPAGES "nr_hugepages", O_RDONLY | O_CLOEXEC);
-	hugepage_fds[1] = open(HUGEPAGES "nr_overcommit_hugepages", O_RDONLY | O_CLOEXEC);
+	hugepage_fds[1] = open(HUGEPAGES "surplus_hugepages", O_RDONLY | O_CLOEXEC);
+	hugepage_fds[2] = open(HUGEPAGES "nr_overcommit_hugepages", O_RDONLY | O_CLOEXEC);
 }
 
 uint64_t gmem_hugepages_bytes(void)
 {
 	static pthread_once_t once = PTHREAD_ONCE_INIT;
+	uint64_t pool, surplus;
 
 	pthread_once(&once, open_hugepage_files);
-	return GMEM_HUGE_BYTES * (read_number(hugepage_fds[0]) + read_number(hugepage_fds[1]));
+	/* the first number includes those beyond the pool that are in use now; read before them, it is never too large */
+	pool = read_number(hugepage_fds[0]);
+	surplus = read_number(hugepage_fds[1]);
+	return GMEM_HUGE_BYTES * ((pool > surplus ? pool - surplus : 0) + read_number(hugepage_fds[2]));
 }
 
 int gmem_alias_touch(const uint8_t *alias, uint64_t bytes)
