@@ -63,19 +63,18 @@ static int check_quotas(struct gmem_core *core, struct gmem_account *account, ui
  * taken some. */
 static bool huge_fits(struct gmem_core *core, uint64_t bytes)
 {
-	uint64_t need = bytes + atomic_load(&core->committed_bytes[GMEM_CLASS_HUGE]), all, unused;
-	uint64_t most = gmem_counter(&gmem_core_hnode(core, GMEM_HOST)->limit_bytes);
+	uint64_t need = bytes + atomic_load(&core->committed_bytes[GMEM_CLASS_HUGE]);
+	uint64_t have, unused, most = gmem_counter(&gmem_core_hnode(core, GMEM_HOST)->limit_bytes);
 
-	gmem_hugepages(&all, &unused);
+	gmem_hugepages(&have, &unused);
 	need = need < most ? need : most;
-	bytes = bytes < most ? bytes : most;
 	for (int h = 1; h < GMEM_HNODE_MAX; h++) {
 		struct gmem_hnode *hnode = gmem_core_hnode(core, h);
 
 		if (hnode && (hnode->info.caps & GMEM_CAP_CPU_VISIBLE))
 			need += gmem_counter(&hnode->limit_bytes);
 	}
-	return need <= all && bytes <= unused;
+	return need <= have && need <= gmem_counter(&core->hugepages_used_bytes) + unused;
 }
 
 static int commit_charge(struct gmem_core *core, enum gmem_class class_, uint64_t bytes)
