@@ -21,6 +21,7 @@ struct failure {
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* taken under the ring's */
 static struct failure *failures;                         /* lock; one a stream at most */
+static int unplaced;                                     /* lock; one for which there was no memory: anybody's */
 
 static struct failure **find_locked(const void *stream)
 {
@@ -36,7 +37,9 @@ static void note(void *stream, int err)
 	struct failure *failure = malloc(sizeof(*failure));
 
 	pthread_mutex_lock(&lock);
-	if (failure && !*find_locked(stream)) {
+	if (!failure) {
+		unplaced = err;
+	} else if (!*find_locked(stream)) {
 		*failure = (struct failure){ failures, stream, err };
 		failures = failure;
 		failure = NULL;
@@ -55,8 +58,10 @@ static int take(const void *stream)
 	failure = *at;
 	if (failure)
 		*at = failure->next;
+	err = failure ? failure->err : unplaced;
+	if (!failure)
+		unplaced = 0;
 	pthread_mutex_unlock(&lock);
-	err = failure ? failure->err : 0;
 	free(failure);
 	return err;
 }
@@ -65,6 +70,7 @@ void gmem_streams_forget(void)
 {
 	pthread_mutex_init(&lock, NULL); /* its holder may be a thread of the parent, and so may be what it changed */
 	failures = NULL;
+	unplaced = 0;
 }
 
 static uint16_t number_of(const void *stream)
@@ -131,8 +137,12 @@ static int drain(struct gmem *session, const void *stream)
 int gmemStreamSynchronize(void *stream)
 {
 	struct gmem *session = gmem_peer_session_if_open();
-	int err = stream && session ? drain(session, stream) : 0, failed = take(stream);
+	int err, failed;
 
+	if (!stream)
+		return 0;
+	err = session ? drain(session, stream) : 0;
+	failed = take(stream);
 	err = failed ? failed : err;
 	if (err) {
 		gmem_fail(err, "stream: %s", gmem_strerror(err));
