@@ -142,6 +142,8 @@ static enum gmem_ring_blame check_advice(const struct gmem_ring_sqe *sqe)
 	case GMEM_ADVISE_COLD:
 	case GMEM_ADVISE_ACCESSED_BY:
 	case GMEM_ADVISE_NOT_ACCESSED_BY:
+	case GMEM_ADVISE_FREEZE:
+	case GMEM_ADVISE_THAW:
 		return GMEM_RING_BLAME_NONE;
 	default:
 		return GMEM_RING_BLAME_ADVICE;

@@ -32,6 +32,8 @@ cdef extern from "gmem/types.h" nogil:
         GMEM_ADVISE_COLD
         GMEM_ADVISE_ACCESSED_BY
         GMEM_ADVISE_NOT_ACCESSED_BY
+        GMEM_ADVISE_FREEZE
+        GMEM_ADVISE_THAW
     enum gmem_class:
         pass
     enum gmem_fork:

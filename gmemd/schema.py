@@ -38,7 +38,7 @@ ANY, SESSION, ADMIN = "any", "session", "admin"
 
 ADVICE = (
     "discard", "prefetch", "pinned", "unpinned", "read_mostly", "no_read_mostly", "preferred", "cold", "accessed_by",
-    "not_accessed_by",
+    "not_accessed_by", "freeze", "thaw",
 )  # fmt: skip
 
 Check = Callable[[str, Any], Any]

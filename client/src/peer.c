@@ -17,6 +17,7 @@
 
 #include <libgmem.h>
 
+#include "atfork.h"
 #include "error.h"
 #include "peer.h"
 #include "session.h"
@@ -233,11 +234,19 @@ static int map_fresh(struct gmem *session, size_t bytes, uintptr_t *ret)
 
 /* ---- fork: the child's memory is a copy, made before fork() returns in the parent ---- */
 
+static void set_frozen(int advice)
+{
+	for (size_t i = 0; i < peer_count; i++) /* without gmemd there is nothing to copy from */
+		if (!peers[i].withheld)
+			gmem_hmadvise(default_session, GMEM_NO_HNID, (void *)peers[i].va, peers[i].end - peers[i].va, advice);
+}
+
 static void before_fork(void)
 {
 	pthread_mutex_lock(&lock);
 	if (peer_count && pipe2(copied, O_CLOEXEC))
 		copied[0] = copied[1] = -1;
+	set_frozen(GMEM_PEER_FREEZE);
 }
 
 static void close_copied(void)
@@ -260,6 +269,7 @@ static void after_fork_parent(void)
 			;
 	}
 	close_copied();
+	set_frozen(GMEM_PEER_THAW);
 	pthread_mutex_unlock(&lock);
 }
 
@@ -333,13 +343,13 @@ static void forget_opening(void)
 
 static void install_first(void)
 {
-	pthread_atfork(NULL, NULL, forget_opening);
+	gmem_atfork(NULL, NULL, forget_opening);
 }
 
 /* Once the session is open, whose own handlers have to run before these in the child. */
 static void install_handlers(void)
 {
-	pthread_atfork(before_fork, after_fork_parent, after_fork_child);
+	gmem_atfork(before_fork, after_fork_parent, after_fork_child);
 }
 
 /* ---- session ---- */

@@ -12,6 +12,8 @@
 #define GMEM_PEER_PAGE (2ul << 20)
 #define GMEM_NOT_PEER 1
 
+/* Advice of gmem_hmadvise(), for a fork: what is frozen is not written to until it is thawed. */
+enum { GMEM_PEER_FREEZE = 0x1020, GMEM_PEER_THAW = 0x1021 };
 
 struct gmem_peer_calls {
 	size_t size; /* of this struct: libraries of two versions do not work together */

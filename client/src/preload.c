@@ -12,6 +12,7 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
@@ -21,6 +22,7 @@
 
 #include <libgmem.h>
 
+#include "atfork.h"
 #include "peer.h"
 #include "syscalls.h"
 
@@ -33,6 +35,7 @@
 #define HMADVISE_453 453 /* map_shadow_stack elsewhere */
 #define MMAP_MIN_ADDR 65536ul
 #define HNIDS_MAX 1024
+#define HANDLERS_MAX 16
 
 #ifndef MFD_CLOEXEC
 #define MFD_CLOEXEC 1u
@@ -128,6 +131,97 @@ static void leave(const struct visit *visit)
 	inside = false;
 	gmem_sys(SYS_rt_sigprocmask, SIG_SETMASK, (long)&visit->signals, 0, sizeof(visit->signals), 0, 0);
 	errno = before;
+}
+
+/* ---- fork: gmem's handlers are the first that the C library knows ---- */
+
+/* A child's memory has to be its own before any other handler of the program writes to it; the C library would run them
+ * in the order in which libraries came to register them. */
+static struct {
+	void (*prepare)(void);
+	void (*parent)(void);
+	void (*child)(void);
+} handlers[HANDLERS_MAX];
+static _Atomic int handler_count;
+static int (*next_register)(void (*prepare)(void), void (*parent)(void), void (*child)(void), void *library);
+/* From gmem's last step before a fork to its first one after. */
+static _Thread_local __attribute__((tls_model("initial-exec"))) struct visit forking;
+static _Thread_local __attribute__((tls_model("initial-exec"))) bool entered;
+
+static void run_prepare(void)
+{
+	entered = enter(&forking);
+	for (int i = atomic_load(&handler_count) - 1; i >= 0; i--)
+		if (handlers[i].prepare)
+			handlers[i].prepare();
+}
+
+static void leave_fork(void)
+{
+	if (entered)
+		leave(&forking);
+	entered = false;
+}
+
+static void run_parent(void)
+{
+	for (int i = 0; i < atomic_load(&handler_count); i++)
+		if (handlers[i].parent)
+			handlers[i].parent();
+	leave_fork();
+}
+
+static void run_child(void)
+{
+	for (int i = 0; i < atomic_load(&handler_count); i++)
+		if (handlers[i].child)
+			handlers[i].child();
+	leave_fork();
+}
+
+static void register_first(void)
+{
+	find("__register_atfork", &next_register);
+	if (next_register)
+		next_register(run_prepare, run_parent, run_child, NULL);
+}
+
+static int be_first(void)
+{
+	static pthread_once_t once = PTHREAD_ONCE_INIT;
+
+	pthread_once(&once, register_first);
+	return next_register ? 0 : ENOMEM;
+}
+
+/* Behind pthread_atfork(). */
+int in_register_atfork(void (*prepare)(void), void (*parent)(void), void (*child)(void), void *library)
+	IN_PLACE_OF("__register_atfork");
+int in_register_atfork(void (*prepare)(void), void (*parent)(void), void (*child)(void), void *library)
+{
+	int err = be_first();
+
+	return err ? err : next_register(prepare, parent, child, library);
+}
+
+/* atfork.h */
+__attribute__((visibility("default"))) int gmem_preload_atfork(void (*prepare)(void), void (*parent)(void),
+							       void (*child)(void))
+{
+	static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+	int err = be_first(), at;
+
+	pthread_mutex_lock(&lock);
+	at = atomic_load(&handler_count);
+	err = at < HANDLERS_MAX ? err : ENOMEM;
+	if (!err) {
+		handlers[at].prepare = prepare;
+		handlers[at].parent = parent;
+		handlers[at].child = child;
+		atomic_store(&handler_count, at + 1);
+	}
+	pthread_mutex_unlock(&lock);
+	return err;
 }
 
 static const struct gmem_peer_calls *load(void)

@@ -6,6 +6,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "atfork.h"
 #include "error.h"
 #include "session.h"
 
@@ -89,7 +90,7 @@ static void after_fork_child(void)
 
 static void install_handlers(void)
 {
-	pthread_atfork(before_fork, after_fork, after_fork_child);
+	gmem_atfork(before_fork, after_fork, after_fork_child);
 }
 
 static void enlist(struct gmem *session)

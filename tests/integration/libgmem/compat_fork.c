@@ -5,6 +5,7 @@
 #include "compat.h"
 
 #include <pthread.h>
+#include <sched.h>
 #include <sys/wait.h>
 
 #define PAGES 6
@@ -110,9 +111,87 @@ static void fork_among_threads(void)
 		CHECK(!pthread_join(threads[i], NULL));
 }
 
+/* Counts in one page after the other: at every moment, the first is as far as the last, or one ahead. */
+static void *count(void *stop)
+{
+	for (uint64_t n = 1; !__atomic_load_n((int *)stop, __ATOMIC_RELAXED); n++)
+		for (int i = 0; i < PAGES; i++)
+			__atomic_store_n((uint64_t *)(data + i * PAGE), n, __ATOMIC_SEQ_CST);
+	return NULL;
+}
+
+static void check_counts(void)
+{
+	uint64_t first = *(uint64_t *)data, before = first;
+
+	for (int i = 1; i < PAGES; i++) {
+		uint64_t here = *(uint64_t *)(data + i * PAGE);
+
+		CHECK(here <= before && here + 1 >= first);
+		before = here;
+	}
+}
+
+static void fork_while_others_write(void)
+{
+	pthread_t thread;
+	int stop = 0;
+
+	memset(data, 0, PAGES * PAGE);
+	CHECK(!pthread_create(&thread, NULL, count, &stop));
+	for (int round = 0; round < 12; round++) {
+		uint64_t before = __atomic_load_n((uint64_t *)data, __ATOMIC_SEQ_CST);
+		pid_t pid;
+
+		if (round % 3 == 0)
+			CHECK(!gmemPrefetch(number(data), PAGE, hnid, NULL));
+		pid = fork();
+		if (!pid) {
+			check_counts();
+			CHECK(*(uint64_t *)data >= before);
+			memset(data, 1, PAGES * PAGE);
+			_exit(0);
+		}
+		wait_for(pid);
+		before = __atomic_load_n((uint64_t *)data, __ATOMIC_SEQ_CST);
+		while (__atomic_load_n((uint64_t *)data, __ATOMIC_SEQ_CST) == before)
+			sched_yield(); /* it goes on */
+	}
+	__atomic_store_n(&stop, 1, __ATOMIC_RELAXED);
+	CHECK(!pthread_join(thread, NULL));
+	check_counts();
+}
+
+/* Known to the C library before gmem's own handler, but what it finds is the child's copy. */
+static uint8_t *hasty;
+
+static void write_early(void)
+{
+	if (hasty)
+		*hasty = 77;
+}
+
+static void child_that_writes_early(void)
+{
+	pid_t pid;
+
+	hasty = data;
+	data[0] = 5;
+	pid = fork();
+	if (!pid) {
+		CHECK(data[0] == 77);
+		_exit(0);
+	}
+	wait_for(pid);
+	CHECK(data[0] == 5);
+	hasty = NULL;
+}
+
 int main(void)
 {
 	pid_t pid;
+
+	CHECK(!pthread_atfork(NULL, NULL, write_early)); /* before gmem is used */
 
 	hnid = gmemGetNumaId();
 	CHECK(hnid > 0);
@@ -133,6 +212,8 @@ int main(void)
 	CHECK(apart[0] == 0 && guarded[5] == 9);
 	fork_among_threads();
 	check_all(80);
+	fork_while_others_write();
+	child_that_writes_early();
 	/* a child that goes on with another program */
 	CHECK(!system("true"));
 	CHECK(!munmap(data, PAGES * PAGE));
