@@ -31,9 +31,8 @@ def measure(folder: Path, only: list[str]) -> list[rows.Row]:
     if not wanted:
         return []
     environment = {**os.environ, "LD_PRELOAD": str(ROOT / "build/lib/libgmem-preload.so")}
-    done = subprocess.run(
-        [build(folder), str(REPETITIONS)], env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=True
-    )
+    command = [build(folder), str(REPETITIONS)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=True)
     pairs: dict[str, list[tuple[float, float]]] = {id: [] for id in IDS.values()}
     for line in done.stdout.splitlines():
         size, ours, plain = line.split()

@@ -75,8 +75,8 @@ def test_four_times_the_device(programs: Programs, gmemd: Daemon) -> None:
 def test_many_at_once(programs: Programs, gmemd: Daemon) -> None:
     program, environment = programs.build("usage"), programs.environment(gmemd)
     running = [
-        subprocess.Popen([program, str((1 + i % 3) * PAGE + i * 4096)], env=environment, stderr=subprocess.PIPE, text=True)
-        for i in range(PROCESSES)
+        subprocess.Popen([program, str(bytes)], env=environment, stderr=subprocess.PIPE, text=True)
+        for bytes in ((1 + i % 3) * PAGE + i * 4096 for i in range(PROCESSES))
     ]
     try:
         ended = [(process.communicate(timeout=TIMEOUT_S)[1], process.returncode) for process in running]
@@ -177,7 +177,7 @@ def test_other_programs_notice_nothing(programs: Programs, gmemd: Daemon, tmp_pa
     environment = programs.environment(gmemd)
     plain = {key: value for key, value in environment.items() if key != "LD_PRELOAD"}
     commands: list[list[str]] = [
-        ["python3", "-c", "import mmap, hashlib; m = mmap.mmap(-1, 1 << 22); m[5] = 7; print(hashlib.md5(m).hexdigest())"],
+        ["python3", "-c", "import mmap, zlib; m = mmap.mmap(-1, 1 << 22); m[5] = 7; print(zlib.crc32(m))"],
         ["sh", "-c", "seq 200000 | sort -R --random-source=/dev/zero | sort -n | md5sum"],
         ["sh", "-c", f"seq 1000 | gzip -n >{tmp_path}/x.gz && zcat {tmp_path}/x.gz | md5sum"],
     ]
@@ -191,7 +191,8 @@ def test_header_is_cxx_too(programs: Programs) -> None:
     source = programs.directory / "cxx.cpp"
     source.write_text(
         "#include <libgmem.h>\n#include <cstdio>\n"
-        'int main() { gmem_hnuma_id_arg arg = {}; std::printf("%d %d\\n", gmemGetNumaId(), arg.hnuma_id == nullptr); }\n'
+        "int main() { gmem_hnuma_id_arg arg = {};\n"
+        'std::printf("%d %d\\n", gmemGetNumaId(), arg.hnuma_id == nullptr); }\n'
     )
     made = programs.build("cxx", source, compiler="c++")
     assert run_ok([made], env=programs.environment(None)) == "-107 1\n"
