@@ -387,6 +387,15 @@ int gmem_view_agent(struct gmem_core *core, uint64_t id, uint64_t context, int *
 	return err;
 }
 
+bool gmem_session_covers(struct gmem_core *core, uint64_t id, uint64_t va, uint64_t bytes)
+{
+	struct gmem_session *session = gmem_session_get(core, id);
+	bool covers = session && !gmem_range_check(session, va, bytes);
+
+	gmem_session_unref(session);
+	return covers;
+}
+
 int gmem_session_regions(struct gmem_core *core, uint64_t id, struct gmem_region_info *regions, size_t capacity,
 			 size_t *ret_count)
 {

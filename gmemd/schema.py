@@ -223,6 +223,7 @@ OPS: dict[str, Op] = {
     ),
     "upgrade": Op(ADMIN, {}),
     "contexts": Op(SESSION, {}, inline=True),
+    "context_overlay": Op(SESSION, {"context": _CONTEXT, "va": Field(page_aligned), "bytes": _BYTES}),
     "context_close": Op(SESSION, {"context": _CONTEXT}),
     "sessions": Op(ANY, {}),
     "stats": Op(ANY, {}),

@@ -121,7 +121,7 @@ static void serve_one(struct client *client, struct message *m, int fd)
 		m->err = gmem_advise(core, client->session, m->hnid, m->va, m->bytes, (enum gmem_advice)m->advice);
 		break;
 	case OP_HMEMCPY:
-		m->err = gmem_hmemcpy(core, client->session, m->hnid, m->va, m->src, m->bytes);
+		m->err = gmem_hmemcpy(core, client->session, m->hnid, m->va, m->src, m->bytes, false);
 		break;
 	case OP_QUERY:
 		m->err = gmem_query(core, client->session, m->va, 1, &m->info, 1, &count);
