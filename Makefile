@@ -77,7 +77,7 @@ build/.extensions: $(VENV)/.run $(CORE_SOURCES) $(CORE_HEADERS) $(CLIENT_SOURCES
 
 # ---- C ----
 
-lib: ## libgmem.so, the C library, below build/ (needs libzmq3-dev, libmsgpack-dev and libjemalloc-dev)
+lib: ## the C libraries, below build/ (needs libzmq3-dev, libmsgpack-dev and libjemalloc-dev)
 	@$(MAKE) --no-print-directory -s -C client lib
 
 # The programs of tests/unit_c, each linked with the whole core, in three flavours.
@@ -184,8 +184,9 @@ install: lib ## below PREFIX=/usr/local, configuration in SYSCONFDIR=/etc
 
 uninstall: ## what install put there; the configuration stays
 	rm -rf $(PREFIX)/lib/gmem
-	cd $(PREFIX) && rm -f bin/gmemd bin/gmemctl libexec/gmem-context include/gmem.h lib/libgmem.so* lib/libgmem-heap.so* \
-		lib/pkgconfig/gmem.pc lib/pkgconfig/gmem-heap.pc lib/systemd/system/gmemd.service lib/systemd/system/gmemd.socket \
+	cd $(PREFIX) && rm -f bin/gmemd bin/gmemctl libexec/gmem-context include/gmem.h include/libgmem.h \
+		lib/libgmem.so* lib/libgmem-heap.so* lib/libgmem-preload.so lib/pkgconfig/gmem.pc lib/pkgconfig/gmem-heap.pc \
+		lib/systemd/system/gmemd.service lib/systemd/system/gmemd.socket \
 		lib/sysusers.d/gmem.conf lib/tmpfiles.d/gmem.conf lib/udev/rules.d/60-gmem.rules
 
 clean: ## remove everything that was built, the environment as well

@@ -4,6 +4,7 @@
  */
 #include <errno.h>
 
+#include <gmem/freeze.h>
 #include <gmem/internal.h>
 #include <gmem/pages.h>
 #include <gmem/reclaim.h>
@@ -220,6 +221,8 @@ int gmem_advise(struct gmem_core *core, uint64_t session, int hnid, uint64_t va,
 		return gmem_prefetch(core, session, hnid, va, bytes);
 	if (advice == GMEM_ADVISE_DISCARD)
 		return gmem_discard(core, session, va, bytes);
+	if (advice == GMEM_ADVISE_FREEZE || advice == GMEM_ADVISE_THAW)
+		return gmem_freeze(core, session, va, bytes, advice == GMEM_ADVISE_FREEZE);
 	if (hnid < 0 && gmem_advice_is_local(advice))
 		return -EINVAL;
 	err = gmem_request_init(core, session, hnid, va, bytes, &request);

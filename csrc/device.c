@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include <gmem/internal.h>
+#include <gmem/pages.h>
 #include <gmem/reclaim.h>
 #include <gmem/tier.h>
 #include <gmem/uffd.h>
@@ -282,7 +283,8 @@ int gmem_context_overlays(struct gmem_core *core, uint64_t id, int hnid, struct 
 		struct gmem_region *region = session->as.regions[i];
 		struct gmem_file *file;
 
-		if (region->object->account == session->account)
+		if (region->object->account == session->account &&
+		    region->va - session->core->window.base == region->object->offset + region->offset)
 			continue;
 		err = gmem_object_file(region->object, hnid, &file);
 		if (!err && count < capacity)
@@ -301,6 +303,26 @@ int gmem_context_overlays(struct gmem_core *core, uint64_t id, int hnid, struct 
 	return err;
 }
 
+/* The window, and what the process has mapped beside it. */
+static int register_all(struct gmem_session *session, int uffd)
+{
+	const struct gmem_window *window = &session->core->window;
+	int err = 0;
+
+	for (int c = 0; !err && c < GMEM_CLASS_COUNT; c++)
+		if (c == GMEM_CLASS_SMALL || session->core->hugepages)
+			err = gmem_uffd_register(uffd, window->part_base[c], window->part_bytes[c]);
+	gmem_rwlock_read(&session->as.lock);
+	for (size_t i = 0; !err && i < session->as.count; i++) {
+		const struct gmem_region *region = session->as.regions[i];
+
+		if (region->va - window->base >= window->bytes)
+			err = gmem_uffd_register(uffd, region->va, region->bytes);
+	}
+	gmem_rwlock_unlock(&session->as.lock);
+	return err;
+}
+
 int gmem_context_attach(struct gmem_core *core, uint64_t id, int hnid, int uffd, int pidfd, pid_t pid,
 			uint64_t *ret_context)
 {
@@ -314,9 +336,8 @@ int gmem_context_attach(struct gmem_core *core, uint64_t id, int hnid, int uffd,
 		err = gmem_uffd_check(uffd);
 	if (!err)
 		err = gmem_uffd_api(uffd, gmem_session_features(core, false));
-	for (int c = 0; !err && c < GMEM_CLASS_COUNT; c++)
-		if (c == GMEM_CLASS_SMALL || core->hugepages)
-			err = gmem_uffd_register(uffd, core->window.part_base[c], core->window.part_bytes[c]);
+	if (!err)
+		err = register_all(session, uffd);
 	if (!err) {
 		atomic_fetch_add(&core->context_count, 1);
 		atomic_fetch_add(&hnode->contexts, 1);
@@ -335,6 +356,20 @@ int gmem_context_attach(struct gmem_core *core, uint64_t id, int hnid, int uffd,
 		*ret_context = context;
 	}
 	gmem_session_unref(session);
+	return err;
+}
+
+int gmem_context_overlay(struct gmem_core *core, uint64_t context, uint64_t va, uint64_t bytes)
+{
+	struct gmem_view *view = gmem_context_find(core, context);
+	int err;
+
+	if (!view)
+		return -ENOENT;
+	err = va & 4095 || bytes & 4095 || !bytes ? -EINVAL : gmem_range_check(view->session, va, bytes);
+	if (!err)
+		err = gmem_uffd_register(view->uffd, va, bytes);
+	gmem_view_unref(view);
 	return err;
 }
 

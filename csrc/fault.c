@@ -10,6 +10,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <gmem/freeze.h>
 #include <gmem/internal.h>
 #include <gmem/migrate.h>
 #include <gmem/pmap.h>
@@ -130,7 +131,8 @@ static int resolve_locked(struct gmem_page *page, struct gmem_view *view, struct
 		return err;
 	/* A sole copy is mapped writable at once: that saves the second fault of read-then-write. */
 	if (write || !core->features.continue_wp ||
-	    (gmem_word_valid(page->word) == here && !(gmem_word_flags(page->word) & GMEM_PAGE_READ_MOSTLY)))
+	    (gmem_word_valid(page->word) == here && !(gmem_word_flags(page->word) & GMEM_PAGE_READ_MOSTLY) &&
+	     !gmem_object_frozen(page->object)))
 		err = gmem_page_own(page, view->hnid);
 	if (!err)
 		err = gmem_page_map(page, view, range, mapped || (flags & GMEM_UFFD_FAULT_WP));
@@ -202,11 +204,15 @@ static void settle(struct gmem_core *core, struct gmem_page *page, const struct 
 		   const struct gmem_place *place, gmem_word_t before, int err)
 {
 	struct gmem_hnode *hnode = gmem_core_hnode(core, fault->view->hnid);
+	uint64_t frozen_by = atomic_load(&page->object->frozen_by);
 
 	if (!err && hnode)
 		gmem_hnode_touch(hnode, page->object, page->index);
 	if (!err && gmem_core_traces(core))
 		trace_fault(page, fault, place, before);
+	/* What is mapped there is its parent's memory, and can't be taken from it alone. */
+	if (err == -EBUSY && frozen_by && frozen_by != fault->view->session_id)
+		gmem_core_post(core, GMEM_EVENT_ERROR, fault->view->session_id, fault->va, 0, fault->view->hnid, err);
 	gmem_page_unlock(page);
 	switch (err) {
 	case 0:
@@ -214,7 +220,7 @@ static void settle(struct gmem_core *core, struct gmem_page *page, const struct 
 		return;
 	case -ESRCH: /* the process is gone */
 		return;
-	case -EBUSY: /* held by an acquire: the release wakes it */
+	case -EBUSY: /* held by an acquire, or frozen: the release wakes it */
 		gmem_count(&core->stats.parked_faults, 1);
 		return;
 	case -EAGAIN: /* the thread faults again, behind whatever is pending */

@@ -150,7 +150,48 @@ static int copy_all(struct gmem_session *session, int hnid, uint64_t dst, uint64
 	return err;
 }
 
-int gmem_hmemcpy(struct gmem_core *core, uint64_t id, int hnid, uint64_t dst, uint64_t src, uint64_t bytes)
+/* How far what can be skipped from src on reaches: pages that nobody has touched. 0: it is to be copied, *ret_bytes of it. */
+static int skip_untouched(struct gmem_session *session, uint64_t src, uint64_t end, uint64_t *ret_skip, uint64_t *ret_bytes)
+{
+	struct gmem_lpt *lpt = &session->core->lpt;
+	uint64_t page_bytes, next, pn, last, stop;
+	struct gmem_place place;
+
+	if (gmem_as_lookup(&session->as, src, &place))
+		return -EINVAL;
+	page_bytes = 1ull << place.object->shift;
+	next = place.range.va + place.range.bytes;
+	pn = place.object->pn + place.index;
+	last = place.object->pn + place.object->pages;
+	*ret_skip = *ret_bytes = 0;
+	if (gmem_lpt_next_touched(lpt, &pn, last, &stop))
+		*ret_skip = place.region_va + place.region_bytes - src;
+	else if (pn > place.object->pn + place.index)
+		*ret_skip = next - src + (pn - (place.object->pn + place.index) - 1) * page_bytes;
+	else if (gmem_word_state(atomic_load(&lpt->words[pn])) == GMEM_NOMAP)
+		*ret_skip = next - src;
+	else
+		*ret_bytes = (next < end ? next : end) - src;
+	gmem_object_unref(place.object);
+	return 0;
+}
+
+static int copy_touched(struct gmem_session *session, int hnid, uint64_t dst, uint64_t src, uint64_t bytes)
+{
+	uint64_t end = src + bytes, skip, piece;
+	int err = 0;
+
+	while (!err && src < end) {
+		err = skip_untouched(session, src, end, &skip, &piece);
+		if (!err && piece)
+			err = copy_all(session, hnid, dst, src, piece);
+		src += skip + piece;
+		dst += skip + piece;
+	}
+	return err;
+}
+
+int gmem_hmemcpy(struct gmem_core *core, uint64_t id, int hnid, uint64_t dst, uint64_t src, uint64_t bytes, bool touched)
 {
 	struct gmem_hnode *hnode = gmem_core_hnode(core, hnid < 0 ? GMEM_HOST : hnid);
 	struct gmem_session *session;
@@ -173,7 +214,7 @@ int gmem_hmemcpy(struct gmem_core *core, uint64_t id, int hnid, uint64_t dst, ui
 	if (!err)
 		gmem_stream_cancel(core, &session->as, hnode->hnid, dst, bytes);
 	if (!err)
-		err = copy_all(session, hnode->hnid, dst, src, bytes);
+		err = (touched ? copy_touched : copy_all)(session, hnode->hnid, dst, src, bytes);
 	gmem_session_unref(session);
 	return err;
 }

@@ -173,8 +173,12 @@ uint32_t gmem_hnode_mate_locked(struct gmem_hnode *hnode, struct gmem_account *a
 	return frame;
 }
 
-static void charge_locked(struct gmem_hnode *hnode, struct gmem_account *account, int64_t bytes)
+static void charge_locked(struct gmem_hnode *hnode, const struct gmem_object *object, int64_t bytes)
 {
+	struct gmem_account *account = object->account;
+
+	if (object->class_ == GMEM_CLASS_HUGE && hnode->info.caps & GMEM_CAP_CPU_VISIBLE)
+		gmem_count(&hnode->core->hugepages_used_bytes, (uint64_t)bytes);
 	hnode->used_bytes += (uint64_t)bytes;
 	if (hnode->used_bytes > hnode->peak_bytes)
 		hnode->peak_bytes = hnode->used_bytes;
@@ -204,7 +208,7 @@ static int make_frame_locked(struct gmem_hnode *hnode, struct gmem_object *objec
 	hnode->frames[*ret] = (struct gmem_frame){ .object = object, .index = index, .fresh = true, .used = 1 };
 	gmem_policy_insert(&hnode->policy, *ret, object->pn + index);
 	mate_insert_locked(hnode, object->account, *ret);
-	charge_locked(hnode, object->account, (int64_t)bytes);
+	charge_locked(hnode, object, (int64_t)bytes);
 	return 0;
 }
 
@@ -267,7 +271,7 @@ void gmem_hnode_frame_free(struct gmem_hnode *hnode, struct gmem_object *object,
 	hnode->frames[frame].object = NULL;
 	hnode->frames[frame].next = hnode->free_head;
 	hnode->free_head = frame;
-	charge_locked(hnode, object->account, -(int64_t)(1ull << object->shift));
+	charge_locked(hnode, object, -(int64_t)(1ull << object->shift));
 	/* some way below where it was full, it is worth another try: what comes may be smaller */
 	if (hnode->full_at_bytes && hnode->used_bytes + gmem_counter(&hnode->high_bytes) < hnode->full_at_bytes)
 		hnode->full_at_bytes = 0;

@@ -266,20 +266,36 @@ static uint64_t read_number(int fd)
 	return strtoull(text, NULL, 10);
 }
 
-static int hugepage_fds[2];
+enum { POOL, SURPLUS, OVERCOMMIT, FREE, RESERVED, NUMBERS };
+static int hugepage_fds[NUMBERS];
 
 static void open_hugepage_files(void)
 {
-	hugepage_fds[0] = open(HUGEPAGES "nr_hugepages", O_RDONLY | O_CLOEXEC);
-	hugepage_fds[1] = open(HUGEPAGES "nr_overcommit_hugepages", O_RDONLY | O_CLOEXEC);
+	static const char *const names[NUMBERS] = {
+		HUGEPAGES "nr_hugepages", HUGEPAGES "surplus_hugepages", HUGEPAGES "nr_overcommit_hugepages",
+		HUGEPAGES "free_hugepages", HUGEPAGES "resv_hugepages",
+	};
+
+	for (int i = 0; i < NUMBERS; i++)
+		hugepage_fds[i] = open(names[i], O_RDONLY | O_CLOEXEC);
 }
 
-uint64_t gmem_hugepages_bytes(void)
+static uint64_t difference(uint64_t a, uint64_t b)
+{
+	return a > b ? a - b : 0;
+}
+
+void gmem_hugepages(uint64_t *ret_bytes, uint64_t *ret_free_bytes)
 {
 	static pthread_once_t once = PTHREAD_ONCE_INIT;
+	uint64_t n[NUMBERS];
 
 	pthread_once(&once, open_hugepage_files);
-	return GMEM_HUGE_BYTES * (read_number(hugepage_fds[0]) + read_number(hugepage_fds[1]));
+	for (int i = 0; i < NUMBERS; i++)
+		n[i] = read_number(hugepage_fds[i]);
+	/* The kernel counts those it lends beyond its pool as the pool's while they are in use. */
+	*ret_bytes = GMEM_HUGE_BYTES * (difference(n[POOL], n[SURPLUS]) + n[OVERCOMMIT]);
+	*ret_free_bytes = GMEM_HUGE_BYTES * (difference(n[FREE], n[RESERVED]) + difference(n[OVERCOMMIT], n[SURPLUS]));
 }
 
 int gmem_alias_touch(const uint8_t *alias, uint64_t bytes)

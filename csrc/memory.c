@@ -9,6 +9,7 @@
 #include <gmem/uffd.h>
 
 #define BUSY_SPINS 2000
+#define TAKEN_MAX 64
 
 static int shift_of(uint64_t page_bytes, uint64_t bytes)
 {
@@ -58,21 +59,22 @@ static int check_quotas(struct gmem_core *core, struct gmem_account *account, ui
 }
 
 /* Huge pages are used for a region only if every page of it that the host may hold, and every page a device may hold,
- * could be one: running out of them in the middle of a fault would be worse than slower pages. */
+ * could be one: running out of them in the middle of a fault would be worse than slower pages. Other programs may have
+ * taken some. */
 static bool huge_fits(struct gmem_core *core, uint64_t bytes)
 {
 	uint64_t need = bytes + atomic_load(&core->committed_bytes[GMEM_CLASS_HUGE]);
-	uint64_t most = gmem_counter(&gmem_core_hnode(core, GMEM_HOST)->limit_bytes);
+	uint64_t have, unused, most = gmem_counter(&gmem_core_hnode(core, GMEM_HOST)->limit_bytes);
 
+	gmem_hugepages(&have, &unused);
 	need = need < most ? need : most;
-
 	for (int h = 1; h < GMEM_HNODE_MAX; h++) {
 		struct gmem_hnode *hnode = gmem_core_hnode(core, h);
 
 		if (hnode && (hnode->info.caps & GMEM_CAP_CPU_VISIBLE))
 			need += gmem_counter(&hnode->limit_bytes);
 	}
-	return need <= gmem_hugepages_bytes();
+	return need <= have && need <= gmem_counter(&core->hugepages_used_bytes) + unused;
 }
 
 static int commit_charge(struct gmem_core *core, enum gmem_class class_, uint64_t bytes)
@@ -84,6 +86,29 @@ static int commit_charge(struct gmem_core *core, enum gmem_class class_, uint64_
 		return 0;
 	atomic_fetch_sub(&core->committed_bytes[class_], bytes);
 	return -ENOMEM;
+}
+
+
+/* A range that is free here and in this address space: what was moved in it by mremap, as a forked child's copies are, may
+ * lie where another session's range has become free. */
+static int take_range(struct gmem_core *core, struct gmem_as *as, enum gmem_class class_, uint64_t bytes, uint64_t align,
+		      uint64_t *ret)
+{
+	uint64_t taken[TAKEN_MAX], va;
+	int count = 0, err;
+
+	do {
+		err = gmem_range_alloc(&core->va[class_], bytes, align, &va);
+		if (err || gmem_as_next(as, va) >= va + bytes)
+			break;
+		taken[count++] = va;
+		err = -ENOMEM;
+	} while (count < TAKEN_MAX);
+	while (count)
+		gmem_range_free(&core->va[class_], taken[--count], bytes);
+	if (!err)
+		*ret = va;
+	return err;
 }
 
 /* What a predecessor had reserved, and not told any more. */
@@ -134,7 +159,7 @@ int gmem_mmap(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args *
 	err = check_quotas(core, session->account, bytes);
 	if (err)
 		goto uncharge;
-	err = gmem_range_alloc(&core->va[class_], bytes, align, &va);
+	err = take_range(core, &session->as, class_, bytes, align, &va);
 	if (err)
 		goto uncharge;
 	err = gmem_account_file(session->account, GMEM_HOST, class_, &file);

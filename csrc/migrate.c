@@ -5,6 +5,7 @@
 #include <time.h>
 
 #include <gmem/crash.h>
+#include <gmem/freeze.h>
 #include <gmem/internal.h>
 #include <gmem/migrate.h>
 #include <gmem/pmap.h>
@@ -242,6 +243,10 @@ int gmem_page_own(struct gmem_page *page, int hnid)
 
 	if (gmem_word_writer(page->word) == hnid)
 		return 0;
+	if (gmem_object_frozen(page->object)) {
+		page->park = true;
+		return -EBUSY;
+	}
 	if (gmem_word_valid(page->word) != mine) {
 		err = drop_all_but(page, mine, GMEM_DIR_UPGRADE, hnid);
 		if (err)
@@ -271,8 +276,10 @@ int gmem_page_drop(struct gmem_page *page, int hnid)
 int gmem_page_discard(struct gmem_page *page)
 {
 	bool had_content = gmem_word_valid(page->word);
-	int err = drop_all_but(page, 0, GMEM_DIR_DISCARD, 0);
+	int err = -EAGAIN;
 
+	if (!gmem_object_frozen(page->object))
+		err = drop_all_but(page, 0, GMEM_DIR_DISCARD, 0);
 	if (err)
 		return err;
 	page->word = 0; /* state, flags and reason go with the content */

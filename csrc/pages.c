@@ -48,7 +48,7 @@ int gmem_one_page(struct gmem_request *request, struct gmem_object *object, uint
 			pause_for(tries);
 		gmem_page_lock(object, index, &page);
 		gmem_page_hint(&page, request->hint);
-		err = gmem_page_poisoned(&page) ? -EIO : fn(request, &page, range);
+		err = gmem_page_poisoned(&page) && !request->poisoned ? -EIO : fn(request, &page, range);
 		page.park = false; /* this thread does not wait for a wake-up */
 		gmem_page_unlock(&page);
 	}

@@ -68,6 +68,7 @@ static enum gmem_ring_blame check_form(const struct gmem_ring_sqe *sqe)
 {
 	static const uint16_t allowed[GMEM_RING_OP_COUNT] = {
 		[GMEM_RING_MMAP] = GMEM_RING_NO_INHERIT | GMEM_RING_SMALL, [GMEM_RING_ACQUIRE] = GMEM_RING_WRITE,
+		[GMEM_RING_HMEMCPY] = GMEM_RING_TOUCHED, [GMEM_RING_REGION] = GMEM_RING_NEXT,
 	};
 
 	if (sqe->op >= GMEM_RING_OP_COUNT)
@@ -88,14 +89,16 @@ static enum gmem_ring_blame check_hnid(struct gmem_core *core, const struct gmem
 	return GMEM_RING_BLAME_HNID;
 }
 
-static bool in_window(struct gmem_core *core, uint64_t va, uint64_t bytes)
+/* In the window, or in a region that has moved out of it. */
+static bool in_reach(struct gmem_session *session, uint64_t va, uint64_t bytes)
 {
-	const struct gmem_window *w = &core->window;
+	const struct gmem_window *w = &session->core->window;
 
-	return va >= w->base && va - w->base < w->bytes && bytes <= w->bytes - (va - w->base);
+	return (va >= w->base && va - w->base < w->bytes && bytes <= w->bytes - (va - w->base)) ||
+	       !gmem_range_check(session, va, bytes);
 }
 
-static enum gmem_ring_blame check_range(struct gmem_core *core, const struct gmem_ring_sqe *sqe)
+static enum gmem_ring_blame check_range(struct gmem_session *session, const struct gmem_ring_sqe *sqe)
 {
 	switch (sqe->op) {
 	case GMEM_RING_NOP:
@@ -110,7 +113,7 @@ static enum gmem_ring_blame check_range(struct gmem_core *core, const struct gme
 	case GMEM_RING_RELEASE: /* names what was acquired, wherever that is by now */
 		return sqe->bytes ? GMEM_RING_BLAME_NONE : GMEM_RING_BLAME_RANGES;
 	case GMEM_RING_ACQUIRE:
-		if (sqe->bytes && in_window(core, sqe->va, sqe->bytes))
+		if (sqe->bytes && in_reach(session, sqe->va, sqe->bytes))
 			return GMEM_RING_BLAME_NONE;
 		return GMEM_RING_BLAME_RANGES;
 	default:
@@ -120,9 +123,9 @@ static enum gmem_ring_blame check_range(struct gmem_core *core, const struct gme
 		return GMEM_RING_BLAME_BYTES;
 	if (sqe->op == GMEM_RING_MMAP)
 		return GMEM_RING_BLAME_NONE;
-	if (!in_window(core, sqe->va, sqe->bytes))
+	if (!in_reach(session, sqe->va, sqe->bytes))
 		return sqe->op == GMEM_RING_HMEMCPY ? GMEM_RING_BLAME_DST : GMEM_RING_BLAME_VA;
-	if (sqe->op == GMEM_RING_HMEMCPY && !in_window(core, sqe->arg, sqe->bytes))
+	if (sqe->op == GMEM_RING_HMEMCPY && !in_reach(session, sqe->arg, sqe->bytes))
 		return GMEM_RING_BLAME_SRC;
 	return GMEM_RING_BLAME_NONE;
 }
@@ -142,21 +145,23 @@ static enum gmem_ring_blame check_advice(const struct gmem_ring_sqe *sqe)
 	case GMEM_ADVISE_COLD:
 	case GMEM_ADVISE_ACCESSED_BY:
 	case GMEM_ADVISE_NOT_ACCESSED_BY:
+	case GMEM_ADVISE_FREEZE:
+	case GMEM_ADVISE_THAW:
 		return GMEM_RING_BLAME_NONE;
 	default:
 		return GMEM_RING_BLAME_ADVICE;
 	}
 }
 
-static enum gmem_ring_blame check(struct gmem_core *core, const struct gmem_ring_sqe *sqe)
+static enum gmem_ring_blame check(struct gmem_session *session, const struct gmem_ring_sqe *sqe)
 {
 	enum gmem_ring_blame blame = check_form(sqe);
 
 	if (!blame)
 		blame = check_advice(sqe);
 	if (!blame)
-		blame = check_hnid(core, sqe);
-	return blame ? blame : check_range(core, sqe);
+		blame = check_hnid(session->core, sqe);
+	return blame ? blame : check_range(session, sqe);
 }
 
 /* ---- short ones ---- */
@@ -190,9 +195,10 @@ static bool do_mmap(struct gmem_session *session, struct gmem_ring_job *job)
 
 static bool do_region(struct gmem_session *session, struct gmem_ring_job *job)
 {
+	uint64_t va = job->sqe.va, next = job->sqe.flags & GMEM_RING_NEXT ? gmem_as_next(&session->as, va) : va;
 	struct gmem_place place;
 
-	if (gmem_as_lookup(&session->as, job->sqe.va, &place))
+	if (gmem_as_lookup(&session->as, next > va ? next : va, &place))
 		return finish_op(job, -EINVAL);
 	job->cqe.values[GMEM_RING_VA] = place.region_va;
 	job->cqe.values[GMEM_RING_LENGTH] = place.region_bytes;
@@ -254,7 +260,7 @@ static int check_whole(struct gmem_session *session, const struct gmem_ring_sqe 
 
 bool gmem_ring_op_start(struct gmem_session *session, struct gmem_ring_job *job)
 {
-	enum gmem_ring_blame blame = check(session->core, &job->sqe);
+	enum gmem_ring_blame blame = check(session, &job->sqe);
 	int err;
 
 	job->cqe = (struct gmem_ring_cqe){ .user_data = job->sqe.user_data };
@@ -298,7 +304,8 @@ static int do_slice(struct gmem_session *session, const struct gmem_ring_sqe *sq
 	case GMEM_RING_DISCARD:
 		return gmem_discard(core, session->id, at, bytes);
 	default:
-		return gmem_hmemcpy(core, session->id, sqe->hnid, at, sqe->arg + (at - sqe->va), bytes);
+		return gmem_hmemcpy(core, session->id, sqe->hnid, at, sqe->arg + (at - sqe->va), bytes,
+				    sqe->flags & GMEM_RING_TOUCHED);
 	}
 }
 

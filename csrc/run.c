@@ -2,6 +2,7 @@
 #include <errno.h>
 
 #include <gmem/crash.h>
+#include <gmem/freeze.h>
 #include <gmem/internal.h>
 #include <gmem/pmap.h>
 #include <gmem/run.h>
@@ -297,9 +298,11 @@ int gmem_run_move(const struct gmem_run_args *args)
 	struct run run = { .args = args, .core = args->object->core, .page_bytes = 1ull << args->object->shift };
 	gmem_word_t before;
 	bool sole;
+	bool frozen = gmem_object_frozen(args->object), used;
 	int err, count;
-	bool used;
 
+	if (frozen && (args->own || !run.core->features.continue_wp))
+		return 0;
 	lock_pages(&run);
 	keep_mapped(&run);
 	if (!run.count)
@@ -312,7 +315,7 @@ int gmem_run_move(const struct gmem_run_args *args)
 		gmem_word_t word = run.pages[0].word;
 
 		sole = gmem_word_valid(word) == 1u << args->hnid && !(gmem_word_flags(word) & GMEM_PAGE_READ_MOSTLY);
-		if (args->own || sole || !run.core->features.continue_wp)
+		if ((args->own || sole || !run.core->features.continue_wp) && !frozen)
 			err = own(&run);
 	}
 	gmem_crash(GMEM_CRASH_RUN_MAP);

@@ -7,6 +7,7 @@
 
 #include <gmem/crash.h>
 #include <gmem/agent.h>
+#include <gmem/freeze.h>
 #include <gmem/internal.h>
 #include <gmem/pages.h>
 #include <gmem/ring.h>
@@ -386,6 +387,15 @@ int gmem_view_agent(struct gmem_core *core, uint64_t id, uint64_t context, int *
 	return err;
 }
 
+bool gmem_session_covers(struct gmem_core *core, uint64_t id, uint64_t va, uint64_t bytes)
+{
+	struct gmem_session *session = gmem_session_get(core, id);
+	bool covers = session && !gmem_range_check(session, va, bytes);
+
+	gmem_session_unref(session);
+	return covers;
+}
+
 int gmem_session_regions(struct gmem_core *core, uint64_t id, struct gmem_region_info *regions, size_t capacity,
 			 size_t *ret_count)
 {
@@ -653,6 +663,17 @@ static bool first_region(struct gmem_as *as, struct gmem_range *ret)
 	return found;
 }
 
+/* A child that shares it still may go on. */
+static void thaw(struct gmem_session *session, uint64_t va)
+{
+	struct gmem_place place;
+
+	if (gmem_as_lookup(&session->as, va, &place))
+		return;
+	gmem_object_thaw(place.object, session->id);
+	gmem_object_unref(place.object);
+}
+
 /* Contexts first: nothing may map pages again while they are freed. A process that is still there and still has the
  * memory mapped (it broke its connection, or its session was ended) gets SIGBUS, never zeros. */
 static void tear_down(struct gmem_session *session)
@@ -666,6 +687,7 @@ static void tear_down(struct gmem_session *session)
 		gmem_view_unref(view);
 	}
 	while (first_region(&session->as, &range)) {
+		thaw(session, range.va);
 		gmem_as_remove(&session->as, range.va, range.bytes, gmem_session_release_piece, NULL);
 		if (!host)
 			continue;

@@ -32,6 +32,8 @@ cdef extern from "gmem/types.h" nogil:
         GMEM_ADVISE_COLD
         GMEM_ADVISE_ACCESSED_BY
         GMEM_ADVISE_NOT_ACCESSED_BY
+        GMEM_ADVISE_FREEZE
+        GMEM_ADVISE_THAW
     enum gmem_class:
         pass
     enum gmem_fork:
@@ -223,12 +225,14 @@ cdef extern from "gmem/core.h" nogil:
     int gmem_session_ring(gmem_core *, uint64_t, int *)
     int gmem_view_agent(gmem_core *, uint64_t, uint64_t, int *)
     int gmem_session_attach(gmem_core *, uint64_t, int, int)
+    c_bool gmem_session_covers(gmem_core *, uint64_t, uint64_t, uint64_t)
     int gmem_session_regions(gmem_core *, uint64_t, gmem_region_info *, size_t, size_t *)
     int gmem_session_fork(gmem_core *, uint64_t, uid_t, pid_t, uint64_t *, c_bool *)
     int gmem_session_stats_ "gmem_session_stats"(gmem_core *, uint64_t, gmem_session_stats *)
     int gmem_context_files(gmem_core *, uint64_t, int, int *)
     int gmem_context_overlays(gmem_core *, uint64_t, int, gmem_region_info *, size_t, size_t *)
     int gmem_context_attach(gmem_core *, uint64_t, int, int, int, pid_t, uint64_t *)
+    int gmem_context_overlay(gmem_core *, uint64_t, uint64_t, uint64_t)
     int gmem_context_detach(gmem_core *, uint64_t)
     int gmem_mmap(gmem_core *, uint64_t, const gmem_mmap_args *, gmem_region_info *)
     int gmem_mmap_commit(gmem_core *, uint64_t, uint64_t)
@@ -236,7 +240,7 @@ cdef extern from "gmem/core.h" nogil:
     int gmem_advise(gmem_core *, uint64_t, int, uint64_t, uint64_t, gmem_advice)
     int gmem_prefetch(gmem_core *, uint64_t, int, uint64_t, uint64_t)
     int gmem_discard(gmem_core *, uint64_t, uint64_t, uint64_t)
-    int gmem_hmemcpy(gmem_core *, uint64_t, int, uint64_t, uint64_t, uint64_t)
+    int gmem_hmemcpy(gmem_core *, uint64_t, int, uint64_t, uint64_t, uint64_t, c_bool)
     int gmem_query(gmem_core *, uint64_t, uint64_t, uint64_t, gmem_page_info *, size_t, size_t *)
     int gmem_acquire(gmem_core *, uint64_t, const gmem_range *, size_t, c_bool)
     int gmem_release(gmem_core *, uint64_t, const gmem_range *, size_t)

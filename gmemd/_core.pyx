@@ -27,6 +27,7 @@ _ADVICE = {
     "unpinned": GMEM_ADVISE_UNPINNED, "read_mostly": GMEM_ADVISE_READ_MOSTLY,
     "no_read_mostly": GMEM_ADVISE_NO_READ_MOSTLY, "preferred": GMEM_ADVISE_PREFERRED, "cold": GMEM_ADVISE_COLD,
     "accessed_by": GMEM_ADVISE_ACCESSED_BY, "not_accessed_by": GMEM_ADVISE_NOT_ACCESSED_BY,
+    "freeze": GMEM_ADVISE_FREEZE, "thaw": GMEM_ADVISE_THAW,
 }
 _FORK = {"share": GMEM_FORK_SHARE, "none": GMEM_FORK_NONE}
 _FORK_NAMES = {number: name for name, number in _FORK.items()}
@@ -412,6 +413,15 @@ cdef class Core:
 
     # ---- contexts ----
 
+    def session_covers(self, uint64_t session, uint64_t va, uint64_t size):
+        """Whether all of the range is in its regions."""
+        cdef gmem_core *core = self._enter()
+        cdef bint covers
+        with nogil:
+            covers = gmem_session_covers(core, session, va, size)
+        self._leave()
+        return covers
+
     def context_files(self, uint64_t session, int hnid):
         """(huge, small) descriptors, None where there is none."""
         cdef gmem_core *core = self._enter()
@@ -438,6 +448,15 @@ cdef class Core:
         if err:
             _raise(err)
         return context
+
+    def context_overlay(self, uint64_t context, uint64_t va, uint64_t size):
+        cdef gmem_core *core = self._enter()
+        cdef int err
+        with nogil:
+            err = gmem_context_overlay(core, context, va, size)
+        self._leave()
+        if err:
+            _raise(err)
 
     def context_detach(self, uint64_t context):
         cdef gmem_core *core = self._enter()
@@ -519,7 +538,7 @@ cdef class Core:
         cdef gmem_core *core = self._enter()
         cdef int err
         with nogil:
-            err = gmem_hmemcpy(core, session, hnid, dst, src, size)
+            err = gmem_hmemcpy(core, session, hnid, dst, src, size, False)
         self._leave()
         if err:
             _raise(err)

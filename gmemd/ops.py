@@ -43,6 +43,7 @@ _BLAME: dict[str, dict[int, str]] = {
     "query": {errno.EINVAL: "va"},
     "acquire": _RANGES,
     "release": _RANGES,
+    "context_overlay": {errno.EINVAL: "va", errno.ENOENT: "context"},
 }
 
 # What the core's errno means, where the system's own words would leave people guessing.
@@ -62,6 +63,7 @@ _MEANING: dict[tuple[str, int], str] = {
     ("mmap_commit", errno.ENOTCONN): "the session's userfaultfd has not been attached",
     ("trace_start", errno.ENOMEM): "there is not so much memory",
     ("trace_start", errno.ENODEV): "it has been detached",
+    ("context_overlay", errno.EINVAL): "not whole pages of regions of this session, or not mapped there by the context",
     ("query", errno.EINVAL): "the range is not within one region of this session",
     ("hmemcpy", errno.EINVAL): "source or destination is not mapped by this session, or they overlap",
     ("hmemcpy", errno.EOPNOTSUPP): "this device can't be copied to directly",
@@ -127,9 +129,10 @@ class Operations:
         with _blaming(request.name):
             return self._methods[request.name](session, args)
 
-    def _check_window(self, name: str, va: int, size: int) -> None:
+    def _check_window(self, session: Session, name: str, va: int, size: int) -> None:
+        """In the window, or in a region that has moved out of it."""
         base, end = self._window["base"], self._window["base"] + self._window["bytes"]
-        if not base <= va < end or va + size > end:
+        if (not base <= va < end or va + size > end) and not self._core.session_covers(session.core_id, va, size):
             raise RequestError(
                 errno.EINVAL, f"{name}: 0x{va:x} + {size} is outside the window [0x{base:x}, 0x{end:x})", name
             )
@@ -151,7 +154,7 @@ class Operations:
         return {}
 
     def _op_munmap(self, session: Session, args: Args) -> Reply:
-        self._check_window("va", args["va"], args["bytes"])
+        self._check_window(session, "va", args["va"], args["bytes"])
         self._core.munmap(session.core_id, args["va"], args["bytes"])
         return {}
 
@@ -159,30 +162,30 @@ class Operations:
         # -1 is "no hnode": advice that holds wherever the pages are needs none.
         least = 0 if args["advice"] in ("prefetch", "pinned", "cold", "accessed_by", "not_accessed_by") else -1
         self._devices.check_hnid(args["hnid"], least)
-        self._check_window("va", args["va"], args["bytes"])
+        self._check_window(session, "va", args["va"], args["bytes"])
         self._core.advise(session.core_id, args["hnid"], args["va"], args["bytes"], args["advice"])
         return {}
 
     def _op_prefetch(self, session: Session, args: Args) -> Reply:
         self._devices.check_hnid(args["hnid"], 0)
-        self._check_window("va", args["va"], args["bytes"])
+        self._check_window(session, "va", args["va"], args["bytes"])
         self._core.prefetch(session.core_id, args["hnid"], args["va"], args["bytes"])
         return {}
 
     def _op_discard(self, session: Session, args: Args) -> Reply:
-        self._check_window("va", args["va"], args["bytes"])
+        self._check_window(session, "va", args["va"], args["bytes"])
         self._core.discard(session.core_id, args["va"], args["bytes"])
         return {}
 
     def _op_hmemcpy(self, session: Session, args: Args) -> Reply:
         self._devices.check_hnid(args["hnid"], -1)  # -1: the host, as openEuler's hmemcpy has it
         for name in ("dst", "src"):
-            self._check_window(name, args[name], args["bytes"])
+            self._check_window(session, name, args[name], args["bytes"])
         self._core.hmemcpy(session.core_id, max(args["hnid"], 0), args["dst"], args["src"], args["bytes"])
         return {}
 
     def _op_query(self, session: Session, args: Args) -> Reply:
-        self._check_window("va", args["va"], args["bytes"])
+        self._check_window(session, "va", args["va"], args["bytes"])
         capacity = min(schema.QUERY_PAGES_MAX, args["bytes"] // 4096 + 2)
         pages, total = self._core.query(session.core_id, args["va"], args["bytes"], capacity)
         if total > schema.QUERY_PAGES_MAX:
@@ -254,6 +257,11 @@ class Operations:
     def _op_contexts(self, session: Session, args: Args) -> Reply:
         contexts = self._sessions.contexts_of(session)
         return {"contexts": [{"context": c.id, "hnid": c.hnid, "pid": c.pid} for c in contexts]}
+
+    def _op_context_overlay(self, session: Session, args: Args) -> Reply:
+        context = self._sessions.context(session, args["context"])
+        self._core.context_overlay(context.id, args["va"], args["bytes"])
+        return {}
 
     def _op_context_close(self, session: Session, args: Args) -> Reply:
         self._sessions.end_context(self._sessions.context(session, args["context"]), "closed by its session")

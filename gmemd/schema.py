@@ -39,7 +39,7 @@ ANY, SESSION, ADMIN = "any", "session", "admin"
 
 ADVICE = (
     "discard", "prefetch", "pinned", "unpinned", "read_mostly", "no_read_mostly", "preferred", "cold", "accessed_by",
-    "not_accessed_by",
+    "not_accessed_by", "freeze", "thaw",
 )  # fmt: skip
 
 Check = Callable[[str, Any], Any]
@@ -224,6 +224,7 @@ OPS: dict[str, Op] = {
     ),
     "upgrade": Op(ADMIN, {}),
     "contexts": Op(SESSION, {}, inline=True),
+    "context_overlay": Op(SESSION, {"context": _CONTEXT, "va": Field(page_aligned), "bytes": _BYTES}),
     "context_close": Op(SESSION, {"context": _CONTEXT}),
     "sessions": Op(ANY, {}),
     "stats": Op(ANY, {}),

@@ -150,7 +150,7 @@ enum gmem_ring_op {
 	GMEM_RING_MUNMAP,      /* va, bytes */
 	GMEM_RING_ACQUIRE,     /* va, bytes; arg: context; flags */
 	GMEM_RING_RELEASE,     /* va, bytes; arg: context */
-	GMEM_RING_REGION,      /* va. Completion: values[] of the region that it lies in */
+	GMEM_RING_REGION,      /* va; flags. Completion: values[] of the region that it lies in */
 	GMEM_RING_OP_COUNT,
 };
 
@@ -158,6 +158,8 @@ enum gmem_ring_op {
 #define GMEM_RING_NO_INHERIT (1u << 0) /* MMAP */
 #define GMEM_RING_SMALL (1u << 1)      /* MMAP */
 #define GMEM_RING_WRITE (1u << 2)      /* ACQUIRE */
+#define GMEM_RING_TOUCHED (1u << 3)    /* HMEMCPY: pages of the source that nobody has touched leave dst as it is */
+#define GMEM_RING_NEXT (1u << 4)       /* REGION: or the next one behind va */
 
 /* Which argument a failure is about. */
 enum gmem_ring_blame {

@@ -14,6 +14,7 @@
 #include <gmem_wire.h>
 
 #include "agent.h"
+#include "syscalls.h"
 
 #define STACK_BYTES (256u << 10) /* it includes the program's thread-local storage */
 
@@ -31,7 +32,7 @@ static void drop(const struct gmem_agent *agent, struct gmem_agent_entry entry)
 	/* Only shared mappings are in the window: of private memory DONTNEED would drop the content. */
 	if (entry.va < agent->window_base || offset >= agent->window_bytes || entry.bytes > agent->window_bytes - offset)
 		return;
-	madvise((void *)(uintptr_t)entry.va, entry.bytes, MADV_DONTNEED); /* unmapped meanwhile: ENOMEM, and no harm */
+	gmem_sys_madvise((void *)(uintptr_t)entry.va, entry.bytes, MADV_DONTNEED); /* unmapped meanwhile: ENOMEM, and no harm */
 }
 
 static void *run(void *arg)

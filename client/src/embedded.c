@@ -16,6 +16,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "atfork.h"
 #include "error.h"
 #include "session.h"
 #include "spawn.h"
@@ -48,7 +49,7 @@ static void let_go(void)
 
 static void install_handlers(void)
 {
-	pthread_atfork(hold, let_go, let_go);
+	gmem_atfork(hold, let_go, let_go);
 }
 
 /* Short, because paths of sockets are: in the user's runtime directory if there is one. */

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "error.h"
+#include "peer.h"
 #include "session.h"
 
 #define SMALL_BYTES 4096ull
@@ -320,6 +321,10 @@ static const char *advice_word(int advice)
 		return "accessed_by";
 	case GMEM_ADVISE_NOT_ACCESSED_BY:
 		return "not_accessed_by";
+	case GMEM_PEER_FREEZE:
+		return "freeze";
+	case GMEM_PEER_THAW:
+		return "thaw";
 	default:
 		return NULL;
 	}

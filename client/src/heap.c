@@ -13,6 +13,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
+#include "atfork.h"
 #include "error.h"
 #include "heap.h"
 
@@ -310,7 +311,7 @@ static void set_up(void)
 {
 	setup_err = -pthread_key_create(&thread_key, thread_ends);
 	if (!setup_err)
-		setup_err = -pthread_atfork(before_fork, after_fork, after_fork_child);
+		setup_err = -gmem_atfork(before_fork, after_fork, after_fork_child);
 }
 
 /* ---- the heap ---- */

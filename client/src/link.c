@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "agent.h"
+#include "atfork.h"
 #include "link.h"
 #include "ring.h"
 
@@ -111,7 +112,7 @@ static void after_fork_child(void)
 
 static void install_handlers(void)
 {
-	pthread_atfork(before_fork, after_fork_parent, after_fork_child);
+	gmem_atfork(before_fork, after_fork_parent, after_fork_child);
 }
 
 static int open_link(const char *path, uint32_t kind, const uint8_t *token, const char *device,

@@ -77,6 +77,8 @@ const char *gmem_link_message(const struct gmem_link *link);
 /* Maps a region that the daemon has reserved; the caller then commits it. -EEXIST: that range is in use here. */
 int gmem_link_map(struct gmem_link *link, uint64_t va, uint64_t bytes, uint64_t offset, bool huge, bool inherit);
 int gmem_link_unmap(struct gmem_link *link, uint64_t va, uint64_t bytes);
+/* Drops a range from the table: it has been moved away, over a range that is in the table already. */
+int gmem_link_forget(struct gmem_link *link, uint64_t va, uint64_t bytes);
 /* Keeps the regions from children that are forked later. */
 void gmem_link_withhold_locked(struct gmem_link *link);
 /* Forgets or unmaps everything in the table. */

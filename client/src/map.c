@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include "link.h"
+#include "syscalls.h"
 
 #ifndef MAP_FIXED_NOREPLACE
 #define MAP_FIXED_NOREPLACE 0x100000
@@ -15,17 +16,18 @@
 static int map_at(uint64_t va, uint64_t bytes, int fd, uint64_t offset, int how, bool inherit)
 {
 	void *want = (void *)(uintptr_t)va;
-	void *at = mmap(want, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE | how, fd, (off_t)offset);
+	void *at = gmem_sys_mmap(want, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE | how, fd,
+				 (off_t)offset);
 
 	if (at == MAP_FAILED)
 		return -errno;
 	if (at != want) { /* a kernel that takes FIXED_NOREPLACE for a hint */
-		munmap(at, bytes);
+		gmem_sys_munmap(at, bytes);
 		return -EEXIST;
 	}
-	madvise(at, bytes, MADV_DONTDUMP);
+	gmem_sys_madvise(at, bytes, MADV_DONTDUMP);
 	if (!inherit)
-		madvise(at, bytes, MADV_DONTFORK);
+		gmem_sys_madvise(at, bytes, MADV_DONTFORK);
 	return 0;
 }
 
@@ -93,23 +95,28 @@ static int forget(struct gmem_link *link, uint64_t va, uint64_t bytes)
 	return 0;
 }
 
-int gmem_link_unmap(struct gmem_link *link, uint64_t va, uint64_t bytes)
+int gmem_link_forget(struct gmem_link *link, uint64_t va, uint64_t bytes)
 {
-	int err = 0;
+	int err;
 
-	/* The lock is not held over munmap, which waits for the daemon to read its event. */
-	if (munmap((void *)(uintptr_t)va, bytes))
-		return -errno;
 	pthread_mutex_lock(&link->lock);
 	err = forget(link, va, bytes);
 	pthread_mutex_unlock(&link->lock);
 	return err;
 }
 
+int gmem_link_unmap(struct gmem_link *link, uint64_t va, uint64_t bytes)
+{
+	/* The lock is not held over munmap, which waits for the daemon to read its event. */
+	if (gmem_sys_munmap((void *)(uintptr_t)va, bytes))
+		return -errno;
+	return gmem_link_forget(link, va, bytes);
+}
+
 void gmem_link_withhold_locked(struct gmem_link *link)
 {
 	for (size_t i = 0; i < link->region_count; i++)
-		madvise((void *)(uintptr_t)link->regions[i].va, link->regions[i].bytes, MADV_DONTFORK);
+		gmem_sys_madvise((void *)(uintptr_t)link->regions[i].va, link->regions[i].bytes, MADV_DONTFORK);
 }
 
 void gmem_link_unmap_all(struct gmem_link *link)
@@ -124,7 +131,7 @@ void gmem_link_unmap_all(struct gmem_link *link)
 		}
 		region = link->regions[--link->region_count];
 		pthread_mutex_unlock(&link->lock);
-		munmap((void *)(uintptr_t)region.va, region.bytes);
+		gmem_sys_munmap((void *)(uintptr_t)region.va, region.bytes);
 	}
 }
 

@@ -13,6 +13,7 @@
 
 #include <gmem.h>
 
+#include "atfork.h"
 #include "error.h"
 #include "link.h"
 #include "rpc.h"
@@ -64,7 +65,7 @@ static void after_fork_child(void)
 
 static void install_handlers(void)
 {
-	pthread_atfork(before_fork, after_fork, after_fork_child);
+	gmem_atfork(before_fork, after_fork, after_fork_child);
 }
 
 int gmem_rpc_create(struct gmem_link *link, struct gmem_rpc **ret)

@@ -6,10 +6,9 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "atfork.h"
 #include "error.h"
 #include "session.h"
-
-#define SYSTEM_SOCKET "/run/gmem/gmemd.sock"
 
 int gmem_check_bytes(size_t bytes)
 {
@@ -91,7 +90,7 @@ static void after_fork_child(void)
 
 static void install_handlers(void)
 {
-	pthread_atfork(before_fork, after_fork, after_fork_child);
+	gmem_atfork(before_fork, after_fork, after_fork_child);
 }
 
 static void enlist(struct gmem *session)
@@ -144,6 +143,13 @@ static int connect_embedded(struct gmem *session, const struct gmem_open_options
 	return err;
 }
 
+const char *gmem_session_chosen_socket(void)
+{
+	const char *chosen = secure_getenv("GMEM_SOCKET");
+
+	return chosen && *chosen ? chosen : NULL;
+}
+
 static int connect_somewhere(struct gmem *session, const char *path, const struct gmem_open_options *options)
 {
 	bool own = options && options->device_count;
@@ -152,11 +158,11 @@ static int connect_somewhere(struct gmem *session, const char *path, const struc
 	if (path)
 		return connect_to(session, path);
 	if (!own) {
-		const char *chosen = secure_getenv("GMEM_SOCKET");
+		const char *chosen = gmem_session_chosen_socket();
 
-		if (chosen && *chosen)
+		if (chosen)
 			return connect_to(session, chosen);
-		err = connect_to(session, SYSTEM_SOCKET);
+		err = connect_to(session, GMEM_SYSTEM_SOCKET);
 		if (err != -ENOENT && err != -ECONNREFUSED && err != -EACCES)
 			return err;
 	}

@@ -31,7 +31,12 @@ struct gmem {
 	struct gmem *next;              /* all of this process */
 };
 
+#define GMEM_SYSTEM_SOCKET "/run/gmem/gmemd.sock"
+
 /* ---- session.c ---- */
+
+/* $GMEM_SOCKET, or NULL. */
+const char *gmem_session_chosen_socket(void);
 
 int gmem_check_bytes(size_t bytes);
 /* -EINVAL naming "options" if size is not that of a version of the struct that we know. */

@@ -22,6 +22,7 @@ import client_rows
 import control
 import heap
 import machine
+import preload
 import rows
 import umap
 from rich.console import Console
@@ -44,7 +45,7 @@ def has_liburing(compiler: str) -> bool:
 def build() -> Path:
     """The C program: this folder's sources, the core's and the C tests' harness, compiled again where older."""
     sources = [
-        *(source for source in sorted(HERE.glob("*.c")) if source.name != "heap.c"),  # that is a client
+        *(source for source in sorted(HERE.glob("*.c")) if source.name not in ("heap.c", "preload.c")),  # clients
         *sorted(ROOT.glob("csrc/**/*.c")),
         ROOT / "tests/unit_c/harness.c",
     ]
@@ -162,6 +163,9 @@ def main(argv: list[str] | None = None) -> int:
             progress.remove_task(task)
         task = progress.add_task(heap.PREFIX, total=None)
         measured += heap.measure(BUILD, args.only)
+        progress.remove_task(task)
+        task = progress.add_task(preload.PREFIX, total=None)
+        measured += preload.measure(BUILD, args.only)
         progress.remove_task(task)
         if wants(args.only, control.ID):
             task = progress.add_task(control.ID, total=None)

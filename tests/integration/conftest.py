@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 
 import gmem
 import pytest
+from helpers import ROOT
+from programs import Builder, Daemon, run_ok
 
 
 @pytest.fixture
@@ -25,3 +27,19 @@ def connect() -> Iterator[Callable[..., gmem.Session]]:
 def session(connect) -> gmem.Session:
     """A daemon with one device of 8 MiB."""
     return connect("simgpu0:capacity=8M")
+
+
+@pytest.fixture(scope="module")
+def builder(tmp_path_factory: pytest.TempPathFactory) -> Builder:
+    """The C library, installed."""
+    prefix = tmp_path_factory.mktemp("prefix")
+    run_ok(["make", "-s", "-C", ROOT / "client", "install", f"PREFIX={prefix}"])
+    return Builder(prefix, tmp_path_factory.mktemp("programs"))
+
+
+@pytest.fixture
+def daemon() -> Iterator[Daemon]:
+    """A gmemd for C programs, with two devices of 8 MiB."""
+    started = Daemon()
+    yield started
+    started.close()

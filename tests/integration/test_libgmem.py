@@ -6,94 +6,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, eventually
-
-SOURCES = Path(__file__).parent / "libgmem"
-EXAMPLES = ROOT / "client/examples"
-C_FLAGS = ["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-Werror", "-pthread"]
-DEVICES = ["name=simgpu0,driver=simgpu,capacity=8M", "name=simgpu1,driver=simgpu,capacity=8M,replayable=off"]
-TIMEOUT_S = 100
-
-
-def run_ok(command: list[str | Path], **options) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, **options)
-    assert done.returncode == 0, f"{command[0]} ended with {done.returncode}\n{done.stdout}{done.stderr}"
-    return done.stdout
-
-
-class Builder:
-    """Compiles against the installed library: what pkg-config says, and nothing else."""
-
-    def __init__(self, prefix: Path, directory: Path) -> None:
-        self.prefix = prefix
-        self.directory = directory
-
-    def _flags(self, what: str) -> list[str]:
-        path = {"PKG_CONFIG_PATH": str(self.prefix / "lib/pkgconfig")}
-        return run_ok(["pkg-config", what, "gmem-heap"], env={**os.environ, **path}).split()
-
-    def program(self, source: Path) -> Path:
-        made = self.directory / source.stem
-        rpath = f"-Wl,-rpath,{self.prefix}/lib"
-        run_ok(["cc", *C_FLAGS, *self._flags("--cflags"), source, *self._flags("--libs"), rpath, "-o", made])
-        return made
-
-    def kernels(self, source: Path) -> Path:
-        made = self.directory / f"{source.stem}.so"
-        run_ok(["cc", *C_FLAGS, *self._flags("--cflags"), "-shared", "-fPIC", source, "-o", made])
-        return made
-
-
-@pytest.fixture(scope="module")
-def builder(tmp_path_factory: pytest.TempPathFactory) -> Builder:
-    prefix = tmp_path_factory.mktemp("prefix")
-    run_ok(["make", "-s", "-C", ROOT / "client", "install", f"PREFIX={prefix}"])
-    return Builder(prefix, tmp_path_factory.mktemp("programs"))
-
-
-class Daemon:
-    def __init__(self) -> None:
-        self.directory = Path(tempfile.mkdtemp(prefix="gmem-test-", dir="/tmp"))  # short: paths of sockets are
-        self.socket = self.directory / "gmemd.sock"
-        command = [sys.executable, "-m", "gmemd", "run", "--runtime-dir", self.directory]
-        command += [part for device in DEVICES for part in ("--device", device)]
-        ready, ready_end = os.pipe()
-        with open(self.directory / "log", "wb") as log:
-            self.process = subprocess.Popen([*command, "--ready-fd", str(ready_end)], stderr=log, cwd=ROOT,
-                                            pass_fds=(ready_end,))  # fmt: skip
-        os.close(ready_end)
-        with os.fdopen(ready) as pipe:
-            said = pipe.read()
-        assert "READY=1" in said, said + self.log()
-
-    def log(self) -> str:
-        return (self.directory / "log").read_text(errors="replace")
-
-    @property
-    def environment(self) -> dict[str, str]:
-        return {**os.environ, "GMEM_SOCKET": str(self.socket)}
-
-    def close(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-            raise
-        finally:
-            shutil.rmtree(self.directory)
-
-
-@pytest.fixture
-def daemon() -> Iterator[Daemon]:
-    started = Daemon()
-    yield started
-    started.close()
+from helpers import eventually
+from programs import EXAMPLES, SOURCES, TIMEOUT_S, Builder, Daemon, run_ok
 
 
 def test_hello(builder: Builder, daemon: Daemon) -> None:
@@ -179,16 +96,17 @@ def test_private_gmemd(builder: Builder) -> None:
 
 
 def test_exports_are_the_header(builder: Builder) -> None:
-    """What the libraries export, their version scripts and gmem.h declare the same functions."""
+    """What the libraries export, their version scripts and the headers declare the same functions."""
     libraries = [builder.prefix / "lib" / name for name in ("libgmem.so.0", "libgmem-heap.so.0")]
     symbols = run_ok(["nm", "-D", "--defined-only", *libraries])
     exported = [line.split()[2].split("@@") for line in symbols.splitlines() if " T " in line]
     public = {name for name, version in exported if version == "GMEM_0"}
-    header = (builder.prefix / "include/gmem.h").read_text()
-    assert public == {name for name in public if f"{name}(" in header}
-    assert len(public) == header.count("GMEM_API ") - 1  # the macro's own definition
+    headers = [(builder.prefix / "include" / name).read_text() for name in ("gmem.h", "libgmem.h")]
+    assert public == {name for name in public if any(f"{name}(" in header for header in headers)}
+    # less the macro's own definitions
+    assert len(public) == sum(header.count("GMEM_API ") - header.count("define GMEM_API ") for header in headers)
     private = {name for name, version in exported if version != "GMEM_0"}
-    assert private == {"gmem_fail", "gmem_session_heap"}  # what one library has for the other
+    assert private == {"gmem_fail", "gmem_peer_calls", "gmem_session_heap"}  # what one library has for the others
 
 
 def test_it_can_be_loaded_late(builder: Builder) -> None:

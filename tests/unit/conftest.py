@@ -203,6 +203,13 @@ class FakeCore:
         self.contexts[context] = (session, hnid)
         return context
 
+    def do_session_covers(self, session: int, va: int, size: int) -> bool:
+        return False
+
+    def do_context_overlay(self, context: int, va: int, size: int) -> None:
+        if context not in self.contexts:
+            raise OSError(errno.ENOENT, "no such context")
+
     def do_context_detach(self, context: int) -> None:
         if self.contexts.pop(context, None) is None:
             raise OSError(errno.ENOENT, "no such context")

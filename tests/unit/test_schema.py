@@ -38,6 +38,7 @@ GOOD = {
     "quota": {"name": "host", "bytes": 1 << 30, "session": 4, "uid": 1000},
     "upgrade": {},
     "contexts": {},
+    "context_overlay": {"context": 1, "va": VA, "bytes": 4096},
     "context_close": {"context": 1},
     "sessions": {},
     "stats": {},

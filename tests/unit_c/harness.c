@@ -30,7 +30,7 @@ struct message {
 	struct gmem_page_info info;
 };
 
-static void send_message(int sock, const struct message *m, int fd)
+static bool try_send(int sock, const struct message *m, int fd)
 {
 	char control[CMSG_SPACE(sizeof(int))] = { 0 };
 	struct iovec iov = { (void *)m, sizeof(*m) };
@@ -47,7 +47,12 @@ static void send_message(int sock, const struct message *m, int fd)
 		c->cmsg_len = CMSG_LEN(sizeof(int));
 		memcpy(CMSG_DATA(c), &fd, sizeof(int));
 	}
-	CHECK(sendmsg(sock, &msg, MSG_NOSIGNAL) == sizeof(*m));
+	return sendmsg(sock, &msg, MSG_NOSIGNAL) == sizeof(*m);
+}
+
+static void send_message(int sock, const struct message *m, int fd)
+{
+	CHECK(try_send(sock, m, fd));
 }
 
 static bool receive_message(int sock, struct message *m, int *ret_fd)
@@ -121,7 +126,7 @@ static void serve_one(struct client *client, struct message *m, int fd)
 		m->err = gmem_advise(core, client->session, m->hnid, m->va, m->bytes, (enum gmem_advice)m->advice);
 		break;
 	case OP_HMEMCPY:
-		m->err = gmem_hmemcpy(core, client->session, m->hnid, m->va, m->src, m->bytes);
+		m->err = gmem_hmemcpy(core, client->session, m->hnid, m->va, m->src, m->bytes, false);
 		break;
 	case OP_QUERY:
 		m->err = gmem_query(core, client->session, m->va, 1, &m->info, 1, &count);
@@ -137,7 +142,8 @@ static void *serve(void *arg)
 
 	while (receive_message(client->sock, &m, &fd)) {
 		serve_one(client, &m, fd);
-		send_message(client->sock, &m, -1);
+		if (!try_send(client->sock, &m, -1))
+			break; /* it has been killed */
 	}
 	return NULL;
 }

@@ -109,7 +109,7 @@ static void test_kill(struct gmem_core *core, int rounds)
 		if (i == 2)
 			before = settled_fds();
 	}
-	CHECK_EQ(settled_fds(), before);
+	CHECK(settled_fds() <= before); /* some may have been closing then */
 	printf("%d clients killed: no page, no fd left\n", rounds);
 }
 

@@ -92,6 +92,8 @@ struct gmem_region_info {
 	int fd; /* borrowed; open for as long as the session lives, also if the region goes */
 };
 /* Fills at most capacity entries, ret_count is the full count. */
+/* Whether all of the range is in its regions. */
+bool gmem_session_covers(struct gmem_core *core, uint64_t session, uint64_t va, uint64_t bytes);
 int gmem_session_regions(struct gmem_core *core, uint64_t session, struct gmem_region_info *regions, size_t capacity,
 			 size_t *ret_count);
 /* A child that shares the parent's GMEM_FORK_SHARE regions. stored: it came by EVENT_FORK and has its view already. */
@@ -103,12 +105,15 @@ void gmem_core_reap(struct gmem_core *core);
 
 /* ---- device contexts: a process of the client, on one device ---- */
 int gmem_context_files(struct gmem_core *core, uint64_t session, int hnid, int ret_fds[GMEM_CLASS_COUNT]);
-/* Ranges of the window that a context must map from other files (regions shared by a parent); fd borrowed. */
+/* What a context must map besides the window, or over parts of it: regions shared by a parent, which are in other files,
+ * and what has been moved. fd borrowed. */
 int gmem_context_overlays(struct gmem_core *core, uint64_t session, int hnid, struct gmem_region_info *regions,
 			  size_t capacity, size_t *ret_count);
 /* The process has mapped both parts of the window (whole) and the overlays. Takes ownership of both fds. */
 int gmem_context_attach(struct gmem_core *core, uint64_t session, int hnid, int uffd, int pidfd, pid_t pid,
 			uint64_t *ret_context);
+/* The process has mapped a range beside its window, of a region that has moved there. -EINVAL: there is none. */
+int gmem_context_overlay(struct gmem_core *core, uint64_t context, uint64_t va, uint64_t bytes);
 int gmem_context_detach(struct gmem_core *core, uint64_t context);
 
 /* ---- memory ---- */
@@ -131,8 +136,9 @@ int gmem_advise(struct gmem_core *core, uint64_t session, int hnid, uint64_t va,
 		enum gmem_advice advice); /* (blocks) */
 int gmem_prefetch(struct gmem_core *core, uint64_t session, int hnid, uint64_t va, uint64_t bytes); /* (blocks) */
 int gmem_discard(struct gmem_core *core, uint64_t session, uint64_t va, uint64_t bytes);            /* (blocks) */
-/* hnid: where dst shall be afterwards. (blocks) */
-int gmem_hmemcpy(struct gmem_core *core, uint64_t session, int hnid, uint64_t dst, uint64_t src, uint64_t bytes);
+/* hnid: where dst shall be afterwards. touched: pages of src that nobody has touched leave dst as it is. (blocks) */
+int gmem_hmemcpy(struct gmem_core *core, uint64_t session, int hnid, uint64_t dst, uint64_t src, uint64_t bytes,
+		 bool touched);
 /* One entry for each logical page that overlaps the range; at most capacity; ret_count is the full count. The range
  * must lie in one region. */
 int gmem_query(struct gmem_core *core, uint64_t session, uint64_t va, uint64_t bytes, struct gmem_page_info *pages,

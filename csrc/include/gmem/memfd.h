@@ -45,7 +45,8 @@ int gmem_copy(void *dst, const void *src, size_t bytes);
 /* Installs the SIGBUS handler once for the process; keeps and calls the previous one for faults not ours. */
 int gmem_copy_guard_init(void);
 
-/* Pages that the machine could still give: (nr_hugepages + nr_overcommit_hugepages) * 2 MiB, 0 without hugetlb. */
-uint64_t gmem_hugepages_bytes(void);
+/* Pages that the machine has or could make (its pool and what it lends beyond), and those that nobody has now; 0 without
+ * hugetlb. */
+void gmem_hugepages(uint64_t *ret_bytes, uint64_t *ret_free_bytes);
 
 #endif

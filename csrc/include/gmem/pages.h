@@ -16,6 +16,7 @@ struct gmem_request {
 	enum gmem_advice advice;
 	struct gmem_hint hint; /* of the page at hand */
 	bool write;
+	bool poisoned; /* is no error */
 	int tries; /* of a page that is busy; 0: the usual number */
 };
 

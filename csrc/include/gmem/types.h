@@ -61,6 +61,8 @@ enum gmem_advice {
 	GMEM_ADVISE_COLD = 0x1013,        /* first victim on the hnode where it is */
 	GMEM_ADVISE_ACCESSED_BY = 0x1014, /* hnid will use all of it: fetch far ahead from the first fault on */
 	GMEM_ADVISE_NOT_ACCESSED_BY = 0x1015,
+	GMEM_ADVISE_FREEZE = 0x1020,      /* see freeze.h */
+	GMEM_ADVISE_THAW = 0x1021,
 };
 
 /* State of a logical page as a query reports it: 8 bytes a page. */

@@ -26,6 +26,7 @@ struct gmem_object {
 	enum gmem_class class_;   /* (C) */
 	struct gmem_account *account; /* (C) */
 	uint32_t record;          /* (C) */
+	_Atomic uint64_t frozen_by; /* (A) a session; 0: none (freeze.h) */
 	struct gmem_mutex lock;
 	struct gmem_region *regions;  /* (O) */
 	uint64_t regions_generation;  /* (O) grows with each change of the list or of a region in it */
