@@ -32,10 +32,12 @@ class Notifier:
         """How often watchdog() is to be called, half of what the manager allows; 0 if it does not watch."""
         return self._watchdog_s / 2
 
-    def send(self, *assignments: str) -> None:
+    def send(self, *assignments: str, patience_s: float = 1.0) -> None:
+        """A manager that is gone, or does not listen, is no reason to stop."""
         if not self._address:
             return
-        with contextlib.suppress(OSError), self.connect() as sock:  # a manager that is gone is no reason to stop
+        with contextlib.suppress(OSError), self.connect() as sock:
+            sock.settimeout(patience_s)
             sock.sendall("\n".join(assignments).encode())
 
     def connect(self) -> socket.socket:
@@ -55,7 +57,7 @@ class Notifier:
         self.send("STOPPING=1", f"STATUS={status}")
 
     def watchdog(self) -> None:
-        self.send("WATCHDOG=1")
+        self.send("WATCHDOG=1", patience_s=0)
 
 
 def passed_descriptors(environ: MutableMapping[str, str] | None = None) -> list[tuple[str, int]]:
