@@ -102,13 +102,13 @@ build/$(2)/%.o: %.c
 build/$(2)/test_%: build/$(2)/tests/unit_c/test_%.o $$($(1)_OBJECTS)
 	@echo "ld $$@"; $$(CC) $$(C_FLAGS) $$($(1)_FLAGS) $$^ $$(URING) -o $$@
 c-$(1): $$(C_TESTS:%=build/$(2)/%)
+.SECONDARY: $$($(1)_OBJECTS) $$(C_TESTS:%=build/$(2)/tests/unit_c/%.o)
 -include $$($(1)_OBJECTS:.o=.d) $$(C_TESTS:%=build/$(2)/tests/unit_c/%.d)
 endef
 $(eval $(call flavour,plain,c))
 $(eval $(call flavour,asan,asan))
 $(eval $(call flavour,tsan,tsan))
 $(eval $(call flavour,cov,cov))
-.SECONDARY:
 
 asan: $(VENV)/.test c-asan ## the C tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	GMEM_C_FLAVOURS=asan $(BIN)/python -m pytest tests/unit_c $(PYTEST_FLAGS)
