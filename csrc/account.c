@@ -4,6 +4,7 @@
 #include <stdlib.h>
 
 #include <gmem/account.h>
+#include <gmem/devmem.h>
 #include <gmem/internal.h>
 #include <gmem/reclaim.h>
 
@@ -116,8 +117,14 @@ void gmem_account_unref(struct gmem_account *account)
 		struct gmem_account *parent = account->parent;
 
 		for (int h = 0; h < GMEM_HNODE_MAX; h++)
-			for (int c = 0; c < GMEM_CLASS_COUNT; c++)
+			for (int c = 0; c < GMEM_CLASS_COUNT; c++) {
 				drop_file(account, h, c);
+				gmem_file_unref(atomic_load(&account->mems[h][c]));
+			}
+		for (struct gmem_file *file = account->retired, *next; file; file = next) {
+			next = file->next;
+			gmem_file_unref(file);
+		}
 		gmem_record_drop(&account->core->keep, &account->record);
 		gmem_mutex_deinit(&account->lock);
 		put_tenant(account->tenant);
@@ -146,11 +153,53 @@ static int make_file(struct gmem_account *account, int hnid, enum gmem_class cla
 	return err;
 }
 
+/* What is on a device that has gone is kept until the account ends: a late reader may look. Nothing is left in it. */
+static int replace_mem_locked(struct gmem_account *account, struct gmem_hnode *hnode, enum gmem_class class_,
+			      struct gmem_file **ret)
+{
+	_Atomic(struct gmem_file *) *at = &account->mems[hnode->hnid][class_];
+	struct gmem_file *old = atomic_load(at);
+	int err;
+
+	if (old && old->hnode == hnode) {
+		*ret = old;
+		return 0;
+	}
+	err = gmem_devmem_create(hnode, class_, account->file_bytes, account->session_id, ret);
+	if (err)
+		return err;
+	atomic_store(at, *ret);
+	if (old) {
+		old->next = account->retired;
+		account->retired = old;
+	}
+	return 0;
+}
+
+static int account_mem(struct gmem_account *account, struct gmem_hnode *hnode, enum gmem_class class_,
+		       struct gmem_file **ret)
+{
+	struct gmem_file *file = atomic_load(&account->mems[hnode->hnid][class_]);
+	int err = 0;
+
+	if (!file || file->hnode != hnode) {
+		gmem_mutex_lock(&account->lock);
+		err = replace_mem_locked(account, hnode, class_, &file);
+		gmem_mutex_unlock(&account->lock);
+	}
+	if (!err)
+		*ret = file;
+	return err;
+}
+
 int gmem_account_file(struct gmem_account *account, int hnid, enum gmem_class class_, struct gmem_file **ret)
 {
+	struct gmem_hnode *hnode = gmem_core_hnode(account->core, hnid);
 	struct gmem_file *file = atomic_load(&account->files[hnid][class_]);
 	int err = 0;
 
+	if (hnode && gmem_hnode_is_remote(hnode))
+		return account_mem(account, hnode, class_, ret);
 	if (!file) {
 		gmem_mutex_lock(&account->lock);
 		file = atomic_load(&account->files[hnid][class_]);

@@ -85,6 +85,15 @@ static void undo_acquire(struct gmem_request *request, const struct gmem_range *
 	}
 }
 
+/* Fetches what is not there in runs, where moving and mapping many at a time is cheaper. Each page is then held by itself. */
+static void fetch_run(struct gmem_request *request, const struct gmem_place *place, uint64_t va, uint64_t end)
+{
+	gmem_word_t word = atomic_load(&request->core->lpt.words[place->object->pn + place->index]);
+
+	if (request->view->pmap && !(gmem_word_valid(word) >> request->hnid & 1))
+		gmem_request_run(request, place, va, end, request->write, GMEM_WHY_ACQUIRE);
+}
+
 /* How far an acquire got: pages are held in order, so release can stop where it failed. */
 static int acquire_range(struct gmem_request *request, struct gmem_range range, uint64_t *ret_upto)
 {
@@ -100,6 +109,7 @@ static int acquire_range(struct gmem_request *request, struct gmem_range range, 
 			return -EINVAL;
 		next = place.range.va + place.range.bytes;
 		request->hint = place.hint;
+		fetch_run(request, &place, va, end);
 		err = gmem_one_page(request, place.object, place.index, place.range, acquire_page);
 		gmem_object_unref(place.object);
 		if (err)
@@ -192,8 +202,12 @@ static int acquire(struct gmem_core *core, uint64_t context, const struct gmem_r
 	request.tries = tries;
 	for (size_t i = 0; !err && i < count; i++) {
 		err = acquire_range(&request, ranges[i], &upto);
-		if (!err && (err = add_hold(request.view, ranges[i], 0)))
+		if (!err) {
 			upto = ranges[i].va + ranges[i].bytes;
+			err = i + 1 == count ? gmem_view_flush(request.view) : 0;
+		}
+		if (!err)
+			err = add_hold(request.view, ranges[i], 0);
 		if (err) {
 			undo_acquire(&request, ranges, i, upto);
 			while (i--)

@@ -11,6 +11,7 @@
 #include <gmem/run.h>
 
 #define RUN_BYTES (4ull << 20)
+#define REMOTE_RUN_BYTES (64ull << 20) /* whose copies and mappings are made by many at a time */
 
 /* Afterwards the hnode does not fault on it: present, owned (unless duplicates are wanted) and mapped. */
 static int prefetch_page(struct gmem_request *request, struct gmem_page *page, struct gmem_range range)
@@ -30,7 +31,7 @@ static int prefetch_page(struct gmem_request *request, struct gmem_page *page, s
 		err = gmem_page_own(page, request->hnid);
 	if (!err && request->view)
 		err = gmem_page_map(page, request->view, range, mapped);
-	if (err == -ESRCH)
+	if (err == -ESRCH || err == -EOWNERDEAD)
 		err = 0; /* the process is going: the page is where it was asked for */
 	if (!err) {
 		gmem_hnode_touch(hnode, page->object, page->index);
@@ -47,16 +48,15 @@ static bool is_there(const struct gmem_place *place, int hnid)
 	return gmem_word_valid(atomic_load(&place->object->core->lpt.words[place->object->pn + place->index])) >> hnid & 1;
 }
 
-/* As many pages from va on as are moved in one go; 0 leaves the first one to prefetch_page(). What is asked for may push
- * out what is not. */
-static int prefetch_run(struct gmem_request *request, const struct gmem_place *place, uint64_t va, uint64_t end)
+/* As many pages from va on as are moved in one go; What is asked for may push out what is not. */
+int gmem_request_run(struct gmem_request *request, const struct gmem_place *place, uint64_t va, uint64_t end, bool own,
+		     enum gmem_why why)
 {
 	struct gmem_run_args args = { .object = place->object, .index = place->index, .hnid = request->hnid,
-				      .view = request->view, .va = va, .own = !place->hint.read_mostly, .hint = place->hint,
-				      .why = GMEM_WHY_PREFETCH, .wanted = true };
+				      .view = request->view, .va = va, .own = own, .hint = place->hint,
+				      .why = why, .wanted = true };
 	struct gmem_hnode *hnode = gmem_core_hnode(request->core, request->hnid);
-	uint64_t page_bytes = 1ull << place->object->shift, region_end = place->region_va + place->region_bytes;
-	int count;
+	uint64_t page_bytes = 1ull << place->object->shift, region_end = place->region_va + place->region_bytes, most;
 
 	end = end < region_end ? end : region_end;
 	args.count = (end - va) / page_bytes;
@@ -64,13 +64,12 @@ static int prefetch_run(struct gmem_request *request, const struct gmem_place *p
 		return 0;
 	if (args.count > GMEM_RUN_PAGES)
 		args.count = GMEM_RUN_PAGES;
-	if (args.count * page_bytes > RUN_BYTES)
-		args.count = RUN_BYTES / page_bytes;
+	most = gmem_hnode_is_remote(hnode) ? REMOTE_RUN_BYTES : RUN_BYTES;
+	if (args.count * page_bytes > most)
+		args.count = most / page_bytes;
 	if (!is_there(place, request->hnid) && gmem_hnode_free_bytes(hnode) < args.count * page_bytes)
 		gmem_reclaim(hnode, args.count * page_bytes); /* as far as it goes */
-	count = gmem_run_move(&args);
-	gmem_count(&request->core->stats.prefetched_pages, count > 0 ? (uint64_t)count : 0);
-	return count;
+	return gmem_run_move(&args);
 }
 
 static int prefetch_range(struct gmem_request *request, uint64_t va, uint64_t end)
@@ -84,7 +83,8 @@ static int prefetch_range(struct gmem_request *request, uint64_t va, uint64_t en
 		if (gmem_as_lookup(&request->session->as, va, &place))
 			return -EINVAL;
 		request->hint = place.hint;
-		count = prefetch_run(request, &place, va, end);
+		count = gmem_request_run(request, &place, va, end, !place.hint.read_mostly, GMEM_WHY_PREFETCH);
+		gmem_count(&request->core->stats.prefetched_pages, count > 0 ? (uint64_t)count : 0);
 		if (count <= 0)
 			err = gmem_one_page(request, place.object, place.index, place.range, prefetch_page);
 		va = count > 0 ? va + ((uint64_t)count << place.object->shift) : place.range.va + place.range.bytes;
@@ -126,6 +126,8 @@ int gmem_prefetch(struct gmem_core *core, uint64_t session, int hnid, uint64_t v
 		return err;
 	want(&request, va, va + bytes);
 	err = prefetch_range(&request, va, va + bytes);
+	if (request.view)
+		gmem_view_flush(request.view); /* if its process is gone, the pages are where they were asked for */
 	gmem_request_deinit(&request);
 	return err;
 }

@@ -8,6 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -49,6 +50,13 @@ static bool can_store(const struct gmem_driver_ops *ops)
 	return (known.peer_map || known.peer_map_batch) && (known.peer_unmap || known.peer_unmap_batch);
 }
 
+static bool can_frame(const struct gmem_driver_ops *ops)
+{
+	return ops->size >= sizeof(*ops) && ops->mem_create && ops->mem_destroy && ops->mem_alloc && ops->mem_free &&
+	       ops->mem_at && ops->pmap_open && ops->pmap_map && ops->pmap_flush && ops->pmap_protect &&
+	       ops->pmap_release && ops->pmap_destroy && ops->copy;
+}
+
 static int check_info(const struct gmem_driver_config *config, const struct gmem_driver_ops *ops,
 		      const struct gmem_device_info *info)
 {
@@ -58,8 +66,10 @@ static int check_info(const struct gmem_driver_config *config, const struct gmem
 		return refuse(config, -EINVAL, "driver: a peer needs peer_map and peer_unmap, or their batches");
 	if (info->assured_bytes > info->capacity_bytes)
 		return refuse(config, -EINVAL, "driver: assures more than its capacity");
-	if (!(info->caps & (GMEM_CAP_PEER | GMEM_CAP_CPU_VISIBLE)))
-		return refuse(config, -EINVAL, "driver: needs GMEM_CAP_PEER or GMEM_CAP_CPU_VISIBLE");
+	if (!(info->caps & (GMEM_CAP_PEER | GMEM_CAP_CPU_VISIBLE | GMEM_CAP_OWN_FRAMES)))
+		return refuse(config, -EINVAL, "driver: needs GMEM_CAP_PEER, GMEM_CAP_CPU_VISIBLE or GMEM_CAP_OWN_FRAMES");
+	if ((info->caps & GMEM_CAP_OWN_FRAMES) && !can_frame(ops))
+		return refuse(config, -EINVAL, "driver: one that makes its own frames needs mem_*, pmap_* and copy");
 	return 0;
 }
 
@@ -81,7 +91,7 @@ static int make_hnode(struct gmem_core *core, int hnid, const struct gmem_driver
 	hnode->device = device;
 	hnode->info = info;
 	atomic_init(&hnode->rank, GMEM_RANK_LAST);
-	err = gmem_hnode_is_peer(hnode) ? gmem_hnode_relay_create(hnode) : 0;
+	err = gmem_hnode_is_peer(hnode) || gmem_hnode_is_remote(hnode) ? gmem_hnode_relay_create(hnode) : 0;
 	if (!err)
 		err = gmem_reclaimer_start(hnode);
 	if (err) {
@@ -170,7 +180,7 @@ static void end_contexts(struct gmem_core *core, int hnid)
 	struct gmem_view *view;
 
 	while ((view = context_on(core, hnid))) {
-		if (view->pidfd >= 0)
+		if (view->pidfd >= 0 && !view->pmap) /* else it is the client's own process, which hears of it */
 			syscall(SYS_pidfd_send_signal, view->pidfd, SIGKILL, NULL, 0);
 		gmem_session_unwatch(view->session, view);
 		gmem_view_unref(view);
@@ -264,7 +274,10 @@ int gmem_context_files(struct gmem_core *core, uint64_t id, int hnid, int ret_fd
 	session = gmem_session_get(core, id);
 	if (!session)
 		return -ENOENT;
-	err = gmem_session_borrow(session, hnid, ret_fds);
+	if (gmem_hnode_is_remote(gmem_core_hnode(core, hnid)))
+		err = -ENOTSUP; /* gmem_context_channel() */
+	else
+		err = gmem_session_borrow(session, hnid, ret_fds);
 	gmem_session_unref(session);
 	return err;
 }
@@ -332,6 +345,8 @@ int gmem_context_attach(struct gmem_core *core, uint64_t id, int hnid, int uffd,
 	struct gmem_view *view;
 	int err = !session ? -ENOENT : context_device(core, hnid);
 
+	if (!err && gmem_hnode_is_remote(hnode))
+		err = -ENOTSUP;
 	if (!err)
 		err = gmem_uffd_check(uffd);
 	if (!err)
@@ -354,6 +369,42 @@ int gmem_context_attach(struct gmem_core *core, uint64_t id, int hnid, int uffd,
 			close(pidfd);
 	} else {
 		*ret_context = context;
+	}
+	gmem_session_unref(session);
+	return err;
+}
+
+int gmem_context_channel(struct gmem_core *core, uint64_t id, int hnid, pid_t pid, uint64_t *ret_context, int *ret_fd)
+{
+	struct gmem_session *session = gmem_session_get(core, id);
+	struct gmem_hnode *hnode = gmem_core_hnode(core, hnid);
+	uint64_t context = gmem_keep_next_id(&core->keep, &core->next_id);
+	struct gmem_pmap *pmap = NULL;
+	int pair[2] = { -1, -1 }, err = !session ? -ENOENT : context_device(core, hnid);
+
+	if (!err && !gmem_hnode_is_remote(hnode))
+		err = -ENOTSUP;
+	if (!err && socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair))
+		err = -errno;
+	if (!err)
+		err = hnode->ops->pmap_open(hnode->device, id, pair[0], &pmap);
+	if (!err) {
+		atomic_fetch_add(&core->context_count, 1);
+		atomic_fetch_add(&hnode->contexts, 1);
+		err = gmem_session_view_pmap(session, hnode, context, pmap, pid);
+		if (err) {
+			hnode->ops->pmap_destroy(pmap);
+			atomic_fetch_sub(&core->context_count, 1);
+			atomic_fetch_sub(&hnode->contexts, 1);
+		}
+	} else if (pair[0] >= 0) {
+		close(pair[0]);
+	}
+	if (err && pair[1] >= 0)
+		close(pair[1]);
+	if (!err) {
+		*ret_context = context;
+		*ret_fd = pair[1];
 	}
 	gmem_session_unref(session);
 	return err;

@@ -111,6 +111,20 @@ static int evict_one(struct gmem_hnode *hnode, struct gmem_page *page, bool forc
 	return drop(hnode, page, clean, forced);
 }
 
+static int queue_release(struct gmem_view *view, struct gmem_range range, void *arg)
+{
+	(void)arg;
+	gmem_view_release(view, range);
+	return 0;
+}
+
+/* Where translations are taken away by message, one message is for all that leave. */
+static void announce(struct gmem_hnode *hnode, struct gmem_page *page)
+{
+	if (gmem_hnode_is_remote(hnode))
+		gmem_object_for_views(page->object, hnode->hnid, page->offset, page->bytes, queue_release, NULL);
+}
+
 /* Readers only, and a place in the tier. */
 static bool prepare(struct batch *batch, struct gmem_page *page)
 {
@@ -149,6 +163,48 @@ static int push(struct batch *batch)
 	return err;
 }
 
+/* Nobody can write there any more, and there is a frame for it on the host. */
+static bool prepare_home(struct batch *batch, struct gmem_page *page)
+{
+	struct gmem_file *file;
+
+	if (gmem_page_downgrade(page) || gmem_object_file(page->object, batch->to->hnid, &file) ||
+	    gmem_hnode_frame_alloc(batch->to, page->object, page->index))
+		return false;
+	batch->pages[batch->count++] = page;
+	gmem_page_mark(page, GMEM_DIR_FILL, batch->to->hnid);
+	if (!gmem_file_reserve(file, page->object->offset + page->offset, page->bytes))
+		return true;
+	gmem_page_forget(page, batch->to);
+	batch->count--;
+	return false;
+}
+
+/* From a device that only its copy engine reaches to the host: one message to each process that maps pages, one copy. */
+static int evict_home(struct gmem_hnode *hnode, struct gmem_page **pages, size_t count, bool forced)
+{
+	struct batch batch = { .from = hnode, .to = gmem_core_hnode(hnode->core, GMEM_HOST), .forced = forced };
+	int err = 0, result, one;
+
+	for (size_t i = 0; i < count; i++)
+		if (!prepare_home(&batch, pages[i]) && !batch.count)
+			return evict_one(hnode, pages[i], forced);
+	gmem_crash(GMEM_CRASH_PUSH);
+	result = gmem_copy_pages(hnode, batch.to, batch.pages, batch.count);
+	gmem_crash(GMEM_CRASH_PUSHED);
+	for (size_t i = 0; i < batch.count; i++) {
+		if (result) { /* of which page, it will say alone */
+			gmem_page_forget(batch.pages[i], batch.to);
+			one = evict_one(hnode, batch.pages[i], forced);
+		} else {
+			gmem_page_arrived(batch.pages[i], hnode, batch.to, GMEM_WHY_EVICTED);
+			one = drop(hnode, batch.pages[i], false, forced);
+		}
+		err = one ? one : err;
+	}
+	return err;
+}
+
 /* What can be had in one go; the others wait for another round. */
 static int evict_to_tier(struct gmem_hnode *hnode, struct gmem_page **pages, size_t count, bool forced)
 {
@@ -158,7 +214,9 @@ static int evict_to_tier(struct gmem_hnode *hnode, struct gmem_page **pages, siz
 	if (target < 0)
 		return target;
 	batch.to = gmem_core_hnode(hnode->core, target);
-	if (count == 1 || !batch.to || !gmem_hnode_is_tier(batch.to) || gmem_hnode_is_peer(hnode)) {
+	if (target == GMEM_HOST && count > 1 && gmem_hnode_is_remote(hnode))
+		return evict_home(hnode, pages, count, forced);
+	if (count == 1 || !batch.to || !gmem_hnode_is_tier(batch.to) || !gmem_copy_reaches(hnode, batch.to)) {
 		int err = 0;
 
 		for (size_t i = 0; !err && i < count; i++)
@@ -179,6 +237,8 @@ int gmem_evict(struct gmem_hnode *hnode, struct gmem_page *pages, size_t count, 
 
 	for (size_t i = 0; i < count; i++) {
 		result = may_go(hnode, &pages[i], forced);
+		if (result > 0)
+			announce(hnode, &pages[i]);
 		if (result > 0 && (is_clean(hnode, &pages[i]) || preferred_target(hnode, &pages[i]) >= 0))
 			result = evict_one(hnode, &pages[i], forced);
 		else if (result > 0)

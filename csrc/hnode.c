@@ -9,6 +9,7 @@
 #include <gmem/sparse.h>
 
 #define SLOW_NS 150000 /* what a fault thread may wait for a driver: some wake-ups' time */
+#define FULL_NS 1000000000ull /* how long a device whose memory others use counts as full */
 #define FRAMES_MAX (1ull << 28) /* 1 TiB of 4 KiB pages */
 
 int gmem_hnode_create(struct gmem_core *core, int hnid, const char *name, uint64_t capacity_bytes,
@@ -83,6 +84,9 @@ static uint64_t limit_locked(const struct gmem_hnode *hnode)
 {
 	uint64_t limit = gmem_counter(&hnode->limit_bytes);
 
+	/* others come and go there */
+	if (gmem_hnode_is_remote(hnode) && hnode->full_at_bytes && gmem_now_ns() - hnode->full_ns > FULL_NS)
+		return limit;
 	return hnode->full_at_bytes && hnode->full_at_bytes < limit ? hnode->full_at_bytes : limit;
 }
 
@@ -120,6 +124,7 @@ void gmem_hnode_full(struct gmem_hnode *hnode, uint64_t bytes)
 	gmem_mutex_lock(&hnode->lock);
 	/* never 0, which means unknown: a tier that takes not one page has room for one byte */
 	hnode->full_at_bytes = hnode->used_bytes > bytes ? hnode->used_bytes - bytes : 1;
+	hnode->full_ns = gmem_now_ns();
 	press_locked(hnode);
 	gmem_mutex_unlock(&hnode->lock);
 }
@@ -321,6 +326,17 @@ void gmem_hnode_cool(struct gmem_hnode *hnode, struct gmem_object *object, uint6
 	gmem_mutex_lock(&hnode->lock);
 	gmem_policy_cool(&hnode->policy, frame);
 	gmem_mutex_unlock(&hnode->lock);
+}
+
+bool gmem_hnode_takes(const struct gmem_hnode *hnode, uint64_t page_bytes)
+{
+	return !gmem_hnode_is_remote(hnode) || (hnode->info.page_bytes_mask & page_bytes);
+}
+
+void gmem_hnode_failed(struct gmem_hnode *hnode)
+{
+	if (hnode->ops->health && hnode->ops->health(hnode->device) == -EIO && !atomic_exchange(&hnode->lost, true))
+		gmem_core_post(hnode->core, GMEM_EVENT_DEVICE_LOST, 0, 0, 0, hnode->hnid, -EIO);
 }
 
 bool gmem_hnode_slow(const struct gmem_hnode *hnode, uint64_t bytes)

@@ -11,6 +11,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <gmem/devmem.h>
 #include <gmem/memfd.h>
 #include <gmem/uffd.h>
 
@@ -64,7 +65,10 @@ void gmem_file_unref(struct gmem_file *file)
 {
 	if (!file || atomic_fetch_sub(&file->refs, 1) != 1)
 		return;
-	close(file->fd);
+	if (file->mem)
+		gmem_devmem_deinit(file);
+	else
+		close(file->fd);
 	free(file);
 }
 
@@ -79,11 +83,18 @@ static int file_fallocate(struct gmem_file *file, int mode, uint64_t offset, uin
 
 int gmem_file_populate(struct gmem_file *file, uint64_t offset, uint64_t bytes)
 {
-	return file_fallocate(file, 0, offset, bytes);
+	return file->mem ? gmem_devmem_alloc(file, offset, bytes, true) : file_fallocate(file, 0, offset, bytes);
+}
+
+int gmem_file_reserve(struct gmem_file *file, uint64_t offset, uint64_t bytes)
+{
+	return file->mem ? gmem_devmem_alloc(file, offset, bytes, false) : file_fallocate(file, 0, offset, bytes);
 }
 
 int gmem_file_punch(struct gmem_file *file, uint64_t offset, uint64_t bytes)
 {
+	if (file->mem)
+		return gmem_devmem_free(file, offset, bytes);
 	return file_fallocate(file, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, bytes);
 }
 

@@ -86,7 +86,7 @@ bool gmem_page_poisoned(const struct gmem_page *page)
 static int wake_view(struct gmem_view *view, struct gmem_range range, void *arg)
 {
 	(void)arg;
-	gmem_uffd_pmap_wake(gmem_view_pmap(view), range);
+	gmem_view_wake(view, range);
 	return 0;
 }
 
@@ -156,10 +156,10 @@ void gmem_page_notify(struct gmem_page *page, struct gmem_hnode *hnode, enum gme
 
 static int protect_view(struct gmem_view *view, struct gmem_range range, void *arg)
 {
-	int err = gmem_uffd_pmap_protect(gmem_view_pmap(view), range, GMEM_PROT_READ);
+	int err = gmem_view_protect(view, range, GMEM_PROT_READ);
 
 	(void)arg;
-	return err == -ESRCH ? 0 : err; /* the process is gone, and so is its write access */
+	return err == -ESRCH || err == -EOWNERDEAD ? 0 : err; /* the process is gone, and so is its write access */
 }
 
 static bool held(struct gmem_page *page, struct gmem_hnode *hnode)
@@ -304,24 +304,58 @@ static int get_frame(struct gmem_page *page, struct gmem_hnode *hnode)
 	return err == -ENOMEM || err == -EDQUOT ? -EAGAIN : err; /* others were quicker every time: come back */
 }
 
-int gmem_copy_by_engine(struct gmem_hnode *engine, void *dst, const void *src, uint64_t bytes)
+int gmem_copy_by_engine(struct gmem_hnode *engine, const struct gmem_sg *sg, size_t count)
 {
-	struct gmem_sg sg = { dst, src, bytes };
 	gmem_fence_t fence = 0;
 	int err;
 
 	gmem_duty_driver(engine->hnid, "copy");
-	err = engine->ops->copy(engine->device, &sg, 1, 0, &fence);
+	err = engine->ops->copy(engine->device, sg, count, 0, &fence);
 	if (!err && fence && engine->ops->fence_wait)
 		err = engine->ops->fence_wait(engine->device, fence, 0);
 	gmem_duty_driver(engine->hnid, NULL);
+	if (err)
+		gmem_hnode_failed(engine);
 	return err;
+}
+
+int gmem_copy_pages(struct gmem_hnode *from, struct gmem_hnode *to, struct gmem_page *const *pages, size_t count)
+{
+	struct gmem_sg sg[GMEM_COPY_PAGES];
+	size_t n = 0;
+
+	for (size_t i = 0; i < count; i++) {
+		struct gmem_sg *last = n ? &sg[n - 1] : NULL;
+		uint8_t *dst, *src;
+		int err = gmem_object_at(pages[i]->object, from->hnid, pages[i]->offset, &src);
+
+		if (!err)
+			err = gmem_object_at(pages[i]->object, to->hnid, pages[i]->offset, &dst);
+		if (err)
+			return err;
+		if (last && (uint8_t *)last->dst + last->bytes == dst && (const uint8_t *)last->src + last->bytes == src)
+			last->bytes += pages[i]->bytes;
+		else
+			sg[n++] = (struct gmem_sg){ dst, src, pages[i]->bytes };
+	}
+	return gmem_copy_by_engine(gmem_copy_engine(from, to), sg, n);
+}
+
+bool gmem_copy_reaches(const struct gmem_hnode *from, const struct gmem_hnode *to)
+{
+	bool by_cpu = gmem_hnode_is_peer(from) || gmem_hnode_is_peer(to); /* their drivers read and write as the CPU does */
+
+	return from == to || !((gmem_hnode_is_remote(from) && (by_cpu || gmem_hnode_is_remote(to))) ||
+			       (gmem_hnode_is_remote(to) && by_cpu) || (gmem_hnode_is_peer(from) && gmem_hnode_is_peer(to)));
 }
 
 struct gmem_hnode *gmem_copy_engine(struct gmem_hnode *from, struct gmem_hnode *to)
 {
 	struct gmem_hnode *ends[] = { to, from };
 
+	for (int i = 0; i < 2; i++) /* nobody else reaches its memory */
+		if (gmem_hnode_is_remote(ends[i]))
+			return ends[i];
 	for (int i = 0; i < 2; i++)
 		if (ends[i]->ops && ends[i]->ops->copy &&
 		    (ends[i]->info.bandwidth_bytes_per_s || ends[i]->info.latency_ns ||
@@ -338,45 +372,96 @@ static int pull(struct gmem_hnode *from, struct gmem_page *page, uint8_t *dst)
 	return io.result;
 }
 
+static int push(struct gmem_hnode *to, struct gmem_page *page, uint8_t *src)
+{
+	struct gmem_peer_io io = { .key = page->pn, .memory = src, .bytes = page->bytes };
+
+	gmem_tier_push(to, &io, 1);
+	return io.result;
+}
+
+static int engine_copy(struct gmem_hnode *engine, void *dst, const void *src, uint64_t bytes)
+{
+	const struct gmem_sg sg = { dst, src, bytes };
+
+	return gmem_copy_by_engine(engine, &sg, 1);
+}
+
+/* From somewhere to the CPU's memory at middle, and on from there. */
+static int by_relay(struct gmem_page *page, struct gmem_hnode *from, struct gmem_hnode *to, uint8_t *middle)
+{
+	uint8_t *at;
+	int err;
+
+	if (gmem_hnode_is_peer(from)) {
+		err = pull(from, page, middle);
+	} else {
+		err = gmem_object_at(page->object, from->hnid, page->offset, &at);
+		if (!err)
+			err = engine_copy(from, middle, at, page->bytes);
+	}
+	if (err)
+		return err;
+	if (gmem_hnode_is_peer(to))
+		return push(to, page, middle);
+	err = gmem_object_at(page->object, to->hnid, page->offset, &at);
+	return err ? err : engine_copy(to, at, middle, page->bytes);
+}
+
+/* The target's frame, to be written whole. */
+static int reserve(struct gmem_page *page, struct gmem_hnode *to)
+{
+	struct gmem_file *file;
+	int err;
+
+	if (gmem_hnode_is_peer(to))
+		return 0;
+	err = gmem_object_file(page->object, to->hnid, &file);
+	return err ? err : gmem_file_reserve(file, page->object->offset + page->offset, page->bytes);
+}
+
+static int fill_by_relay(struct gmem_page *page, struct gmem_hnode *from, struct gmem_hnode *to)
+{
+	struct gmem_hnode *relay = to->relay ? to : from;
+	int err = reserve(page, to);
+
+	if (err)
+		return err;
+	gmem_mutex_lock(&relay->relay_lock);
+	err = by_relay(page, from, to, relay->relay);
+	gmem_mutex_unlock(&relay->relay_lock);
+	return err;
+}
+
 /* FILL: nobody maps the target before the commit. */
 static int fill_from(struct gmem_page *page, struct gmem_hnode *from, struct gmem_hnode *to)
 {
 	struct gmem_hnode *engine = gmem_copy_engine(from, to);
-	uint64_t offset = page->object->offset + page->offset;
 	struct gmem_file *file;
-	uint8_t *src = NULL, *dst = NULL;
+	uint8_t *src = NULL, *dst;
 	int err = 0;
 
 	gmem_page_mark(page, GMEM_DIR_FILL, to->hnid);
+	if (!gmem_copy_reaches(from, to))
+		return fill_by_relay(page, from, to);
 	if (!gmem_hnode_is_peer(from))
-		err = gmem_object_alias(page->object, from->hnid, &src);
-	if (!err && !gmem_hnode_is_peer(to)) {
-		err = gmem_object_alias(page->object, to->hnid, &dst);
-		if (!err)
-			err = gmem_object_file(page->object, to->hnid, &file);
-	}
+		err = gmem_object_at(page->object, from->hnid, page->offset, &src);
 	if (err)
 		return err;
-	if (src)
-		src += page->offset;
-	if (dst)
-		dst += page->offset;
-	if (!src && !dst)
-		return gmem_tier_relay(from, to, page->pn, page->bytes);
-	if (src && !dst) {
-		struct gmem_peer_io io = { .key = page->pn, .memory = src, .bytes = page->bytes };
-
-		gmem_tier_push(to, &io, 1);
-		return io.result;
+	if (gmem_hnode_is_peer(to))
+		return push(to, page, src);
+	if (src && !engine) {
+		err = gmem_object_file(page->object, to->hnid, &file);
+		if (!err)
+			err = gmem_object_at(page->object, to->hnid, page->offset, &dst);
+		return err ? err : gmem_file_fill(file, page->object->offset + page->offset, dst, src, page->bytes);
 	}
-	if (src && !engine)
-		return gmem_file_fill(file, offset, dst, src, page->bytes);
-	err = gmem_file_populate(file, offset, page->bytes);
-	if (!err && src)
-		err = gmem_copy_by_engine(engine, dst, src, page->bytes);
-	else if (!err)
-		err = pull(from, page, dst);
-	return err;
+	err = reserve(page, to);
+	if (!err)
+		err = gmem_object_at(page->object, to->hnid, page->offset, &dst);
+	if (err)
+		return err;
+	return src ? engine_copy(engine, dst, src, page->bytes) : pull(from, page, dst);
 }
 
 /* The 4 KiB that a thread waits to read come first, and it goes on while the rest is copied. */
@@ -423,6 +508,12 @@ void gmem_page_forget(struct gmem_page *page, struct gmem_hnode *to)
 	gmem_page_mark(page, GMEM_DIR_MAP, 0);
 }
 
+/* What it takes to read a copy there. */
+static int effort(const struct gmem_hnode *hnode)
+{
+	return gmem_hnode_is_peer(hnode) ? 2 : gmem_hnode_is_remote(hnode) ? 1 : 0;
+}
+
 struct gmem_hnode *gmem_page_source(struct gmem_page *page)
 {
 	uint32_t valid = gmem_word_valid(page->word);
@@ -431,7 +522,7 @@ struct gmem_hnode *gmem_page_source(struct gmem_page *page)
 	for (int h = 0; h < GMEM_HNODE_MAX; h++) {
 		struct gmem_hnode *hnode = valid >> h & 1 ? gmem_core_hnode(page->core, h) : NULL;
 
-		if (hnode && (!best || (gmem_hnode_is_peer(best) && !gmem_hnode_is_peer(hnode))))
+		if (hnode && (!best || effort(hnode) < effort(best)))
 			best = hnode;
 	}
 	return best;
@@ -535,6 +626,8 @@ int gmem_page_fetch(struct gmem_page *page, int hnid, struct gmem_view *view, st
 		return 0;
 	if (!to)
 		return -ENODEV;
+	if (!gmem_hnode_takes(to, page->bytes))
+		return -EOPNOTSUPP;
 	from = gmem_page_source(page);
 	err = gmem_page_downgrade(page);
 	if (!err)
@@ -549,6 +642,10 @@ int gmem_page_fetch(struct gmem_page *page, int hnid, struct gmem_view *view, st
 			lose(page, from);
 		if (err == -EBADMSG && gmem_word_valid(page->word))
 			return -EAGAIN;
+		if (err == -ENOSPC && gmem_hnode_is_remote(to)) {
+			gmem_hnode_full(to, 0); /* others have taken it: what is there has to do */
+			return -EAGAIN;
+		}
 		return err == -ENOSPC ? -ENOMEM : err;
 	}
 	gmem_page_arrived(page, from, to, why);
@@ -564,7 +661,12 @@ int gmem_page_map(struct gmem_page *page, struct gmem_view *view, struct gmem_ra
 	int err;
 
 	gmem_crash(GMEM_CRASH_MAP);
-	if (was_protected && writable)
+	if (view->pmap && range.bytes != page->bytes)
+		err = -EOPNOTSUPP; /* a part of one was unmapped */
+	else if (view->pmap)
+		err = gmem_view_enter(view, range, page->object, page->offset,
+				      writable ? GMEM_PROT_WRITE : GMEM_PROT_READ);
+	else if (was_protected && writable)
 		err = gmem_uffd_pmap_protect(pmap, range, GMEM_PROT_WRITE);
 	else if (was_protected)
 		err = gmem_uffd_pmap_wake(pmap, range);

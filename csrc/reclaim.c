@@ -13,6 +13,7 @@
 #define PRESSURE_NS 50000000ull /* how long after a full hnode room is still made ahead */
 #define TELL_NS 1000000000ull   /* how often an hnode under pressure says so */
 #define BATCH_BYTES (4ull << 20)
+#define REMOTE_BATCH_BYTES (32ull << 20) /* whose translations and copies are cheap by the dozen */
 #define EMPTY_TRIES 16
 #define OTHERS_TRIES 256
 #define DRAIN_TRIES 20000
@@ -112,13 +113,14 @@ static uint64_t room_of(struct gmem_hnode *hnode, const struct domain *domain)
 
 static int reclaim(struct gmem_hnode *hnode, struct domain *domain, uint64_t bytes)
 {
+	uint64_t batch = gmem_hnode_is_remote(hnode) ? REMOTE_BATCH_BYTES : BATCH_BYTES;
 	struct gmem_page pages[GMEM_EVICT_BATCH];
 	uint64_t tries = 0, empty = 0, room;
 	bool busy = false;
 	int last = -ENOMEM;
 
 	while ((room = room_of(hnode, domain)) < bytes) {
-		uint64_t need = bytes - room < BATCH_BYTES ? bytes - room : BATCH_BYTES;
+		uint64_t need = bytes - room < batch ? bytes - room : batch;
 		size_t count;
 		int err;
 
@@ -199,7 +201,7 @@ int gmem_reclaim_drain(struct gmem_hnode *hnode)
 			tries = 0;
 		else if (err == -EBUSY || err == -EAGAIN)
 			pause_ns(DRAIN_PAUSE_NS);
-		else
+		else if (err != -EBADMSG) /* else it is lost, and gone */
 			return err;
 	}
 	return err ? err : -EBUSY;

@@ -354,7 +354,7 @@ static void resume_process(struct gmem_session *session, struct gmem_recovery *r
 static int protect_view(struct gmem_view *view, struct gmem_range range, void *arg)
 {
 	(void)arg;
-	gmem_uffd_pmap_protect(gmem_view_pmap(view), range, GMEM_PROT_READ);
+	gmem_view_protect(view, range, GMEM_PROT_READ);
 	return 0;
 }
 
@@ -376,6 +376,8 @@ static bool has_pages(struct gmem_core *core, int hnid)
 {
 	struct gmem_hnode *hnode = gmem_core_hnode(core, hnid);
 
+	if (hnode && gmem_hnode_is_remote(hnode))
+		return false; /* its frames went with the process that had made them */
 	return hnode && (!gmem_hnode_is_peer(hnode) || (hnode->keep && hnode->keep->restored));
 }
 

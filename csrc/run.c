@@ -137,38 +137,37 @@ static int pull(struct run *run, struct gmem_hnode *from, uint8_t *dst)
 }
 
 /* Behind a device's own link, or a tier's. */
-static int fill_by_driver(struct run *run, struct gmem_hnode *from, struct gmem_hnode *to, struct gmem_file *file,
-			  uint8_t *dst, const uint8_t *src)
+static int fill_by_driver(struct run *run, struct gmem_hnode *from, struct gmem_hnode *to, struct gmem_file *file)
 {
-	int err = gmem_file_populate(file, file_offset(run), run_bytes(run));
+	struct gmem_page *pages[GMEM_RUN_PAGES];
+	uint8_t *dst;
+	int err = gmem_file_reserve(file, file_offset(run), run_bytes(run));
 
-	if (!err && gmem_hnode_is_peer(from))
-		err = pull(run, from, dst);
-	else if (!err)
-		err = gmem_copy_by_engine(gmem_copy_engine(from, to), dst, src, run_bytes(run));
-	return err;
+	if (!err && gmem_hnode_is_peer(from)) {
+		err = gmem_object_at(run->args->object, to->hnid, run->pages[0].offset, &dst);
+		return err ? err : pull(run, from, dst);
+	}
+	for (size_t i = 0; i < run->count; i++)
+		pages[i] = &run->pages[i];
+	return err ? err : gmem_copy_pages(from, to, pages, run->count);
 }
 
 static int fill(struct run *run, struct gmem_hnode *from, struct gmem_hnode *to)
 {
 	struct gmem_object *object = run->args->object;
-	uint8_t *src = NULL, *dst;
+	uint8_t *src, *dst;
 	struct gmem_file *file;
 	int err = gmem_object_file(object, to->hnid, &file);
 
 	mark_all(run, GMEM_DIR_FILL, to->hnid);
 	if (err || !from)
 		return err ? err : gmem_file_populate(file, file_offset(run), run_bytes(run));
-	err = gmem_object_alias(object, to->hnid, &dst);
-	if (!err && !gmem_hnode_is_peer(from))
-		err = gmem_object_alias(object, from->hnid, &src);
-	if (err)
-		return err;
-	dst += run->pages[0].offset;
-	src = src ? src + run->pages[0].offset : NULL;
 	if (by_driver(from, to))
-		return fill_by_driver(run, from, to, file, dst, src);
-	return gmem_file_fill(file, file_offset(run), dst, src, run_bytes(run));
+		return fill_by_driver(run, from, to, file);
+	err = gmem_object_at(object, to->hnid, run->pages[0].offset, &dst);
+	if (!err)
+		err = gmem_object_at(object, from->hnid, run->pages[0].offset, &src);
+	return err ? err : gmem_file_fill(file, file_offset(run), dst, src, run_bytes(run));
 }
 
 /* Through the view: allocates, fills and maps in one go. */
@@ -208,7 +207,8 @@ static int fetch(struct run *run)
 	if (gmem_word_valid(run->pages[0].word) >> run->args->hnid & 1)
 		return 0;
 	from = gmem_page_source(&run->pages[0]);
-	if (!to || gmem_hnode_is_peer(to))
+	if (!to || gmem_hnode_is_peer(to) || !gmem_hnode_takes(to, run->page_bytes) ||
+	    (from && !gmem_copy_reaches(from, to)))
 		return -EOPNOTSUPP;
 	through_view = through_view && from && !by_driver(from, to);
 	prepare(run, to);
@@ -272,13 +272,14 @@ static int own(struct run *run)
 
 static int map(struct run *run)
 {
-	struct gmem_pmap *pmap = gmem_view_pmap(run->args->view);
+	struct gmem_view *view = run->args->view;
 	struct gmem_range range = { run->args->va, run_bytes(run) };
 	bool writable = gmem_word_writer(run->pages[0].word) == run->args->hnid;
 
 	if (run->mapped)
-		return writable ? gmem_uffd_pmap_protect(pmap, range, GMEM_PROT_WRITE) : 0;
-	return gmem_uffd_pmap_enter(pmap, range, 0, writable ? GMEM_PROT_WRITE : GMEM_PROT_READ);
+		return writable ? gmem_view_protect(view, range, GMEM_PROT_WRITE) : 0;
+	return gmem_view_enter(view, range, run->args->object, run->pages[0].offset,
+			       writable ? GMEM_PROT_WRITE : GMEM_PROT_READ);
 }
 
 /* A guess, or what was asked for. before: the words as they were found are alike in all but what does not matter here. */

@@ -261,11 +261,29 @@ int gmem_session_watch(struct gmem_session *session, int hnid, uint64_t context,
 	return 0;
 }
 
+/* A successor would not find its frames any more, so nothing of it is kept. */
+int gmem_session_view_pmap(struct gmem_session *session, struct gmem_hnode *hnode, uint64_t context, struct gmem_pmap *pmap,
+			   pid_t pid)
+{
+	struct gmem_view *view = calloc(1, sizeof(*view));
+
+	if (!view)
+		return -ENOMEM;
+	*view = (struct gmem_view){ .refs = 1, .id = context, .hnid = hnode->hnid, .uffd = -1, .pidfd = -1, .pid = pid,
+				    .hnode = hnode, .pmap = pmap, .session_id = session->id, .as = &session->as,
+				    .session = gmem_session_ref(session) };
+	gmem_as_add_view(&session->as, view);
+	return 0;
+}
+
 void gmem_session_unwatch(struct gmem_session *session, struct gmem_view *view)
 {
 	struct gmem_hnode *hnode = gmem_core_hnode(session->core, view->hnid);
 
-	gmem_faults_unwatch(session->core, view);
+	if (view->pmap)
+		atomic_store(&view->dead, true);
+	else
+		gmem_faults_unwatch(session->core, view);
 	if (!gmem_as_remove_view(&session->as, view))
 		return;
 	forget_view(view);

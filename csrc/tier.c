@@ -98,15 +98,3 @@ int gmem_tier_free(struct gmem_hnode *peer, uint64_t key, uint64_t bytes)
 	gmem_duty_driver(peer->hnid, NULL);
 	return err;
 }
-
-int gmem_tier_relay(struct gmem_hnode *from, struct gmem_hnode *to, uint64_t key, size_t bytes)
-{
-	struct gmem_peer_io io = { .key = key, .memory = to->relay, .bytes = bytes };
-
-	gmem_mutex_lock(&to->relay_lock);
-	gmem_tier_pull(from, &io, 1);
-	if (!io.result)
-		gmem_tier_push(to, &io, 1);
-	gmem_mutex_unlock(&to->relay_lock);
-	return io.result;
-}

@@ -4,6 +4,7 @@
 
 #include <gmem/crash.h>
 #include <gmem/as.h>
+#include <gmem/devmem.h>
 #include <gmem/internal.h>
 #include <gmem/tier.h>
 #include <gmem/vm_object.h>
@@ -102,7 +103,10 @@ static void free_pages(struct gmem_object *object)
 	}
 	for (int h = 0; h < GMEM_HNODE_MAX; h++) {
 		struct gmem_file *file = atomic_load(&object->account->files[h][object->class_]);
+		struct gmem_file *mem = atomic_load(&object->account->mems[h][object->class_]);
 
+		if (mem && used >> h & 1)
+			gmem_file_punch(mem, object->offset, object->bytes);
 		/* the host's even if nothing is recorded there: the client can have touched it unwatched */
 		if (file && (h == GMEM_HOST || used >> h & 1))
 			gmem_file_punch(file, object->offset, object->bytes);
@@ -164,6 +168,26 @@ int gmem_object_alias(struct gmem_object *object, int hnid, uint8_t **ret)
 	gmem_mutex_unlock(&object->lock);
 	if (!err)
 		*ret = alias;
+	return err;
+}
+
+int gmem_object_at(struct gmem_object *object, int hnid, uint64_t offset, uint8_t **ret)
+{
+	struct gmem_file *file;
+	uint8_t *alias;
+	int err = gmem_object_file(object, hnid, &file);
+
+	if (err)
+		return err;
+	if (file->mem) {
+		alias = gmem_devmem_at(file, object->offset + offset);
+		if (alias)
+			*ret = alias;
+		return alias ? 0 : -ENOENT;
+	}
+	err = gmem_object_alias(object, hnid, &alias);
+	if (!err)
+		*ret = alias + offset;
 	return err;
 }
 

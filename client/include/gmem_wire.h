@@ -7,7 +7,7 @@
  *   client                                   daemon
  *     HELLO ───────────────────────────────►   authenticates by SO_PEERCRED (and by token, see kinds)
  *                ◄─────────────────────────── WELCOME  + fds: [userfaultfd device] [huge file] [small file]
- *                                                             [ring, its doorbell]
+ *                                                             [ring, its doorbell] [channel]
  *                ◄─────────────────────────── REGION × welcome.region_count, each + 1 fd
  *     (maps the regions)
  *     UFFD + fd ───────────────────────────►   checks the fd, UFFDIO_API, UFFDIO_REGISTER
@@ -54,6 +54,8 @@ enum gmem_wire_kind {
 #define GMEM_WIRE_EVENT_FORK (1u << 3)     /* forks arrive as uffd events: leave regions inheritable */
 #define GMEM_WIRE_FORK_STORED (1u << 4)    /* FORK_CHILD: the child's uffd is stored already; only READY follows */
 #define GMEM_WIRE_HAS_RING (1u << 5)       /* two descriptors: struct gmem_ring_shared to map, and its eventfd */
+#define GMEM_WIRE_HAS_CHANNEL (1u << 6)    /* CONTEXT: this process is the context itself; only READY follows */
+#define GMEM_WIRE_HAS_CUDA (1u << 7)       /* contexts on CUDA devices need the window reserved before anything is in it */
 /* Without HAS_UFFD_DEV a client makes its uffd by userfaultfd(UFFD_USER_MODE_ONLY): system calls on memory that is
  * not mapped yet then fail with EFAULT, so it touches the range itself first. */
 
@@ -241,6 +243,50 @@ struct gmem_agent_shared {
 	uint32_t head, pad1[15]; /* gmemd; the client's futex */
 	uint32_t tail, pad2[15]; /* client */
 	struct gmem_agent_entry entries[GMEM_AGENT_ENTRIES];
+};
+
+/* ---- the channel: what the driver of a device that makes its own frames asks of a context's process ----
+ *
+ * A SEQPACKET socket pair. gmemd says struct gmem_channel_hello once, then sends batches of steps, which are done in
+ * order; each batch is answered by struct gmem_channel_done, in order. A batch carries one descriptor for each of its
+ * IMPORT steps. Whoever does not answer in time loses the context; when the socket ends, the process removes every
+ * translation that it has made.
+ */
+#define GMEM_CHANNEL_MAGIC 0x4e414843u /* "CHAN" */
+#define GMEM_CHANNEL_VERSION 1u
+#define GMEM_CHANNEL_STEPS 64u
+
+enum gmem_channel_op {
+	GMEM_CHANNEL_IMPORT = 1, /* frame: a number for what the descriptor stands for */
+	GMEM_CHANNEL_FORGET,     /* frame: it is mapped nowhere; let go of it */
+	GMEM_CHANNEL_MAP,        /* frame, va, writable */
+	GMEM_CHANNEL_UNMAP,      /* frame, va */
+	GMEM_CHANNEL_PROTECT,    /* frame, va, writable */
+};
+
+struct gmem_channel_hello {
+	uint32_t magic, version;
+	uint8_t uuid[16];      /* which device */
+	uint32_t frame_count;  /* numbers are below */
+	uint32_t frame_bytes;
+};
+
+struct gmem_channel_step {
+	uint32_t op, frame;
+	uint64_t va;
+	uint32_t writable, reserved;
+};
+
+struct gmem_channel_batch { /* as many steps as it says */
+	uint64_t sequence; /* 1, 2, ... */
+	uint32_t count, reserved;
+	struct gmem_channel_step steps[GMEM_CHANNEL_STEPS];
+};
+
+struct gmem_channel_done {
+	uint64_t sequence;
+	int32_t status; /* 0 or -errno */
+	int32_t error;  /* the device's own word for it */
 };
 
 #endif

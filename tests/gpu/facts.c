@@ -3,7 +3,7 @@
  * What this machine's GPU, driver and kernel allow, step by step: the facts that the cuda driver stands on. Each step is
  * a process of its own, so that one that dies or hangs costs that step only. One line "step key value" a fact.
  *
- *   cc -Icsrc/include -Icsrc/drivers tests/gpu/facts.c csrc/drivers/cuda_api.c -o build/facts -ldl -pthread
+ *   cc -Icsrc/include -Iclient/include tests/gpu/facts.c -o build/facts -ldl -pthread
  *   build/facts tests/gpu/kernels.ptx [STEP ...]
  */
 #define _GNU_SOURCE
@@ -26,7 +26,7 @@
 
 #include <gmem/uapi.h>
 
-#include "cuda_api.h"
+#include <gmem_cuda_api.h>
 
 #ifndef MFD_HUGETLB
 #define MFD_HUGETLB 4u
@@ -36,7 +36,8 @@
 #define GIB (1ull << 30)
 #define LENGTH(a) (sizeof(a) / sizeof((a)[0]))
 
-static const struct gmem_cuda_api *cu;
+static struct gmem_cuda_api api;
+static const struct gmem_cuda_api *const cu = &api;
 static const char *step, *ptx_path;
 static CUfunction fill, bump, sum, spin;
 static CUstream stream;
@@ -966,7 +967,7 @@ int main(int argc, char **argv)
 		return 2;
 	}
 	ptx_path = argv[1];
-	err = gmem_cuda_api_load(&cu, &missing);
+	err = gmem_cuda_api_load(&api, &missing);
 	if (err) {
 		fprintf(stderr, "libcuda: %s %s\n", strerror(-err), missing ? missing : "");
 		return 1;

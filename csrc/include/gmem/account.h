@@ -41,6 +41,8 @@ struct gmem_account {
 	struct gmem_account *parent;                     /* (C) of the session it was forked from: its files stay open */
 	struct gmem_mutex lock;                          /* guards the making of files */
 	_Atomic(struct gmem_file *) files[GMEM_HNODE_MAX][GMEM_CLASS_COUNT]; /* (A) set once under lock */
+	_Atomic(struct gmem_file *) mems[GMEM_HNODE_MAX][GMEM_CLASS_COUNT]; /* (A) changed under lock: of a device that makes its own frames */
+	struct gmem_file *retired;                       /* lock; mems of devices that are gone */
 	struct gmem_share shares[GMEM_HNODE_MAX];
 	uint32_t mates[GMEM_HNODE_MAX];                  /* (H) its frames there, as a ring: the next to look at */
 	uint64_t pressure_ns[GMEM_HNODE_MAX];            /* (H) when it last reached its quota; 0: never, or long ago */

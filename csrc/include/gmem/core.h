@@ -114,6 +114,10 @@ int gmem_context_attach(struct gmem_core *core, uint64_t session, int hnid, int 
 			uint64_t *ret_context);
 /* The process has mapped a range beside its window, of a region that has moved there. -EINVAL: there is none. */
 int gmem_context_overlay(struct gmem_core *core, uint64_t context, uint64_t va, uint64_t bytes);
+/* On a device that makes its own frames: a context in the client's own process, which is at the other end of *ret_fd (the
+ * caller's): gmem_wire.h says what it is asked there. -ENOTSUP: this device's contexts are processes of their own, or for
+ * the functions above: they are not. */
+int gmem_context_channel(struct gmem_core *core, uint64_t session, int hnid, pid_t pid, uint64_t *ret_context, int *ret_fd);
 int gmem_context_detach(struct gmem_core *core, uint64_t context);
 
 /* ---- memory ---- */

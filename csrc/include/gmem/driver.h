@@ -9,7 +9,10 @@
  *   - a device whose contexts are processes with a uffd (simgpu) sets GMEM_CAP_CPU_VISIBLE, leaves pmap_* as the
  *     gmem_uffd_pmap_* functions of pmap.h, and needs copy only if its link is slower than the CPU;
  *   - a device that stores pages behind its own allocator (every tier) sets GMEM_CAP_PEER and gives peer_map,
- *     peer_unmap and peer_free, or peer_map_batch, peer_unmap_batch and peer_free.
+ *     peer_unmap and peer_free, or peer_map_batch, peer_unmap_batch and peer_free;
+ *   - a device whose memory the CPU can't reach, and whose contexts are in the clients' own processes (cuda), sets
+ *     GMEM_CAP_OWN_FRAMES and gives mem_*, pmap_open, pmap_map, pmap_flush, pmap_protect, pmap_release, pmap_destroy
+ *     and copy.
  * Ops return 0 or -errno, may be called from several threads at once, and may block unless said otherwise.
  */
 #ifndef GMEM_DRIVER_H
@@ -29,10 +32,12 @@
 #define GMEM_CAP_REMOTE 0x200
 #define GMEM_CAP_SAME_VA 0x400     /* device pointers equal CPU pointers */
 #define GMEM_CAP_CPU_VISIBLE 0x800 /* frames are pages of a memfd: the core allocates and aliases them */
+#define GMEM_CAP_OWN_FRAMES 0x2000 /* it makes its frames itself, and only its copy engine reaches them */
 #define GMEM_CAP_SLOW 0x1000       /* ops block for long (or need the GIL): the core calls them from filler threads */
 
 struct gmem_device; /* the driver's own */
 struct gmem_pmap;   /* one context's page table; the driver's own, or a view (pmap.h) */
+struct gmem_mem;    /* one session's memory of one page class on the device; the driver's own */
 
 /* Configuration: string pairs, as written in the configuration file or on gmemctl attach. Unknown keys are an
  * error: the driver returns -EINVAL and names the key in message. */
@@ -152,6 +157,30 @@ struct gmem_driver_ops {
 	int (*peer_map_batch)(struct gmem_device *device, struct gmem_peer_io *io, size_t count);
 	int (*peer_unmap_batch)(struct gmem_device *device, struct gmem_peer_io *io, size_t count);
 	int (*peer_usage)(struct gmem_device *device, struct gmem_device_usage *ret);
+
+	/* Devices that make their own frames. A mem is sparse, and addressed as the file of such pages would be: by offset,
+	 * in pages of the device's. How much of it may be there at a time is counted by the core.
+	 *
+	 * owner names the session whose memory it is: what one session's contexts could once reach is never given to
+	 * another session. It may be destroyed after remove. */
+	int (*mem_create)(struct gmem_device *device, uint64_t owner, uint64_t bytes, struct gmem_mem **ret);
+	void (*mem_destroy)(struct gmem_mem *mem);
+	/* Makes the frames of a range that are not there: of zeros, or (zeroed false: they are about to be written whole) of
+	 * anything that no other session had. -ENOSPC: others have the device's memory; nothing was made. */
+	int (*mem_alloc)(struct gmem_mem *mem, uint64_t offset, uint64_t bytes, bool zeroed);
+	/* Frees those that are there, having removed their translations from every context. */
+	int (*mem_free)(struct gmem_mem *mem, uint64_t offset, uint64_t bytes);
+	/* Where the copy engine finds the frame: an address for struct gmem_sg, which the CPU can't use. NULL: not there. */
+	void *(*mem_at)(struct gmem_mem *mem, uint64_t offset);
+
+	/* Contexts in a client's process: at the other end of channel, a SEQPACKET socket pair's, which the driver takes
+	 * over on success. What is asked of the process may be queued: pmap_flush returns when all of it is done.
+	 * -EOWNERDEAD, from then on and from every op: the process has not done it in time, has failed at it or is gone;
+	 * no frame is mapped there any more as far as the driver is concerned. */
+	int (*pmap_open)(struct gmem_device *device, uint64_t as_id, int channel, struct gmem_pmap **ret);
+	int (*pmap_map)(struct gmem_pmap *pmap, struct gmem_range range, struct gmem_mem *mem, uint64_t offset,
+			enum gmem_prot prot);
+	int (*pmap_flush)(struct gmem_pmap *pmap);
 };
 
 #endif

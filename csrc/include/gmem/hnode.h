@@ -42,7 +42,8 @@ struct gmem_hnode {
 	_Atomic uint32_t rank;                   /* (A) tiers: place in the chain below the host */
 	struct gmem_mutex lock;
 	uint64_t used_bytes, peak_bytes, pinned_bytes; /* (H) */
-	uint64_t full_at_bytes;                  /* (H) tiers: its driver had no room for more than so much; 0: unknown */
+	uint64_t full_at_bytes;                  /* (H) its driver had no room for more than so much; 0: unknown */
+	uint64_t full_ns;                        /* (H) when that was */
 	uint64_t pressure_ns;                    /* (H) when an allocation last found it full; 0: never, or long ago */
 	struct gmem_frame *frames;               /* (C) array, mapped sparse; [0] is unused */
 	uint32_t frame_count, frames_bumped, free_head; /* (C), (H), (H) */
@@ -59,7 +60,8 @@ struct gmem_hnode {
 	_Atomic uint64_t faults, in_bytes, out_bytes, evictions, evicted_clean, errors; /* (A) */
 	_Atomic uint64_t sequence;               /* (A) of invalidations */
 	struct gmem_mutex relay_lock;
-	uint8_t *relay;                          /* relay_lock; peers: room for one page */
+	uint8_t *relay;                          /* relay_lock; room for one page, on its way between two that can't reach each other */
+	atomic_bool lost;                        /* (A) its driver has said so */
 	struct gmem_hnode *next_retired;         /* devices_lock */
 };
 
@@ -97,6 +99,14 @@ void gmem_hnode_cool(struct gmem_hnode *hnode, struct gmem_object *object, uint6
 /* Whether a fault thread should leave the waiting for a page of so many bytes to a filler. */
 bool gmem_hnode_slow(const struct gmem_hnode *hnode, uint64_t bytes);
 void gmem_hnode_pinned(struct gmem_hnode *hnode, int64_t bytes);
+
+/* Its memory is reached by its copy engine alone. */
+static inline bool gmem_hnode_is_remote(const struct gmem_hnode *hnode) { return hnode->info.caps & GMEM_CAP_OWN_FRAMES; }
+
+/* Whether pages of so many bytes can be there. */
+bool gmem_hnode_takes(const struct gmem_hnode *hnode, uint64_t page_bytes);
+/* Its driver has failed: if it says that the device is lost, that is told, once. */
+void gmem_hnode_failed(struct gmem_hnode *hnode);
 
 static inline bool gmem_hnode_is_peer(const struct gmem_hnode *hnode) { return hnode->info.caps & GMEM_CAP_PEER; }
 

@@ -31,6 +31,7 @@ enum gmem_rank {
 	GMEM_RANK_KEEP,        /* what outlives the process */
 	GMEM_RANK_TIER,        /* of zstd: slabs of one size class, or a stripe of its entries */
 	GMEM_RANK_TIER_SPANS,  /* of zstd: file offsets that are free */
+	GMEM_RANK_CHANNEL,     /* of cuda: what is said to one client's process */
 	GMEM_RANK_DRIVER,      /* a built-in driver's own: its ops are called with any of the above held */
 };
 

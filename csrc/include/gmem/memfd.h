@@ -9,12 +9,18 @@
 
 #include <gmem/types.h>
 
+struct gmem_hnode;
+struct gmem_mem;
+
 struct gmem_file {
 	atomic_uint refs;       /* (A) */
 	int fd;                 /* (C) */
 	enum gmem_class class_; /* (C) */
 	uint64_t bytes;         /* (C) */
 	uint64_t owner;         /* (C) session id, to tell own files from a parent's */
+	struct gmem_mem *mem;   /* (C) device memory instead of a memfd (devmem.h); NULL: a memfd */
+	struct gmem_hnode *hnode; /* (C) the device's; NULL: a memfd */
+	struct gmem_file *next; /* account->lock; of a device that is gone */
 };
 
 /* Sealed against shrink and grow. hugetlb reserves nothing. */
@@ -26,6 +32,8 @@ void gmem_file_unref(struct gmem_file *file); /* NULL is allowed */
 
 /* Allocates zeroed pages where there are none. -ENOSPC, -ENOMEM. */
 int gmem_file_populate(struct gmem_file *file, uint64_t offset, uint64_t bytes);
+/* The same for pages that are about to be written whole: a device need not make them zero. */
+int gmem_file_reserve(struct gmem_file *file, uint64_t offset, uint64_t bytes);
 /* Frees pages, and so removes them from every mapping in every process. */
 int gmem_file_punch(struct gmem_file *file, uint64_t offset, uint64_t bytes);
 /* Allocates pages and fills them from src in one pass where the file type can. -EFAULT if src has gone. */

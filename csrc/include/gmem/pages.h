@@ -35,6 +35,10 @@ int gmem_one_page(struct gmem_request *request, struct gmem_object *object, uint
 int gmem_for_pages(struct gmem_request *request, uint64_t va, uint64_t bytes, bool inward, bool touched,
 		   gmem_page_fn fn);
 
+/* As many pages from va on, where place is, as are fetched and mapped in one go, at most up to end; room is made for them. 0
+ * leaves the first one to be fetched alone. (advise.c) */
+int gmem_request_run(struct gmem_request *request, const struct gmem_place *place, uint64_t va, uint64_t end, bool own,
+		     enum gmem_why why);
 /* Advice that is about one hnode, and so needs one. (advise.c) */
 bool gmem_advice_is_local(uint64_t advice);
 /* gmem_acquire() and gmem_release() of a range on a context of this session; -EAGAIN soon if it is busy. (acquire.c) */

@@ -48,6 +48,9 @@ int gmem_session_view(struct gmem_session *session, int hnid, uint64_t context, 
 /* The same, kept and watched: from here on its faults are served. */
 int gmem_session_watch(struct gmem_session *session, int hnid, uint64_t context, int uffd, int pidfd, pid_t pid,
 		       bool events, struct gmem_view **ret);
+/* The view of a context in the client's own process, known to movers; takes the pmap over on success. */
+int gmem_session_view_pmap(struct gmem_session *session, struct gmem_hnode *hnode, uint64_t context, struct gmem_pmap *pmap,
+			   pid_t pid);
 void gmem_session_unwatch(struct gmem_session *session, struct gmem_view *view);
 /* The parent's fork event: a child session that has regions and view, but no known process yet. */
 void gmem_session_forked(struct gmem_session *parent, int uffd);

@@ -23,7 +23,5 @@ void gmem_tier_push(struct gmem_hnode *peer, struct gmem_peer_io *io, size_t cou
 void gmem_tier_pull(struct gmem_hnode *peer, struct gmem_peer_io *io, size_t count);
 /* What a peer has under a key is not needed any more; 0 also if it does not want to know. */
 int gmem_tier_free(struct gmem_hnode *peer, uint64_t key, uint64_t bytes);
-/* From peer to peer, through a buffer of the daemon's. */
-int gmem_tier_relay(struct gmem_hnode *from, struct gmem_hnode *to, uint64_t key, size_t bytes);
 
 #endif

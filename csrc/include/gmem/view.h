@@ -12,7 +12,10 @@
 #include <gmem/types.h>
 
 struct gmem_agent;
+struct gmem_object;
+struct gmem_pmap;
 struct gmem_as;
+struct gmem_hnode;
 struct gmem_session;
 
 struct gmem_hold {
@@ -36,7 +39,9 @@ struct gmem_view {
 	atomic_bool dead;             /* (A) */
 	uint64_t id;                  /* (C) context id; 0 for the process itself */
 	int hnid;                     /* (C) */
-	int uffd;                     /* (C) */
+	int uffd;                     /* (C) -1: contexts in the client's process */
+	struct gmem_hnode *hnode;     /* (C) of these, the device's */
+	struct gmem_pmap *pmap;       /* (C) of these, the driver's; NULL: the uffd's (pmap.h) */
 	int pidfd;                    /* (C) -1 if unknown */
 	pid_t pid;                    /* (C) 0 if unknown */
 	bool events;                  /* (C) unmap and remap events are on */
@@ -61,5 +66,18 @@ struct gmem_view {
 
 struct gmem_view *gmem_view_ref(struct gmem_view *view);
 void gmem_view_unref(struct gmem_view *view);
+
+/* ---- its translations, whoever makes them. What a driver does may be queued until gmem_view_flush() ---- */
+
+/* Pages of the object from that offset on, at the range. */
+int gmem_view_enter(struct gmem_view *view, struct gmem_range range, struct gmem_object *object, uint64_t offset,
+		    enum gmem_prot prot);
+/* Those that are there; one whose driver makes them may lose them altogether for GMEM_PROT_READ, and then has to enter
+ * them again. */
+int gmem_view_protect(struct gmem_view *view, struct gmem_range range, enum gmem_prot prot);
+/* Removes translations that a driver makes; nothing of a uffd's, which go with the page. */
+int gmem_view_release(struct gmem_view *view, struct gmem_range range);
+int gmem_view_flush(struct gmem_view *view);
+void gmem_view_wake(struct gmem_view *view, struct gmem_range range);
 
 #endif

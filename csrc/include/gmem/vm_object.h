@@ -47,6 +47,9 @@ void gmem_object_unref(struct gmem_object *object);
 
 int gmem_object_file(struct gmem_object *object, int hnid, struct gmem_file **ret);
 int gmem_object_alias(struct gmem_object *object, int hnid, uint8_t **ret);
+/* Where a copy engine finds the page at that offset of the object; on hnodes that are not remote, the CPU as well.
+ * -ENOENT: there is no frame. */
+int gmem_object_at(struct gmem_object *object, int hnid, uint64_t offset, uint8_t **ret);
 
 /* Calls fn for every view on hnid that maps any of [offset, offset + bytes) of the object's offsets (offsets count
  * from the object's start), with the range in that view's addresses. No lock is held during the call. Stops at the

@@ -1,14 +1,19 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * The part of NVIDIA's driver API (libcuda.so.1) that gmem calls, declared by ourselves and found with dlopen: nothing
- * of CUDA is needed to build, and nothing changes on machines without a GPU. Names, values and layouts as the CUDA
+ * of CUDA is needed to build, and nothing changes on machines without a GPU. A leaf, for the daemon and for clients; files
+ * that include it define _GNU_SOURCE. Names, values and layouts as the CUDA
  * driver API documentation gives them (11.0 and later; stable ABI, the _v2 symbols where there are some).
  */
 #ifndef GMEM_CUDA_API_H
 #define GMEM_CUDA_API_H
 
+#include <dlfcn.h>
+#include <errno.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
 
 typedef int CUresult;
 typedef int CUdevice;
@@ -25,10 +30,13 @@ enum {
 	CUDA_ERROR_INVALID_VALUE = 1,
 	CUDA_ERROR_OUT_OF_MEMORY = 2,
 	CUDA_ERROR_DEINITIALIZED = 4,
+	CUDA_ERROR_DEVICE_UNAVAILABLE = 46,
 	CUDA_ERROR_NO_DEVICE = 100,
 	CUDA_ERROR_INVALID_DEVICE = 101,
+	CUDA_ERROR_ECC_UNCORRECTABLE = 214,
 	CUDA_ERROR_NOT_READY = 600,
 	CUDA_ERROR_ILLEGAL_ADDRESS = 700,
+	CUDA_ERROR_LAUNCH_FAILED = 719,
 	CUDA_ERROR_NOT_SUPPORTED = 801,
 };
 
@@ -137,8 +145,28 @@ struct gmem_cuda_api {
 #undef X
 };
 
-/* Loads libcuda once; 0, -ENOENT (no libcuda here) or -ENOSYS (one without a symbol; *ret_missing names it). The
- * environment's GMEM_LIBCUDA names another library, as tests do with their double. */
-int gmem_cuda_api_load(const struct gmem_cuda_api **ret, const char **ret_missing);
+/* Loads libcuda into ret; 0, -ENOENT (no libcuda here) or -ENOSYS (one without a symbol; *ret_missing names it). The
+ * environment's GMEM_LIBCUDA names another library, as tests do with their double. It is never unloaded. */
+static inline int gmem_cuda_api_load(struct gmem_cuda_api *ret, const char **ret_missing)
+{
+	const char *name = secure_getenv("GMEM_LIBCUDA");
+	void *library = dlopen(name && *name ? name : "libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+	const char *missing = NULL;
+
+	if (!library)
+		return -ENOENT;
+#define X(member, symbol, parameters) \
+	do { \
+		void *found = dlsym(library, #symbol); \
+		if (!found) \
+			missing = #symbol; \
+		memcpy(&ret->member, &found, sizeof(found)); \
+	} while (0);
+	GMEM_CUDA_API(X)
+#undef X
+	if (missing && ret_missing)
+		*ret_missing = missing;
+	return missing ? -ENOSYS : 0;
+}
 
 #endif
