@@ -110,6 +110,12 @@ $(eval $(call flavour,asan,asan))
 $(eval $(call flavour,tsan,tsan))
 $(eval $(call flavour,cov,cov))
 
+# A double of libcuda, for tests without a GPU.
+build/gpu/libcuda-double.so: tests/gpu/double.c client/include/gmem_cuda_api.h
+	@mkdir -p $(@D)
+	@echo "cc $@"; $(CC) -std=gnu11 -O2 -g -Wall -Wextra -Werror -pthread -fPIC -shared -fvisibility=hidden \
+		-Iclient/include $< -o $@
+
 asan: $(VENV)/.test c-asan ## the C tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	GMEM_C_FLAVOURS=asan $(BIN)/python -m pytest tests/unit_c $(PYTEST_FLAGS)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cffi import FFI
 
-SOURCES = ("agent.c", "handshake.c", "link.c", "map.c", "ring.c", "uffd.c", "words.c")
+SOURCES = ("agent.c", "cuda.c", "cuda_context.c", "handshake.c", "link.c", "map.c", "ring.c", "uffd.c", "words.c")
 
 ffibuilder = FFI()
 ffibuilder.cdef(
@@ -49,6 +49,16 @@ ffibuilder.cdef(
     void gmem_link_cancel(struct gmem_link *link);
     const char *gmem_ring_argument(uint32_t blame);
     void gmem_ring_words(uint32_t op, const struct gmem_ring_cqe *cqe, char *ret, size_t capacity);
+    struct gmem_cuda;
+    int gmem_cuda_open(struct gmem_link *session, struct gmem_link *context, uint64_t id, struct gmem_cuda **ret,
+                       char *message);
+    void gmem_cuda_close(struct gmem_cuda *cuda);
+    int gmem_cuda_ordinal(const struct gmem_cuda *cuda);
+    int gmem_cuda_release(struct gmem_cuda *cuda, uint64_t stream, const uint64_t *ranges, size_t count,
+                          uint64_t *ret_ticket);
+    int gmem_cuda_wait(struct gmem_cuda *cuda, uint64_t ticket, uint64_t timeout_ns);
+    int gmem_cuda_status(struct gmem_cuda *cuda, char *what);
+    int gmem_cuda_check(char *message);
     #define GMEM_STREAM_MAX ...
     #define GMEM_RING_NOP ...
     #define GMEM_RING_ADVISE ...
@@ -79,11 +89,11 @@ ffibuilder.cdef(
 _HERE = Path(__file__).resolve().parent.name
 ffibuilder.set_source(
     "gmem._client",
-    '#include "link.h"\n#include "ring.h"',
+    '#include "cuda.h"\n#include "link.h"\n#include "ring.h"',
     sources=[f"{_HERE}/src/{name}" for name in SOURCES],
     include_dirs=[f"{_HERE}/src", f"{_HERE}/include"],
     extra_compile_args=["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread"],
-    extra_link_args=["-pthread"],
+    extra_link_args=["-pthread", "-ldl"],
 )
 
 if __name__ == "__main__":

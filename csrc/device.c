@@ -253,6 +253,13 @@ int gmem_limit(struct gmem_core *core, int hnid, uint64_t bytes)
 	return err;
 }
 
+uint32_t gmem_device_caps(struct gmem_core *core, int hnid)
+{
+	struct gmem_hnode *hnode = gmem_core_hnode(core, hnid);
+
+	return hnode ? hnode->info.caps : 0;
+}
+
 /* ---- contexts ---- */
 
 static int context_device(struct gmem_core *core, int hnid)

@@ -25,6 +25,7 @@ struct gmem_recovery {
 	struct gmem_account **accounts;
 	struct gmem_object **objects;
 	size_t account_count, object_count;
+	uint64_t next_id; /* of sessions: those from here on are ours */
 };
 
 static struct gmem_account *find_account(struct gmem_recovery *recovery, uint64_t id)
@@ -256,6 +257,7 @@ int gmem_recover_load(struct gmem_core *core)
 	if (!recovery)
 		return -ENOMEM;
 	core->recovery = recovery;
+	recovery->next_id = atomic_load(&core->next_id);
 	err = load_accounts(core, recovery);
 	if (!err)
 		err = load_files(core, recovery);
@@ -594,9 +596,11 @@ static void wake_all(struct gmem_core *core, struct gmem_view *view)
 		gmem_uffd_wake(view->uffd, core->window.part_base[c], core->window.part_bytes[c]);
 }
 
+/* Once one is served, it may fork: the child is watched already, and a second time would end that. */
 static void go_on(struct gmem_session *session, struct gmem_recovery *recovery)
 {
-	(void)recovery;
+	if (session->id >= recovery->next_id)
+		return;
 	for (struct gmem_view *view = session->as.views; view; view = view->next)
 		if (!gmem_faults_watch(session->core, view))
 			wake_all(session->core, view);

@@ -232,6 +232,8 @@ cdef extern from "gmem/core.h" nogil:
     int gmem_context_files(gmem_core *, uint64_t, int, int *)
     int gmem_context_overlays(gmem_core *, uint64_t, int, gmem_region_info *, size_t, size_t *)
     int gmem_context_attach(gmem_core *, uint64_t, int, int, int, pid_t, uint64_t *)
+    uint32_t gmem_device_caps(gmem_core *, int)
+    int gmem_context_channel(gmem_core *, uint64_t, int, pid_t, uint64_t *, int *)
     int gmem_context_overlay(gmem_core *, uint64_t, uint64_t, uint64_t)
     int gmem_context_detach(gmem_core *, uint64_t)
     int gmem_mmap(gmem_core *, uint64_t, const gmem_mmap_args *, gmem_region_info *)

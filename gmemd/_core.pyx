@@ -449,6 +449,26 @@ cdef class Core:
             _raise(err)
         return context
 
+    def device_caps(self, int hnid):
+        """The bits of caps.CAPS; 0 for a number that is no device's. Waits for nobody."""
+        cdef gmem_core *core = self._enter()
+        cdef uint32_t caps = gmem_device_caps(core, hnid)
+        self._leave()
+        return caps
+
+    def context_channel(self, uint64_t session, int hnid, pid_t pid):
+        """(context, descriptor) of a context in the client's own process; the descriptor is the caller's, to pass on.
+        ENOTSUP: this device's contexts are processes of their own."""
+        cdef gmem_core *core = self._enter()
+        cdef uint64_t context = 0
+        cdef int err, fd = -1
+        with nogil:
+            err = gmem_context_channel(core, session, hnid, pid, &context, &fd)
+        self._leave()
+        if err:
+            _raise(err)
+        return context, fd
+
     def context_overlay(self, uint64_t context, uint64_t va, uint64_t size):
         cdef gmem_core *core = self._enter()
         cdef int err

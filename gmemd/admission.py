@@ -169,6 +169,8 @@ class Admissions:
         self._sessions.check_context_count(session)
         admission = Admission(wire.Welcome())
         with self._sessions.hold(session), self._devices.hold(hello.device) as hnid:
+            if self._devices.makes_frames(hnid):
+                return self._own_context(who, hello, session, hnid)
             try:
                 flags = self._lend(admission, *self._core.context_files(session.core_id, hnid))
                 self._lend_regions(admission, self._core.context_overlays(session.core_id, hnid))
@@ -197,10 +199,31 @@ class Admissions:
         admission.welcome = self._welcome(session.core_id, flags, hello.token, len(admission.regions), hnid)
         return admission
 
+    def _own_context(self, who: Claimant, hello: wire.Hello, session: Session, hnid: int) -> Admission:
+        """A context in the client's own process: a channel, and neither memory to map nor a userfaultfd. Nothing of it is
+        kept for a successor, which could not go on with it."""
+        if who.pid != session.pid:
+            text = f"device: a context on {hello.device} is the session's own process"
+            raise RequestError(errno.EPERM, text, "device")
+        context_id, channel = self._core.context_channel(session.core_id, hnid, who.pid)
+        context = Context(context_id, session, hnid, who.pid, who.on_end)
+        try:
+            self._sessions.open_context(session, context)
+        except BaseException:
+            os.close(channel)
+            with contextlib.suppress(OSError):
+                self._core.context_detach(context_id)
+            raise
+        admission = Admission(wire.Welcome(), close=lambda reason: self._sessions.end_context(context, reason))
+        admission.welcome_fds, admission.lent = [channel], {channel: channel}
+        admission.welcome = self._welcome(session.core_id, wire.HAS_CHANNEL, hello.token, 0, hnid)
+        return admission
+
     def _lend(self, admission: Admission, huge: int | None, small: int | None) -> int:
         """The flags of the descriptors that go with WELCOME, in the order of gmem_wire.h."""
         features = self._core.features()
         flags = wire.EVENT_FORK if features["event_fork"] else 0
+        flags |= wire.HAS_CUDA if self._devices.any_makes_frames() else 0
         device = features["uffd_device_fd"] if features["uffd_device_fd"] >= 0 else None
         for flag, fd in ((wire.HAS_UFFD_DEV, device), (wire.HAS_HUGE, huge), (wire.HAS_SMALL, small)):
             if fd is not None:

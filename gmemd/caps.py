@@ -16,6 +16,7 @@ CAPS = {
     "same_va": 0x400,
     "cpu_visible": 0x800,
     "slow": 0x1000,
+    "own_frames": 0x2000,
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import structlog
 
-from gmemd.caps import cap_names, page_sizes
+from gmemd.caps import CAPS, cap_names, page_sizes
 from gmemd.drivers.registry import Registry
 from gmemd.errors import RequestError, as_request_error
 from gmemd.notes import Notes
@@ -202,6 +202,15 @@ class DeviceTable:
     def name_of(self, hnid: int) -> str:
         with self._changed:
             return next((name for name, number in self._hnids.items() if number == hnid), "host" if not hnid else "")
+
+    def makes_frames(self, hnid: int) -> bool:
+        """Its contexts are the clients' own processes, with a channel each."""
+        return bool(self._core.device_caps(hnid) & CAPS["own_frames"])
+
+    def any_makes_frames(self) -> bool:
+        with self._changed:
+            hnids = list(self._hnids.values())
+        return any(self.makes_frames(hnid) for hnid in hnids)
 
     def names(self) -> list[str]:
         with self._changed:

@@ -30,6 +30,8 @@ HAS_SMALL = 1 << 2
 EVENT_FORK = 1 << 3
 FORK_STORED = 1 << 4
 HAS_RING = 1 << 5
+HAS_CHANNEL = 1 << 6
+HAS_CUDA = 1 << 7
 
 HAS_AGENT = 1 << 0  # of READY
 

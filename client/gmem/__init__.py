@@ -20,6 +20,7 @@ from gmem._advice import (
     where,
 )  # fmt: skip
 from gmem._buffer import Buffer, MemoryResource, alloc
+from gmem._cuda import CudaContext, DeviceView
 from gmem._device import Context, Device, device, devices
 from gmem._errors import (
     Busy,
@@ -44,7 +45,7 @@ from gmem._session import Session, connect, default
 
 __all__ = [
     "ADVICE", "DIRTY", "PAGE_DTYPE", "PINNED", "READ_MOSTLY", "STATES", "Buffer", "Busy", "ConnectionLost",
-    "Context", "ContextLost", "Device", "Fence", "GmemError", "InvalidArgument", "KernelError", "KernelTimeout",
+    "Context", "ContextLost", "CudaContext", "Device", "DeviceView", "Fence", "GmemError", "InvalidArgument", "KernelError", "KernelTimeout",
     "MemoryResource", "NotFound", "NotSupported", "OutOfMemory", "PermissionDenied", "Poisoned",
     "QuotaExceeded", "Session", "acquire", "advise", "advise_async", "alloc", "array", "cfunc", "connect", "default",
     "device", "devices", "discard", "empty", "from_file", "full", "memcpy", "memcpy_async", "prefetch",

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from gmem._device import Context
+from gmem._cuda import CudaContext, context_of
+from gmem._device import Context, Device
+from gmem._device import device as find_device
 from gmem._errors import InvalidArgument
 from gmem._fence import Fence
 from gmem._memory import managed_extent
@@ -126,17 +128,46 @@ def where(array: Any, session: Session | None = None) -> np.ndarray[Any, Any]:
     return np.concatenate(parts) if len(parts) > 1 else parts[0].copy()
 
 
+_MODES = ("r", "rw", "w")
+
+
+def _context(what: Any, session: Session | None) -> Context | CudaContext:
+    if isinstance(what, (Context, CudaContext)):
+        return what
+    device = what if isinstance(what, Device) else find_device(what, session)
+    if not device.in_process:
+        raise InvalidArgument(f"context: {device.name} needs an open context, not only its name", argument="context")
+    return context_of(device._session, device)
+
+
 @contextmanager
-def acquire(context: Context, *arrays: Any, write: bool = True) -> Iterator[None]:
-    """Holds arrays on a context's device: migrated, mapped, and not taken away until the end of the block."""
-    ranges = [managed_extent(array, context._session) for array in arrays]
+def acquire(
+    context: Any, *arrays: Any, mode: str | None = None, write: bool | None = None, stream: Any = None,
+    session: Session | None = None,
+) -> Iterator[Any]:
+    """Holds arrays on a context's device: migrated, mapped, and not taken away until the end of the block.
+
+    context: an open one; for an NVIDIA GPU its device (or name or hnid) will do. mode: "r", "rw" (default), or "w" for
+    what the block writes whole, whose content need not be copied (write=False is mode="r"). On an NVIDIA GPU the block
+    gets the arrays' DeviceViews (a tuple, or the one), with `__cuda_array_interface__` and `__dlpack__`, and the arrays are
+    let go when all that is on `stream` at its end has been done: a PyTorch, CuPy or Numba stream, or a CUstream as a
+    number (default: the legacy default stream). The CPU must not touch them in the block: it would wait for its end."""
+    if mode is not None and mode not in _MODES:
+        raise InvalidArgument(f"mode: {mode!r} is none of {', '.join(_MODES)}", argument="mode")
+    mode = mode or ("r" if write is False else "rw")
+    opened = _context(context, session)
+    ranges = [managed_extent(array, opened._session) for array in arrays]
     if not ranges:
         raise InvalidArgument("arrays: nothing to acquire", argument="arrays")
-    context.acquire(ranges, write)
+    if isinstance(opened, CudaContext):
+        with opened.acquired(arrays, mode, stream) as views:
+            yield views if len(views) > 1 else views[0]
+        return
+    opened.acquire(ranges, mode != "r")
     try:
-        yield
+        yield None
     finally:
-        context.release(ranges)
+        opened.release(ranges)
 
 
 def stats(session: Session | None = None) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from gmem._cuda import CudaContext
 from gmem._errors import (
     Busy,
     ContextLost,
@@ -58,9 +59,15 @@ class Device:
     def info(self) -> dict[str, Any]:
         return self._session.device_info(self.name)
 
-    def context(self) -> Context:
-        """Opens a context: a process of this user's, with a page table of its own on the device."""
-        return Context(self._session, self)
+    @property
+    def in_process(self) -> bool:
+        """Its contexts are this process's own (an NVIDIA GPU), not processes beside it."""
+        return "own_frames" in self.caps
+
+    def context(self) -> Any:
+        """Opens a context: a process of this user's, with a page table of its own on the device; or, on an NVIDIA GPU,
+        this process's primary context (CudaContext)."""
+        return CudaContext(self._session, self) if self.in_process else Context(self._session, self)
 
     def __repr__(self) -> str:
         return f"<gmem.Device {self.name} (hnid {self.hnid}, {self.driver}, {self.capacity_bytes} bytes)>"

@@ -319,5 +319,7 @@ def _end_contexts() -> None:
     """Device processes would notice that we are gone, but a moment later."""
     if _default is not None and not _default.closed:
         for context in list(_default.contexts):
+            if context.device.in_process:
+                continue  # it ends with us
             with suppress(Exception):
                 context.close()

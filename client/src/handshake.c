@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "agent.h"
+#include "cuda.h"
 #include "link.h"
 #include "ring.h"
 
@@ -125,6 +126,8 @@ static int get_welcome(struct gmem_link *link)
 			err = gmem_ring_create(link, fds[used], fds[used + 1], &link->ring);
 			used += 2;
 		}
+		if (used < count && (link->hello.flags & GMEM_WIRE_HAS_CHANNEL))
+			link->channel = fds[used++];
 	}
 	while (used < count)
 		close(fds[used++]);
@@ -206,10 +209,10 @@ static bool wanted(const char *variable)
 static int attempt(struct gmem_link *link, uint32_t kind, const uint8_t *token, const char *device)
 {
 	struct gmem_wire_hello hello = { .header = header(GMEM_WIRE_HELLO), .kind = kind };
-	bool stored;
+	bool stored, channel;
 	int err;
 
-	link->sock = link->uffd = link->uffd_dev = link->files[0] = link->files[1] = -1;
+	link->sock = link->uffd = link->uffd_dev = link->files[0] = link->files[1] = link->channel = -1;
 	link->message[0] = '\0';
 	link->ring = NULL;
 	link->agent = NULL;
@@ -229,18 +232,21 @@ static int attempt(struct gmem_link *link, uint32_t kind, const uint8_t *token, 
 	if (!err || err == -EPIPE) /* a refusal may be there before HELLO could be sent */
 		err = get_welcome(link);
 	stored = !err && (link->hello.flags & GMEM_WIRE_FORK_STORED);
-	if (!err && kind == GMEM_WIRE_CONTEXT) {
+	channel = link->channel >= 0;
+	if (!err && kind == GMEM_WIRE_CLIENT && (link->hello.flags & GMEM_WIRE_HAS_CUDA))
+		gmem_cuda_reserve(link->hello.window_base, link->hello.window_bytes);
+	if (!err && kind == GMEM_WIRE_CONTEXT && !channel) {
 		err = gmem_link_map_window(link);
 		if (err)
 			failed(link, err, "mapping the address window");
 	}
 	if (!err)
 		err = get_regions(link, kind == GMEM_WIRE_FORK_CHILD && (link->hello.flags & GMEM_WIRE_EVENT_FORK));
-	if (!err && !stored)
+	if (!err && !stored && !channel)
 		err = give_uffd(link);
 	if (!err)
 		err = get_ready(link);
-	if (err && kind == GMEM_WIRE_CONTEXT)
+	if (err && kind == GMEM_WIRE_CONTEXT && !channel)
 		gmem_link_unmap_window(link);
 	if (err)
 		gmem_link_hang_up(link);
@@ -266,7 +272,8 @@ int gmem_link_handshake(struct gmem_link *link, uint32_t kind, const uint8_t *to
 
 void gmem_link_hang_up(struct gmem_link *link)
 {
-	int *const fds[] = { &link->sock, &link->uffd, &link->uffd_dev, &link->files[0], &link->files[1] };
+	int *const fds[] = { &link->sock, &link->uffd, &link->uffd_dev, &link->files[0], &link->files[1],
+			     &link->channel };
 
 	if (link->ring)
 		gmem_ring_destroy(link->ring);

@@ -16,6 +16,7 @@
 
 #include "agent.h"
 #include "atfork.h"
+#include "cuda.h"
 #include "link.h"
 #include "ring.h"
 
@@ -97,6 +98,7 @@ static void rejoin(struct gmem_link *link)
 
 static void after_fork_child(void)
 {
+	gmem_cuda_forked();
 	for (struct gmem_link *link = links; link; link = link->next)
 		rejoin(link);
 	if (joined[1] >= 0) {
@@ -247,6 +249,21 @@ bool gmem_link_is_lost(const struct gmem_link *link)
 		n = recv(link->sock, &again, sizeof(again), MSG_DONTWAIT);
 	} while (n > 0 || (n < 0 && errno == EINTR));
 	return n == 0 || (errno != EAGAIN && errno != EWOULDBLOCK);
+}
+
+bool gmem_link_any_maps(uint64_t va, uint64_t bytes)
+{
+	bool found = false;
+
+	pthread_mutex_lock(&links_lock);
+	for (struct gmem_link *link = links; link && !found; link = link->next) {
+		pthread_mutex_lock(&link->lock);
+		for (size_t i = 0; i < link->region_count && !found; i++)
+			found = va < link->regions[i].va + link->regions[i].bytes && link->regions[i].va < va + bytes;
+		pthread_mutex_unlock(&link->lock);
+	}
+	pthread_mutex_unlock(&links_lock);
+	return found;
 }
 
 int gmem_link_status(const struct gmem_link *link)

@@ -32,6 +32,7 @@ struct gmem_link {
 	int uffd_dev;                   /* an open /dev/userfaultfd, -1: user mode only */
 	int uffd;                       /* our dup: while it is open, a lost daemon leaves us blocked, not reading zeros */
 	int files[GMEM_FILES];          /* -1 where there is none */
+	int channel;                    /* a context in this process (cuda.h); -1: it is no such */
 	struct gmem_ring *ring;         /* NULL: requests go over the control plane only */
 	struct gmem_agent *agent;       /* NULL: gmemd has not asked for one */
 	struct gmem_wire_welcome hello; /* what the daemon said */
@@ -50,7 +51,8 @@ struct gmem_link {
 
 /* Connects as a client. message: GMEM_WIRE_MESSAGE_BYTES, filled on failure. */
 int gmem_link_open(const char *path, struct gmem_link **ret, char *message);
-/* Connects this process as a device context of the session whose token is given, and maps the whole window. */
+/* Connects this process as a device context of the session whose token is given, and maps the whole window; unless gmemd
+ * gives it a channel, for a context in the client's own process. */
 int gmem_link_open_context(const char *path, const uint8_t token[GMEM_WIRE_TOKEN_BYTES], const char *device,
 			   struct gmem_link **ret, char *message);
 /* Unmaps what is still mapped and ends the session. */
@@ -69,6 +71,8 @@ int gmem_link_hnid(const struct gmem_link *link);
 int gmem_link_socket(const struct gmem_link *link);
 /* gmemd is gone, or has ended this session: nobody reads the events that munmap(2) and fork() wait for. */
 bool gmem_link_is_lost(const struct gmem_link *link);
+/* Whether any link of this process has mapped any of it. */
+bool gmem_link_any_maps(uint64_t va, uint64_t bytes);
 int gmem_link_status(const struct gmem_link *link);
 const char *gmem_link_message(const struct gmem_link *link);
 

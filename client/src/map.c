@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "cuda.h"
 #include "link.h"
 #include "syscalls.h"
 
@@ -51,17 +52,40 @@ int gmem_link_map(struct gmem_link *link, uint64_t va, uint64_t bytes, uint64_t 
 	bool by_event = link->hello.flags & GMEM_WIRE_EVENT_FORK;
 	int err;
 
+	bool reserved;
+
 	if (link->files[huge] < 0)
 		return -ENOTCONN;
+	gmem_cuda_lock();
+	reserved = gmem_cuda_reserved(va, bytes);
+	if (reserved && gmem_link_any_maps(va, bytes)) {
+		gmem_cuda_unlock();
+		return -EEXIST;
+	}
 	pthread_mutex_lock(&link->lock);
 	err = remember(link, va, bytes, inherit);
 	if (!err) {
 		/* Without fork events a child must not inherit the mapping: it would read silent zeros through it. */
-		err = map_at(va, bytes, link->files[huge], offset, MAP_FIXED_NOREPLACE, inherit && by_event);
+		err = map_at(va, bytes, link->files[huge], offset, reserved ? MAP_FIXED : MAP_FIXED_NOREPLACE,
+			     inherit && by_event);
 		link->region_count -= err != 0;
 	}
 	pthread_mutex_unlock(&link->lock);
+	gmem_cuda_unlock();
 	return err;
+}
+
+/* A GPU's reservation stays whole on the CPU's side, or what the program maps there later would be mapped over. */
+static int unmap_at(uint64_t va, uint64_t bytes)
+{
+	void *at = (void *)(uintptr_t)va;
+
+	if (!gmem_cuda_reserved(va, bytes))
+		return gmem_sys_munmap(at, bytes) ? -errno : 0;
+	if (gmem_sys_mmap(at, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) == MAP_FAILED)
+		return -errno;
+	gmem_sys_madvise(at, bytes, MADV_DONTFORK);
+	return 0;
 }
 
 /* Cuts [va, va + bytes) out of the table. */
@@ -107,9 +131,10 @@ int gmem_link_forget(struct gmem_link *link, uint64_t va, uint64_t bytes)
 
 int gmem_link_unmap(struct gmem_link *link, uint64_t va, uint64_t bytes)
 {
-	/* The lock is not held over munmap, which waits for the daemon to read its event. */
-	if (gmem_sys_munmap((void *)(uintptr_t)va, bytes))
-		return -errno;
+	int err = unmap_at(va, bytes); /* without the lock: it waits for the daemon to read its event */
+
+	if (err)
+		return err;
 	return gmem_link_forget(link, va, bytes);
 }
 
@@ -131,7 +156,7 @@ void gmem_link_unmap_all(struct gmem_link *link)
 		}
 		region = link->regions[--link->region_count];
 		pthread_mutex_unlock(&link->lock);
-		gmem_sys_munmap((void *)(uintptr_t)region.va, region.bytes);
+		unmap_at(region.va, region.bytes);
 	}
 }
 

@@ -14,6 +14,7 @@
 #include "cuda.h"
 
 #define BUFFERS 2
+#define TRIES 3
 #define PIECE_MAX (2ull << 20)
 #define PIECE_MIN (256ull << 10)
 
@@ -193,29 +194,34 @@ static uint64_t piece_of(const struct gmem_cuda_copier *copier, const struct gme
 	return piece < PIECE_MIN ? PIECE_MIN : piece > PIECE_MAX ? PIECE_MAX : piece;
 }
 
+static int do_copy(struct gmem_cuda_copier *copier, const struct gmem_sg *sg, size_t count)
+{
+	struct job job = { .sg = sg, .count = count, .piece = piece_of(copier, sg, count) }, **last = &copier->jobs;
+
+	pthread_cond_init(&job.done, NULL);
+	gmem_mutex_lock(&copier->lock);
+	while (*last)
+		last = &(*last)->next;
+	*last = &job;
+	pthread_cond_broadcast(&copier->work);
+	while (job.at < job.count || job.busy)
+		gmem_mutex_wait(&copier->lock, &job.done, 0);
+	gmem_mutex_unlock(&copier->lock);
+	pthread_cond_destroy(&job.done);
+	return job.err;
+}
+
+/* What has failed without the device being lost may work: a page that can't be read is SIGBUS to somebody. */
 int gmem_cuda_copy(struct gmem_device *gpu, const struct gmem_sg *sg, size_t count, gmem_fence_t after, gmem_fence_t *ret)
 {
-	struct gmem_cuda_copier *copier = gpu->copier;
-	struct job job = { .sg = sg, .count = count, .piece = piece_of(copier, sg, count) }, **last = &copier->jobs;
-	int err;
+	int err = -EIO;
 
 	(void)after; /* a copy is complete when this returns */
 	*ret = 0;
 	if (!count)
 		return 0;
-	if (!atomic_load(&gpu->lost)) {
-		pthread_cond_init(&job.done, NULL);
-		gmem_mutex_lock(&copier->lock);
-		while (*last)
-			last = &(*last)->next;
-		*last = &job;
-		pthread_cond_broadcast(&copier->work);
-		while (job.at < job.count || job.busy)
-			gmem_mutex_wait(&copier->lock, &job.done, 0);
-		gmem_mutex_unlock(&copier->lock);
-		pthread_cond_destroy(&job.done);
-	}
-	err = job.err;
+	for (int tries = 0; err == -EIO && tries < TRIES && !atomic_load(&gpu->lost); tries++)
+		err = do_copy(gpu->copier, sg, count);
 	/* What was there is gone; what was to go there is where it was. */
 	if (atomic_load(&gpu->lost))
 		err = on_device(gpu, sg[0].src) ? -EBADMSG : -EIO;

@@ -9,7 +9,7 @@
  * A protocol error (unmapping what a kernel is running on, copying on an address whose CPU side is somebody's memory, freeing
  * what is mapped) ends the process with a line on stderr: the test fails.
  *
- * GMEM_CUDA_DOUBLE, a list of words: total=BYTES, of the device; used=PATH: a file in which all processes count what they
+ * GMEM_CUDA_DOUBLE, a list of words: total=BYTES, of the device; room=BYTES, of it for all processes; used=PATH: a file in which all processes count what they
  * have made; fail=SYMBOL:N[:CODE]: the Nth call of that function, and those behind it, answer CODE (default 999);
  * once=SYMBOL:N[:CODE]: that one alone; slow=US: a kernel and a copy take so much longer; deaf: unmapping never returns.
  */
@@ -109,7 +109,7 @@ static struct reservation *reservations;
 static struct CUstream_st *streams;
 static struct CUstream_st *legacy;
 static struct CUfunc_st functions[] = { { "fill" }, { "bump" }, { "sum" }, { "spin" } };
-static size_t total_bytes = 1ull << 30;
+static size_t total_bytes = 1ull << 30, room_bytes = 1ull << 30;
 static char counter_path[256];
 static unsigned slow_us;
 static bool deaf;
@@ -154,6 +154,8 @@ __attribute__((constructor)) static void read_words(void)
 	for (char *word = copy ? strtok_r(copy, " ,", &save) : NULL; word; word = strtok_r(NULL, " ,", &save)) {
 		if (!strncmp(word, "total=", 6))
 			total_bytes = strtoull(word + 6, NULL, 10);
+		else if (!strncmp(word, "room=", 5))
+			room_bytes = strtoull(word + 5, NULL, 10);
 		else if (!strncmp(word, "used=", 5))
 			snprintf(counter_path, sizeof(counter_path), "%s", word + 5);
 		else if (!strncmp(word, "fail=", 5))
@@ -222,7 +224,7 @@ static bool count(long long change)
 	flock(fd, LOCK_EX);
 	if (pread(fd, &used, sizeof(used), 0) < 0)
 		used = 0;
-	room = change < 0 || used + (unsigned long long)change <= total_bytes;
+	room = change < 0 || used + (unsigned long long)change <= room_bytes;
 	if (room) {
 		used += (unsigned long long)change;
 		if (pwrite(fd, &used, sizeof(used), 0) < 0)

@@ -282,6 +282,9 @@ class FakeCore:
     def do_quota_uid(self, uid: int, hnid: int, size: int) -> None:
         pass
 
+    def do_device_caps(self, hnid: int) -> int:
+        return 0
+
     def do_hnodes(self) -> list[dict[str, Any]]:
         zero = dict.fromkeys(
             ("used_bytes", "peak_bytes", "pinned_bytes", "contexts", "faults", "in_bytes", "out_bytes", "evictions",

@@ -162,6 +162,8 @@ int gmem_device_attach_at(struct gmem_core *core, const struct gmem_driver_ops *
 /* Brings every page home, then removes the device. -EBUSY while contexts are open on it unless force; force detaches
  * them first. (blocks) */
 int gmem_device_detach(struct gmem_core *core, int hnid, bool force);
+/* GMEM_CAP_*; 0: there is no such device. Waits for nobody. */
+uint32_t gmem_device_caps(struct gmem_core *core, int hnid);
 /* How much of its capacity may be used, from now on; what is too much leaves. -EINVAL: below 2 MiB or above the capacity;
  * -EBUSY: more is pinned; -ENOMEM, -EAGAIN: there is nowhere for the rest to go, and nothing has changed. (blocks) */
 int gmem_limit(struct gmem_core *core, int hnid, uint64_t bytes);
