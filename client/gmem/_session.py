@@ -225,6 +225,7 @@ class Session:
         self.close()
 
 
+lib.gmem_cuda_enable()
 _lock = threading.RLock()
 _default: Session | None = None
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()

@@ -148,6 +148,7 @@ GMEM_API size_t gmem_malloc_usable_size(struct gmem *session, const void *at);
 #define GMEM_CAP_EXPORT_FD 0x100u
 #define GMEM_CAP_REMOTE 0x200u
 #define GMEM_CAP_SAME_VA 0x400u
+#define GMEM_CAP_OWN_FRAMES 0x2000u /* contexts are in the client's own process (cuda): not from C yet */
 
 struct gmem_device_info {
 	int32_t hnid;

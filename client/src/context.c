@@ -192,6 +192,8 @@ int gmem_context_open(struct gmem *session, const char *device, const struct gme
 	err = gmem_device_find(session, device, &context->device);
 	if (!err && !(context->device.caps & GMEM_CAP_COMPUTE))
 		err = gmem_fail(-EOPNOTSUPP, "device: %s has no contexts", device);
+	if (!err && (context->device.caps & GMEM_CAP_OWN_FRAMES))
+		err = gmem_fail(-EOPNOTSUPP, "device: %s is a GPU, whose contexts only the Python package opens", device);
 	if (!err)
 		err = start(context, options);
 	if (err) {

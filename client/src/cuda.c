@@ -19,7 +19,7 @@
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;    /* guards what follows */
 static pthread_mutex_t mapping = PTHREAD_MUTEX_INITIALIZER; /* gmem_cuda_lock() */
 static struct gmem_cuda_api api;
-static bool tried, forked;
+static bool enabled, tried, forked;
 static int status = -ENODEV;
 static char why[GMEM_WIRE_MESSAGE_BYTES] = "device: no CUDA device was attached when the session was opened, and the "
 					   "address window is in use: open it again";
@@ -101,13 +101,20 @@ static int reserve_locked(uint64_t base, uint64_t bytes)
 	return 0;
 }
 
+void gmem_cuda_enable(void)
+{
+	pthread_mutex_lock(&lock);
+	enabled = true;
+	pthread_mutex_unlock(&lock);
+}
+
 void gmem_cuda_reserve(uint64_t base, uint64_t bytes)
 {
 	pthread_mutex_lock(&lock);
-	if (!tried) {
+	if (!tried && enabled) {
 		tried = true;
 		status = reserve_locked(base, bytes);
-	} else if (!status && (reserved_base != base || reserved_bytes != bytes)) {
+	} else if (tried && !status && (reserved_base != base || reserved_bytes != bytes)) {
 		status = fail(-EEXIST, "another gmemd's address window is reserved in this process", 0);
 	}
 	pthread_mutex_unlock(&lock);

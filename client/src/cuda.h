@@ -17,6 +17,8 @@ struct gmem_cuda_api;
 
 /* ---- cuda.c ---- */
 
+/* That this process may want contexts; without, nothing of CUDA is loaded. */
+void gmem_cuda_enable(void);
 /* Reserves [base, base + bytes) in the GPU's address space, which takes the CPU's as well: PROT_NONE, to be mapped over.
  * Once in a process; where it can't be had, opening a context says why. */
 void gmem_cuda_reserve(uint64_t base, uint64_t bytes);

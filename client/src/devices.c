@@ -14,6 +14,7 @@ static const struct {
 	{ "coherent", GMEM_CAP_COHERENT },     { "compute", GMEM_CAP_COMPUTE },
 	{ "persistent", GMEM_CAP_PERSISTENT }, { "export_fd", GMEM_CAP_EXPORT_FD },
 	{ "remote", GMEM_CAP_REMOTE },         { "same_va", GMEM_CAP_SAME_VA },
+	{ "own_frames", GMEM_CAP_OWN_FRAMES },
 };
 
 static uint32_t caps_of(const msgpack_object *device)
