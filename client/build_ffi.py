@@ -5,7 +5,9 @@ from pathlib import Path
 
 from cffi import FFI
 
-SOURCES = ("agent.c", "handshake.c", "link.c", "map.c", "ring.c", "uffd.c", "words.c")
+SOURCES = (
+    "adopt.c", "agent.c", "copies.c", "handshake.c", "link.c", "map.c", "ring.c", "uffd.c", "vma.c", "words.c",
+)  # fmt: skip
 
 ffibuilder = FFI()
 ffibuilder.cdef(
