@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "adopt.h"
+#include "copies.h"
 #include "link.h"
 #include "ring.h"
 #include "syscalls.h"
@@ -25,6 +26,7 @@
 #define PIECE_BYTES (2ull << 20) /* writers wait for as long as copying it takes: less than a millisecond */
 #define BUSY_RANGES_MAX 16
 #define POPULATE_WRITE 23
+#define ADVISE_PINNED 0x1001 /* of gmemd's enum gmem_advice */
 #define WORD_POPULATED (3ull << 62) /* of /proc/PID/pagemap: in memory, or in swap */
 
 static int fail(char *message, int err, const char *format, ...) __attribute__((format(printf, 3, 4)));
@@ -422,4 +424,107 @@ int gmem_link_adopt_finish(struct gmem_link *link, struct gmem_adoption *adoptio
 		err = err ? err : committed;
 	}
 	return err;
+}
+
+/* ---- and back: pinned to the host, taken from gmemd's watch, and replaced in the same way ---- */
+
+struct piece {
+	uint64_t va, bytes, offset;
+	int file;
+};
+
+/* What the file has of a piece; the rest of the new memory stays untouched. */
+static int copy_back(const struct piece *piece, uint64_t to)
+{
+	uint64_t at = piece->offset, end = piece->offset + piece->bytes;
+	int err = 0;
+
+	while (!err && at < end) {
+		long data = gmem_sys(SYS_lseek, piece->file, (long)at, SEEK_DATA, 0, 0, 0), hole;
+
+		if (data < 0 || (uint64_t)data >= end)
+			return 0;
+		hole = gmem_sys(SYS_lseek, piece->file, data, SEEK_HOLE, 0, 0, 0);
+		if (hole < 0 || (uint64_t)hole > end)
+			hole = (long)end;
+		at = (uint64_t)data & ~(PAGE - 1);
+		err = copy(to + (at - piece->offset), piece->va + (at - piece->offset), (uint64_t)hole - at);
+		at = (uint64_t)hole;
+	}
+	return err;
+}
+
+static int give_back_piece(struct gmem_link *link, int uffd, const struct piece *piece)
+{
+	struct gmem_ring_sqe pin = { .op = GMEM_RING_ADVISE, .va = piece->va, .bytes = piece->bytes, .arg = ADVISE_PINNED };
+	char ignored[GMEM_WIRE_MESSAGE_BYTES];
+	sigset_t all, before;
+	void *fresh;
+	int err = call(link, pin, NULL, ignored);
+
+	if (err)
+		return err;
+	fresh = gmem_sys_mmap(NULL, piece->bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (fresh == MAP_FAILED)
+		return -errno;
+	sigfillset(&all);
+	pthread_sigmask(SIG_BLOCK, &all, &before);
+	gmem_uffd_unwatch(link->uffd, piece->va, piece->bytes); /* all there is of it is here: it is plain shared memory now */
+	err = gmem_uffd_watch(uffd, piece->va, piece->bytes);
+	if (!err) {
+		err = copy_back(piece, (uintptr_t)fresh);
+		if (!err)
+			err = move(piece->va, (uintptr_t)fresh, piece->bytes);
+		gmem_uffd_wake(uffd, piece->va, piece->bytes);
+	}
+	pthread_sigmask(SIG_SETMASK, &before, NULL);
+	if (err)
+		gmem_sys_munmap(fresh, piece->bytes);
+	else
+		give_back(link, piece->va, piece->bytes);
+	return err;
+}
+
+struct back {
+	struct gmem_link *link;
+	int uffd;
+};
+
+static int give_back_vma(const struct gmem_vma *vma, void *arg)
+{
+	const struct back *back = arg;
+	uint64_t base = back->link->hello.window_base;
+	struct piece piece = { vma->va, 0, vma->offset, -1 };
+	int err = 0;
+
+	for (int i = 0; i < GMEM_FILES; i++)
+		if (vma->inode && vma->inode == back->link->inodes[i])
+			piece.file = back->link->files[i];
+	if (piece.file < 0 || (vma->va < base + back->link->hello.window_bytes && vma->end > base))
+		return 0;
+	for (; !err && piece.va < vma->end; piece.va += piece.bytes, piece.offset += piece.bytes) {
+		piece.bytes = PIECE_BYTES - piece.va % PIECE_BYTES;
+		if (piece.bytes > vma->end - piece.va)
+			piece.bytes = vma->end - piece.va;
+		err = give_back_piece(back->link, back->uffd, &piece);
+	}
+	return err ? err : 1; /* the list has changed */
+}
+
+void gmem_link_give_back(struct gmem_link *link)
+{
+	struct back back = { link, -1 };
+	int err;
+
+	if (!link->copies)
+		return;
+	back.uffd = link->ring && !gmem_link_is_lost(link) ? gmem_link_new_uffd(link) : -ENOTCONN;
+	err = back.uffd < 0 ? back.uffd : gmem_uffd_begin_shared(back.uffd);
+	while (!err && (err = gmem_vma_each(0, UINT64_MAX, give_back_vma, &back)) > 0)
+		err = 0;
+	if (back.uffd >= 0)
+		close(back.uffd);
+	if (err < 0)
+		gmem_copies_unmap(link);
+	link->copies = false;
 }

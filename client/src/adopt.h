@@ -32,5 +32,8 @@ int gmem_link_adopt_begin(struct gmem_link *link, uint64_t va, uint64_t bytes, u
 int gmem_link_adopt_finish(struct gmem_link *link, struct gmem_adoption *adoption, char *message);
 /* Instead of that: nothing has changed. */
 void gmem_link_adopt_cancel(struct gmem_link *link, struct gmem_adoption *adoption);
+/* All that was adopted becomes private memory again, as the session is about to end and no contexts are open any more. What
+ * can't be had any more is unmapped: it must not read zero. */
+void gmem_link_give_back(struct gmem_link *link);
 
 #endif

@@ -15,6 +15,8 @@
 #define USER_MODE_ONLY 1
 #define API 0xAAull
 #define FEATURE_PAGEFAULT_FLAG_WP (1ull << 0)
+#define FEATURE_MISSING_SHMEM (1ull << 5)
+#define FEATURE_WP_SHMEM (1ull << 12)
 #define REGISTER_MISSING (1ull << 0)
 #define REGISTER_WP (1ull << 1)
 #define WRITEPROTECT_WP (1ull << 0)
@@ -70,6 +72,13 @@ void gmem_link_touch(uint64_t va, uint64_t bytes, bool write)
 int gmem_uffd_begin(int fd)
 {
 	struct api api = { .api = API, .features = FEATURE_PAGEFAULT_FLAG_WP };
+
+	return ioctl(fd, IOC_API, &api) ? -errno : 0;
+}
+
+int gmem_uffd_begin_shared(int fd)
+{
+	struct api api = { .api = API, .features = FEATURE_PAGEFAULT_FLAG_WP | FEATURE_MISSING_SHMEM | FEATURE_WP_SHMEM };
 
 	return ioctl(fd, IOC_API, &api) ? -errno : 0;
 }

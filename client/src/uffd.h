@@ -9,6 +9,8 @@
 
 /* The handshake of a fresh one; -EINVAL: the kernel can't write-protect (before 5.7). */
 int gmem_uffd_begin(int fd);
+/* The same, for shared memory. */
+int gmem_uffd_begin_shared(int fd);
 /* From here on writers wait. Anonymous memory; -EBUSY: another userfaultfd watches it. */
 int gmem_uffd_watch(int fd, uint64_t va, uint64_t bytes);
 /* Everybody goes on, on what was there. */

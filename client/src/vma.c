@@ -12,8 +12,8 @@ static bool parse(const char *line, struct gmem_vma *ret)
 	int name = 0;
 
 	*ret = (struct gmem_vma){ 0 };
-	if (sscanf(line, "%" SCNx64 "-%" SCNx64 " %4s %*x %*s %" SCNu64 " %n", &ret->va, &ret->end, ret->prot,
-		   &ret->inode, &name) < 4 || !name)
+	if (sscanf(line, "%" SCNx64 "-%" SCNx64 " %4s %" SCNx64 " %*s %" SCNu64 " %n", &ret->va, &ret->end, ret->prot,
+		   &ret->offset, &ret->inode, &name) < 5 || !name)
 		return false;
 	snprintf(ret->name, sizeof(ret->name), "%.*s", (int)strcspn(line + name, "\n"), line + name);
 	return true;

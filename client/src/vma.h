@@ -12,6 +12,7 @@
 
 struct gmem_vma {
 	uint64_t va, end;
+	uint64_t offset;
 	uint64_t inode; /* 0: anonymous */
 	char prot[5];   /* "rw-p" */
 	char name[GMEM_VMA_NAME_BYTES]; /* cut to fit */

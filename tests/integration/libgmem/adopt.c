@@ -545,6 +545,41 @@ static void test_fork(void)
 	CHECK(!munmap(at, bytes));
 }
 
+/* The session ends, the memory does not: it is private again, and nobody has noticed. */
+static void test_close(void)
+{
+	size_t bytes = 7 * MIB;
+	uint8_t *at = anonymous(bytes, PROT_READ | PROT_WRITE, 0), *heap = malloc(64 * PAGE);
+	static _Atomic uint64_t rounds[2];
+	struct side sides[2];
+	pthread_t threads[2];
+	atomic_bool stop = false;
+	char command[64];
+
+	fill(heap, 64 * PAGE, 5);
+	adopt(heap, 64 * PAGE);
+	for (int i = 0; i < 2; i++) {
+		sides[i] = (struct side){ at, bytes - MIB, i, { -1, -1 }, rounds, &stop };
+		CHECK(!pthread_create(&threads[i], NULL, count, &sides[i]));
+	}
+	adopt(at, bytes);
+	await_rounds(rounds, 2);
+	gmem_prefetch(session, hnid, at, bytes - MIB);
+	OK(gmem_prefetch(session, hnid, heap + PAGE, 8 * PAGE));
+	OK(gmem_close(session));
+	await_rounds(rounds, 2);
+	stop = true;
+	for (int i = 0; i < 2; i++)
+		CHECK(!pthread_join(threads[i], NULL));
+	for (size_t i = 0; i < bytes - MIB; i += PAGE)
+		CHECK(*(uint64_t *)(void *)(at + i) == rounds[0] && *(uint64_t *)(void *)(at + i + 8) == rounds[1]);
+	check_filled(heap, 64 * PAGE, 5);
+	snprintf(command, sizeof(command), "grep -q memfd:gmem /proc/%d/maps >&2", (int)getpid());
+	CHECK(WEXITSTATUS(system(command)) == 1); /* none */
+	free(heap);
+	CHECK(!munmap(at, bytes));
+}
+
 int main(int argc, char **argv)
 {
 	struct gmem_context *context;
@@ -565,7 +600,7 @@ int main(int argc, char **argv)
 	test_threads(context);
 	OK(gmem_context_close(context));
 	test_fork();
-	OK(gmem_close(session));
+	test_close();
 	printf("adopt: ok\n");
 	return 0;
 }
