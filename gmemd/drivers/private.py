@@ -69,7 +69,7 @@ class PrivateServer:
     @classmethod
     def start(cls, capacity: int) -> PrivateServer:
         if os.environ.get("INVOCATION_ID") and os.environ.get("NOTIFY_SOCKET") and os.getppid() == 1:
-            why = "a private server would not survive a restart of gmemd by systemd, and pages would be lost: name servers"
+            why = "a private server would not survive a restart of gmemd by systemd, nor would its pages: name servers"
             raise refuse("endpoints", why)
         program = find_server()
         self = cls(Path(tempfile.mkdtemp(prefix="gmem-valkey-", dir=os.environ.get("XDG_RUNTIME_DIR"))))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What accompanies the core's `remote` driver: the options that people write, the servers behind them, and the map of the
-cluster that the driver is told."""
+"""What accompanies the core's `remote` driver: the options that people write, the servers behind them, and the map of
+the cluster that the driver is told."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 which hash slots. Pages go another way (csrc/drivers/exchange.c); this is everything that is not on theirs, by the
 `valkey` package.
 
-The map of a cluster is told to the driver over a socket of messages, whose form is in csrc/drivers/nodes.h: at the start,
-and whenever the driver says that it is stale.
+The map of a cluster is told to the driver over a socket of messages, whose form is in csrc/drivers/nodes.h: at the
+start, and whenever the driver says that it is stale.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Servers:
         class FromFile(CredentialProvider):
             """Read for each connection: passwords are changed."""
 
-            def get_credentials(self) -> tuple[str, ...]:
+            def get_credentials(self) -> tuple[str] | tuple[str, str]:
                 secret = read_secret(password_file)
                 return (user, secret) if user else (secret,)
 
@@ -159,7 +159,8 @@ class Servers:
         from valkey.cluster import ClusterNode, ValkeyCluster
 
         nodes = [ClusterNode(endpoint.host, endpoint.port) for endpoint in self._endpoints]
-        arguments = {name: value for name, value in self._arguments.items() if name not in ("retry", "retry_on_timeout")}
+        arguments = dict(self._arguments)
+        del arguments["retry"], arguments["retry_on_timeout"]
         self._cluster = ValkeyCluster(startup_nodes=nodes, cluster_error_retry_attempts=0, **arguments)
 
     @property
@@ -192,7 +193,7 @@ class Servers:
                 raise refuse("endpoints", f"{name} is version {version}; 7 or later is needed")
             policy = server.get("maxmemory_policy", "noeviction")
             if policy != "noeviction":
-                raise refuse("endpoints", f"{name} would throw pages away: maxmemory-policy is {policy}, not noeviction")
+                raise refuse("endpoints", f"{name} would throw pages away: maxmemory-policy is {policy}")
             connected = server.get("connected_slaves", replicas)
             if connected < replicas:
                 raise refuse("replicas", f"{name} has {connected} of {replicas}")

@@ -12,10 +12,12 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import valkey
+
 from gmemd.drivers.private import find_server
 
 SLOTS = 16384
@@ -45,7 +47,9 @@ def free_port(host: str = "127.0.0.1") -> int:
 class Server:
     """start() once more after kill(): the same port and folder, and no pages."""
 
-    def __init__(self, folder: Path, program: str = "", host: str = "127.0.0.1", prefix: tuple[str, ...] = (), **config: Any) -> None:
+    def __init__(
+        self, folder: Path, program: str = "", host: str = "127.0.0.1", prefix: tuple[str, ...] = (), **config: Any
+    ) -> None:  # fmt: skip
         self.program = program or find_server()
         self.host, self.port = host, free_port()
         self.folder = folder
@@ -106,7 +110,8 @@ class Cluster:
         until(lambda: all(len(self.nodes(server)) == 2 * primaries for server in self.servers), "all know each other")
         for n, server in enumerate(self.servers[primaries:]):
             primary = self.servers[n].client().execute_command("CLUSTER MYID")
-            until(lambda server=server, primary=primary: server.client().execute_command("CLUSTER REPLICATE", primary), "replicas")
+            follow = partial(_command, server, "CLUSTER REPLICATE", primary)
+            until(follow, "replicas")
         self.whole()
 
     @staticmethod
@@ -118,8 +123,15 @@ class Cluster:
 
     def whole(self) -> None:
         """All slots are served, and each primary has its replica."""
-        until(lambda: all("cluster_state:ok" in _text(s.client().execute_command("CLUSTER INFO")) for s in self.servers if s.process), "the cluster is whole")
-        until(lambda: sum(s.client().info()["connected_slaves"] for s in self.primaries()) >= len([s for s in self.servers if s.process]) - 3, "replicas are connected")
+        until(lambda: all(map(_is_ok, self.alive())), "the cluster is whole")
+        until(self._all_followed, "replicas are connected")
+
+    def alive(self) -> list[Server]:
+        return [server for server in self.servers if server.process]
+
+    def _all_followed(self) -> bool:
+        followers = sum(server.client().info()["connected_slaves"] for server in self.primaries())
+        return followers >= len(self.alive()) - len(self.servers) // 2
 
     @property
     def endpoints(self) -> str:
@@ -138,10 +150,13 @@ class Cluster:
             server.kill()
 
 
-def _text(answer: Any) -> str:
-    if isinstance(answer, dict):
-        return "\n".join(f"{key}:{value}" for key, value in answer.items())
-    return answer.decode() if isinstance(answer, bytes) else str(answer)
+def _command(server: Server, *words: Any) -> Any:
+    return server.client().execute_command(*words)
+
+
+def _is_ok(server: Server) -> bool:
+    answer = _command(server, "CLUSTER INFO")
+    return answer["cluster_state"] == "ok" if isinstance(answer, dict) else b"cluster_state:ok" in answer
 
 
 def programs() -> Iterator[str]:
