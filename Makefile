@@ -135,6 +135,14 @@ N ?= 100
 test-kill: $(VENV)/.test build ## kills the daemon N=100 times under load; every word is checked
 	$(BIN)/python tests/fault/kill.py --seconds 86400 --kills $(N)
 
+SEED := $(if $(SEED),$(SEED),$(shell od -An -N2 -tu2 /dev/urandom | tr -d ' '))
+EXAMPLES ?= 200
+model: $(VENV)/.test build ## a state machine over the core, with kills, and faults planted into it that it must find; SEED=N EXAMPLES=200
+	@echo "SEED=$(SEED)"
+	GMEM_MODEL_SEED=$(SEED) GMEM_MODEL_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest --timeout 7200 \
+		-o faulthandler_timeout=7500 --hypothesis-seed=$(SEED) tests/model/test_core_machine.py
+	$(BIN)/python tests/model/mutants.py --seed $(SEED)
+
 SPIN_FLAGS ?= --crashes 2 --evictions 1 --accesses 1
 spin: $(VENV)/.test ## checks the model of the page protocol, and that each of its guards is needed; some minutes
 	$(BIN)/python tests/model/page.py $(SPIN_FLAGS)
@@ -193,4 +201,4 @@ clean: ## remove everything that was built, the environment as well
 	rm -rf build dist *.egg-info $(VENV) client/gmem/_*.so client/gmem/_client.c gmemd/_*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help run test test-kill check build lib c-plain c-asan c-tsan asan tsan bench bench-workloads soak lint fmt dist install uninstall clean
+.PHONY: help run test test-kill model check build lib c-plain c-asan c-tsan asan tsan bench bench-workloads soak lint fmt dist install uninstall clean
