@@ -2,8 +2,8 @@
 """A state machine over the C core, with plain NumPy as the oracle.
 
 Processes map, touch and unmap memory, on the CPU and in device contexts, alone and at the same time; pages are
-prefetched, evicted, advised, copied, discarded; processes fork and end; devices come, go and are lost; and the daemon is
-killed between any two steps, at any crash point, also of its recovery. Every byte is what it must be, wherever it is
+prefetched, evicted, advised, copied, discarded; processes fork and end; devices come, go and are lost; and the daemon
+is killed between any two steps, at any crash point, also of its recovery. Every byte is what it must be, wherever it is
 read; nobody waits for ever; what is used is what is there; and at the end nothing is left.
 
 `make model SEED=N` runs more of it, with that seed, and on the mutants."""
@@ -27,7 +27,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from world import CORE, PATIENCE_S, Daemon, Died, Party, crash_points, words  # noqa: E402
 
-EXAMPLES = int(os.environ.get("GMEM_MODEL_EXAMPLES", "25"))
+EXAMPLES = int(os.environ.get("GMEM_MODEL_EXAMPLES", "50"))
 QUIET_S = min(5.0, PATIENCE_S)  # moves in the background are over by then
 STEPS = int(os.environ.get("GMEM_MODEL_STEPS", "30"))
 PAGES = 6
@@ -49,6 +49,7 @@ NOMAP, RESIDENT, BUSY, POISONED = range(4)
 PAGE = np.dtype([("state", "u1"), ("writer", "i1"), ("valid", "<u2"), ("flags", "u1"), ("shift", "u1"), ("why", "<u2")])
 POINTS = crash_points()
 NOTHING = np.zeros(PAGES, bool)
+UNMAPPING = ("REGION_CUT", "RECORD_PUBLISHED", "RELEASE", "OBJECT_FREE")
 RECOVERY = [point for point in POINTS if point.startswith("RECOVER")]
 
 numbers = st.integers(0, 1 << 20)
@@ -369,9 +370,10 @@ class CoreMachine(RuleBasedStateMachine):
         region = Region(known["va"], known["bytes"], page, fork == "share")
         session.mapped[region] = np.ones(PAGES, bool)
 
-    @rule(number=numbers, first=st.integers(0, PAGES - 1), count=st.integers(1, PAGES), told=st.booleans())
-    def unmap(self, number, first, count, told):
-        """told: the request comes, too, as of a client library; else only the kernel says so."""
+    @rule(number=numbers, first=st.integers(0, PAGES - 1), count=st.integers(1, PAGES), told=st.booleans(),
+          killed=st.sampled_from(("", "", *UNMAPPING)))  # fmt: skip
+    def unmap(self, number, first, count, told, killed):
+        """told: the request comes, too, as of a client library; else only the kernel says so. killed: over it, where."""
         session = self.session(number)
         if not session.mapped:
             return
@@ -379,6 +381,8 @@ class CoreMachine(RuleBasedStateMachine):
         self.settle(region)
         count = min(count, PAGES - first)
         va, size = region.va + first * region.page, count * region.page
+        if killed:
+            self.crash_and_arm(killed, 1)
         assert self.act(session.cpu, "unmap", va, size) == 0
         if told:
             with contextlib.suppress(OSError):  # the event was quicker
@@ -608,6 +612,9 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(point=st.sampled_from(("", *POINTS)), passes=st.integers(1, 12))
     def crash(self, point, passes):
         """Now; and its successor when it comes by that point, in its recovery or later."""
+        self.crash_and_arm(point, passes)
+
+    def crash_and_arm(self, point, passes):
         self.daemon.arm(point, passes)
         self.daemon.kill()
         self.revive()
