@@ -27,7 +27,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from world import CORE, PATIENCE_S, Daemon, Died, Party, crash_points, words  # noqa: E402
 
-EXAMPLES = int(os.environ.get("GMEM_MODEL_EXAMPLES", "50"))
+EXAMPLES = int(os.environ.get("GMEM_MODEL_EXAMPLES", "30"))
 QUIET_S = min(5.0, PATIENCE_S)  # moves in the background are over by then
 STEPS = int(os.environ.get("GMEM_MODEL_STEPS", "30"))
 PAGES = 6
@@ -373,7 +373,7 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(number=numbers, first=st.integers(0, PAGES - 1), count=st.integers(1, PAGES), told=st.booleans(),
           killed=st.sampled_from(("", "", *UNMAPPING)))  # fmt: skip
     def unmap(self, number, first, count, told, killed):
-        """told: the request comes, too, as of a client library; else only the kernel says so. killed: over it, where."""
+        """told: the request comes, too, as of a library; else only the kernel says so. killed: over it, where."""
         session = self.session(number)
         if not session.mapped:
             return
