@@ -5,7 +5,10 @@ from pathlib import Path
 
 from cffi import FFI
 
-SOURCES = ("agent.c", "cuda.c", "cuda_context.c", "handshake.c", "link.c", "map.c", "ring.c", "uffd.c", "words.c")
+SOURCES = (
+    "adopt.c", "agent.c", "copies.c", "cuda.c", "cuda_context.c", "handshake.c", "link.c", "map.c", "ring.c", "uffd.c",
+    "vma.c", "words.c",
+)  # fmt: skip
 
 ffibuilder = FFI()
 ffibuilder.cdef(
@@ -60,6 +63,13 @@ ffibuilder.cdef(
     int gmem_cuda_status(struct gmem_cuda *cuda, char *what);
     int gmem_cuda_check(char *message);
     void gmem_cuda_enable(void);
+    struct gmem_adoption { uint64_t va, bytes, done, staging, staging_bytes, offset; ...; };
+    int gmem_link_adopt_begin(struct gmem_link *link, uint64_t va, uint64_t bytes, uint64_t page_bytes, bool outward,
+                              struct gmem_adoption *ret, char *message);
+    int gmem_link_adopt_finish(struct gmem_link *link, struct gmem_adoption *adoption, char *message);
+    void gmem_link_adopt_cancel(struct gmem_link *link, struct gmem_adoption *adoption);
+    void gmem_link_give_back(struct gmem_link *link);
+    int gmem_link_map_beside(struct gmem_link *link, uint64_t va, uint64_t bytes, uint64_t offset);
     #define GMEM_STREAM_MAX ...
     #define GMEM_RING_NOP ...
     #define GMEM_RING_ADVISE ...
@@ -90,7 +100,7 @@ ffibuilder.cdef(
 _HERE = Path(__file__).resolve().parent.name
 ffibuilder.set_source(
     "gmem._client",
-    '#include "cuda.h"\n#include "link.h"\n#include "ring.h"',
+    '#include "adopt.h"\n#include "cuda.h"\n#include "link.h"\n#include "ring.h"',
     sources=[f"{_HERE}/src/{name}" for name in SOURCES],
     include_dirs=[f"{_HERE}/src", f"{_HERE}/include"],
     extra_compile_args=["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread"],

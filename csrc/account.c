@@ -198,7 +198,7 @@ int gmem_account_file(struct gmem_account *account, int hnid, enum gmem_class cl
 	struct gmem_file *file = atomic_load(&account->files[hnid][class_]);
 	int err = 0;
 
-	if (hnode && gmem_hnode_is_remote(hnode))
+	if (hnode && gmem_hnode_own_frames(hnode))
 		return account_mem(account, hnode, class_, ret);
 	if (!file) {
 		gmem_mutex_lock(&account->lock);

@@ -11,7 +11,7 @@
 #include <gmem/run.h>
 
 #define RUN_BYTES (4ull << 20)
-#define REMOTE_RUN_BYTES (64ull << 20) /* whose copies and mappings are made by many at a time */
+#define DEVICE_RUN_BYTES (64ull << 20) /* whose copies and mappings are made by many at a time */
 
 /* Afterwards the hnode does not fault on it: present, owned (unless duplicates are wanted) and mapped. */
 static int prefetch_page(struct gmem_request *request, struct gmem_page *page, struct gmem_range range)
@@ -64,7 +64,7 @@ int gmem_request_run(struct gmem_request *request, const struct gmem_place *plac
 		return 0;
 	if (args.count > GMEM_RUN_PAGES)
 		args.count = GMEM_RUN_PAGES;
-	most = gmem_hnode_is_remote(hnode) ? REMOTE_RUN_BYTES : RUN_BYTES;
+	most = gmem_hnode_own_frames(hnode) ? DEVICE_RUN_BYTES : RUN_BYTES;
 	if (args.count * page_bytes > most)
 		args.count = most / page_bytes;
 	if (!is_there(place, request->hnid) && gmem_hnode_free_bytes(hnode) < args.count * page_bytes)

@@ -91,7 +91,7 @@ static int make_hnode(struct gmem_core *core, int hnid, const struct gmem_driver
 	hnode->device = device;
 	hnode->info = info;
 	atomic_init(&hnode->rank, GMEM_RANK_LAST);
-	err = gmem_hnode_is_peer(hnode) || gmem_hnode_is_remote(hnode) ? gmem_hnode_relay_create(hnode) : 0;
+	err = gmem_hnode_is_peer(hnode) || gmem_hnode_own_frames(hnode) ? gmem_hnode_relay_create(hnode) : 0;
 	if (!err)
 		err = gmem_reclaimer_start(hnode);
 	if (err) {
@@ -281,7 +281,7 @@ int gmem_context_files(struct gmem_core *core, uint64_t id, int hnid, int ret_fd
 	session = gmem_session_get(core, id);
 	if (!session)
 		return -ENOENT;
-	if (gmem_hnode_is_remote(gmem_core_hnode(core, hnid)))
+	if (gmem_hnode_own_frames(gmem_core_hnode(core, hnid)))
 		err = -ENOTSUP; /* gmem_context_channel() */
 	else
 		err = gmem_session_borrow(session, hnid, ret_fds);
@@ -352,7 +352,7 @@ int gmem_context_attach(struct gmem_core *core, uint64_t id, int hnid, int uffd,
 	struct gmem_view *view;
 	int err = !session ? -ENOENT : context_device(core, hnid);
 
-	if (!err && gmem_hnode_is_remote(hnode))
+	if (!err && gmem_hnode_own_frames(hnode))
 		err = -ENOTSUP;
 	if (!err)
 		err = gmem_uffd_check(uffd);
@@ -389,7 +389,7 @@ int gmem_context_channel(struct gmem_core *core, uint64_t id, int hnid, pid_t pi
 	struct gmem_pmap *pmap = NULL;
 	int pair[2] = { -1, -1 }, err = !session ? -ENOENT : context_device(core, hnid);
 
-	if (!err && !gmem_hnode_is_remote(hnode))
+	if (!err && !gmem_hnode_own_frames(hnode))
 		err = -ENOTSUP;
 	if (!err && socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair))
 		err = -errno;

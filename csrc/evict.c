@@ -121,7 +121,7 @@ static int queue_release(struct gmem_view *view, struct gmem_range range, void *
 /* Where translations are taken away by message, one message is for all that leave. */
 static void announce(struct gmem_hnode *hnode, struct gmem_page *page)
 {
-	if (gmem_hnode_is_remote(hnode))
+	if (gmem_hnode_own_frames(hnode))
 		gmem_object_for_views(page->object, hnode->hnid, page->offset, page->bytes, queue_release, NULL);
 }
 
@@ -214,7 +214,7 @@ static int evict_to_tier(struct gmem_hnode *hnode, struct gmem_page **pages, siz
 	if (target < 0)
 		return target;
 	batch.to = gmem_core_hnode(hnode->core, target);
-	if (target == GMEM_HOST && count > 1 && gmem_hnode_is_remote(hnode))
+	if (target == GMEM_HOST && count > 1 && gmem_hnode_own_frames(hnode))
 		return evict_home(hnode, pages, count, forced);
 	if (count == 1 || !batch.to || !gmem_hnode_is_tier(batch.to) || !gmem_copy_reaches(hnode, batch.to)) {
 		int err = 0;

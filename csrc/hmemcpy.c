@@ -54,7 +54,7 @@ static int readable(struct gmem_page *page, int *ret_hnid)
 	for (int h = 0; valid >> h; h++) {
 		struct gmem_hnode *hnode = valid >> h & 1 ? gmem_core_hnode(page->core, h) : NULL;
 
-		if (hnode && !gmem_hnode_is_peer(hnode) && !gmem_hnode_is_remote(hnode)) {
+		if (hnode && !gmem_hnode_is_peer(hnode) && !gmem_hnode_own_frames(hnode)) {
 			*ret_hnid = h;
 			return 0;
 		}
@@ -213,7 +213,7 @@ int gmem_hmemcpy(struct gmem_core *core, uint64_t id, int hnid, uint64_t dst, ui
 		err = gmem_range_check(session, src, bytes);
 	if (!err)
 		gmem_stream_cancel(core, &session->as, hnode->hnid, dst, bytes);
-	at = gmem_hnode_is_remote(hnode) ? GMEM_HOST : hnode->hnid; /* where the CPU can write; then it goes on */
+	at = gmem_hnode_own_frames(hnode) ? GMEM_HOST : hnode->hnid; /* where the CPU can write; then it goes on */
 	if (!err)
 		err = (touched ? copy_touched : copy_all)(session, at, dst, src, bytes);
 	gmem_session_unref(session);

@@ -9,7 +9,7 @@
 #include <gmem/sparse.h>
 
 #define SLOW_NS 150000 /* what a fault thread may wait for a driver: some wake-ups' time */
-#define FULL_NS 1000000000ull /* how long a device whose memory others use counts as full */
+#define OTHERS_FULL_NS 1000000000ull /* how long what others use as well counts as full */
 #define FRAMES_MAX (1ull << 28) /* 1 TiB of 4 KiB pages */
 
 int gmem_hnode_create(struct gmem_core *core, int hnid, const char *name, uint64_t capacity_bytes,
@@ -79,15 +79,18 @@ static uint32_t take_descriptor(struct gmem_hnode *hnode)
 	return frame;
 }
 
-/* How many bytes it may hold; a tier that compresses learns that as it fills. */
+/* How many bytes it may hold; a tier that compresses learns that as it fills. One that is elsewhere is shared with others:
+ * that it was full some time ago says little. */
 static uint64_t limit_locked(const struct gmem_hnode *hnode)
 {
 	uint64_t limit = gmem_counter(&hnode->limit_bytes);
 
-	/* others come and go there */
-	if (gmem_hnode_is_remote(hnode) && hnode->full_at_bytes && gmem_now_ns() - hnode->full_ns > FULL_NS)
+	if (!hnode->full_at_bytes || hnode->full_at_bytes >= limit)
 		return limit;
-	return hnode->full_at_bytes && hnode->full_at_bytes < limit ? hnode->full_at_bytes : limit;
+	/* others come and go there */
+	if (hnode->info.caps & (GMEM_CAP_REMOTE | GMEM_CAP_OWN_FRAMES) && gmem_now_ns() - hnode->full_at_ns > OTHERS_FULL_NS)
+		return limit;
+	return hnode->full_at_bytes;
 }
 
 uint64_t gmem_hnode_free_locked(const struct gmem_hnode *hnode)
@@ -124,7 +127,7 @@ void gmem_hnode_full(struct gmem_hnode *hnode, uint64_t bytes)
 	gmem_mutex_lock(&hnode->lock);
 	/* never 0, which means unknown: a tier that takes not one page has room for one byte */
 	hnode->full_at_bytes = hnode->used_bytes > bytes ? hnode->used_bytes - bytes : 1;
-	hnode->full_ns = gmem_now_ns();
+	hnode->full_at_ns = gmem_now_ns();
 	press_locked(hnode);
 	gmem_mutex_unlock(&hnode->lock);
 }
@@ -330,7 +333,7 @@ void gmem_hnode_cool(struct gmem_hnode *hnode, struct gmem_object *object, uint6
 
 bool gmem_hnode_takes(const struct gmem_hnode *hnode, uint64_t page_bytes)
 {
-	return !gmem_hnode_is_remote(hnode) || (hnode->info.page_bytes_mask & page_bytes);
+	return !gmem_hnode_own_frames(hnode) || (hnode->info.page_bytes_mask & page_bytes);
 }
 
 void gmem_hnode_failed(struct gmem_hnode *hnode)

@@ -345,8 +345,8 @@ bool gmem_copy_reaches(const struct gmem_hnode *from, const struct gmem_hnode *t
 {
 	bool by_cpu = gmem_hnode_is_peer(from) || gmem_hnode_is_peer(to); /* their drivers read and write as the CPU does */
 
-	return from == to || !((gmem_hnode_is_remote(from) && (by_cpu || gmem_hnode_is_remote(to))) ||
-			       (gmem_hnode_is_remote(to) && by_cpu) || (gmem_hnode_is_peer(from) && gmem_hnode_is_peer(to)));
+	return from == to || !((gmem_hnode_own_frames(from) && (by_cpu || gmem_hnode_own_frames(to))) ||
+			       (gmem_hnode_own_frames(to) && by_cpu) || (gmem_hnode_is_peer(from) && gmem_hnode_is_peer(to)));
 }
 
 struct gmem_hnode *gmem_copy_engine(struct gmem_hnode *from, struct gmem_hnode *to)
@@ -354,7 +354,7 @@ struct gmem_hnode *gmem_copy_engine(struct gmem_hnode *from, struct gmem_hnode *
 	struct gmem_hnode *ends[] = { to, from };
 
 	for (int i = 0; i < 2; i++) /* nobody else reaches its memory */
-		if (gmem_hnode_is_remote(ends[i]))
+		if (gmem_hnode_own_frames(ends[i]))
 			return ends[i];
 	for (int i = 0; i < 2; i++)
 		if (ends[i]->ops && ends[i]->ops->copy &&
@@ -511,7 +511,7 @@ void gmem_page_forget(struct gmem_page *page, struct gmem_hnode *to)
 /* What it takes to read a copy there. */
 static int effort(const struct gmem_hnode *hnode)
 {
-	return gmem_hnode_is_peer(hnode) ? 2 : gmem_hnode_is_remote(hnode) ? 1 : 0;
+	return gmem_hnode_is_peer(hnode) ? 2 : gmem_hnode_own_frames(hnode) ? 1 : 0;
 }
 
 struct gmem_hnode *gmem_page_source(struct gmem_page *page)
@@ -642,7 +642,7 @@ int gmem_page_fetch(struct gmem_page *page, int hnid, struct gmem_view *view, st
 			lose(page, from);
 		if (err == -EBADMSG && gmem_word_valid(page->word))
 			return -EAGAIN;
-		if (err == -ENOSPC && gmem_hnode_is_remote(to)) {
+		if (err == -ENOSPC && gmem_hnode_own_frames(to)) {
 			gmem_hnode_full(to, 0); /* others have taken it: what is there has to do */
 			return -EAGAIN;
 		}

@@ -13,7 +13,7 @@
 #define PRESSURE_NS 50000000ull /* how long after a full hnode room is still made ahead */
 #define TELL_NS 1000000000ull   /* how often an hnode under pressure says so */
 #define BATCH_BYTES (4ull << 20)
-#define REMOTE_BATCH_BYTES (32ull << 20) /* whose translations and copies are cheap by the dozen */
+#define DEVICE_BATCH_BYTES (32ull << 20) /* whose translations and copies are cheap by the dozen */
 #define EMPTY_TRIES 16
 #define OTHERS_TRIES 256
 #define DRAIN_TRIES 20000
@@ -113,7 +113,7 @@ static uint64_t room_of(struct gmem_hnode *hnode, const struct domain *domain)
 
 static int reclaim(struct gmem_hnode *hnode, struct domain *domain, uint64_t bytes)
 {
-	uint64_t batch = gmem_hnode_is_remote(hnode) ? REMOTE_BATCH_BYTES : BATCH_BYTES;
+	uint64_t batch = gmem_hnode_own_frames(hnode) ? DEVICE_BATCH_BYTES : BATCH_BYTES;
 	struct gmem_page pages[GMEM_EVICT_BATCH];
 	uint64_t tries = 0, empty = 0, room;
 	bool busy = false;

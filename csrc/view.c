@@ -42,11 +42,14 @@ static int answered(struct gmem_view *view, int err)
 int gmem_view_enter(struct gmem_view *view, struct gmem_range range, struct gmem_object *object, uint64_t offset,
 		    enum gmem_prot prot)
 {
+	const struct gmem_window *window = &view->session->core->window;
 	struct gmem_file *file;
 	int err;
 
 	if (!view->pmap)
 		return gmem_uffd_pmap_enter(gmem_view_pmap(view), range, 0, prot);
+	if (range.va < window->base || range.va - window->base > window->bytes - range.bytes)
+		return -EOPNOTSUPP; /* its process has reserved nothing else for the device */
 	err = gmem_object_file(object, view->hnid, &file);
 	if (err)
 		return err;

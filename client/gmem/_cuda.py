@@ -215,7 +215,7 @@ class CudaContext:
                 if error.errno == errno.ENOENT:
                     raise ContextLost(f"the context on {self.device.name} is lost: gmemd has ended it") from None
                 if error.errno == errno.EOPNOTSUPP:
-                    text = "array: a CUDA device takes pages of 2 MiB: allocate it with page_size='2M'"
+                    text = "array: a CUDA device takes pages of 2 MiB of gmem's own: allocate it with page_size='2M'"
                     raise NotSupported(text, argument="array") from None
                 if waits_for is None or error.errno not in _IN_THE_WAY:
                     raise

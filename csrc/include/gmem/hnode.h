@@ -43,7 +43,7 @@ struct gmem_hnode {
 	struct gmem_mutex lock;
 	uint64_t used_bytes, peak_bytes, pinned_bytes; /* (H) */
 	uint64_t full_at_bytes;                  /* (H) its driver had no room for more than so much; 0: unknown */
-	uint64_t full_ns;                        /* (H) when that was */
+	uint64_t full_at_ns;                     /* (H) when it said so */
 	uint64_t pressure_ns;                    /* (H) when an allocation last found it full; 0: never, or long ago */
 	struct gmem_frame *frames;               /* (C) array, mapped sparse; [0] is unused */
 	uint32_t frame_count, frames_bumped, free_head; /* (C), (H), (H) */
@@ -101,7 +101,7 @@ bool gmem_hnode_slow(const struct gmem_hnode *hnode, uint64_t bytes);
 void gmem_hnode_pinned(struct gmem_hnode *hnode, int64_t bytes);
 
 /* Its memory is reached by its copy engine alone. */
-static inline bool gmem_hnode_is_remote(const struct gmem_hnode *hnode) { return hnode->info.caps & GMEM_CAP_OWN_FRAMES; }
+static inline bool gmem_hnode_own_frames(const struct gmem_hnode *hnode) { return hnode->info.caps & GMEM_CAP_OWN_FRAMES; }
 
 /* Whether pages of so many bytes can be there. */
 bool gmem_hnode_takes(const struct gmem_hnode *hnode, uint64_t page_bytes);
