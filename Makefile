@@ -149,6 +149,9 @@ model: $(VENV)/.test build ## a state machine over the core, with kills, and fau
 		-o faulthandler_timeout=7500 --hypothesis-seed=$(SEED) tests/model/test_core_machine.py
 	$(BIN)/python tests/model/mutants.py --seed $(SEED)
 
+test-gpu: $(VENV)/.test build ## the cuda driver on this machine's GPU 0: facts, tests, figures, examples (PyTorch, CuPy, Numba if they are there)
+	PYTHON=$(BIN)/python tests/gpu/run.sh
+
 SPIN_FLAGS ?= --crashes 2 --evictions 1 --accesses 1
 spin: $(VENV)/.test ## checks the model of the page protocol, and that each of its guards is needed; some minutes
 	$(BIN)/python tests/model/page.py $(SPIN_FLAGS)
@@ -217,4 +220,4 @@ clean: ## remove everything that was built, the environment as well
 	rm -rf build dist *.egg-info $(VENV) client/gmem/_*.so client/gmem/_client.c gmemd/_*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help run test test-kill test-systemd model check build lib c-plain c-asan c-tsan asan tsan bench bench-workloads soak lint fmt dist install uninstall clean
+.PHONY: help run test test-kill test-gpu test-systemd model check build lib c-plain c-asan c-tsan asan tsan bench bench-workloads soak lint fmt dist install uninstall clean

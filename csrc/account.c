@@ -194,7 +194,7 @@ static int account_mem(struct gmem_account *account, struct gmem_hnode *hnode, e
 
 int gmem_account_file(struct gmem_account *account, int hnid, enum gmem_class class_, struct gmem_file **ret)
 {
-	struct gmem_hnode *hnode = gmem_core_hnode(account->core, hnid);
+	struct gmem_hnode *hnode = atomic_load(&account->core->hnodes[hnid]);
 	struct gmem_file *file = atomic_load(&account->files[hnid][class_]);
 	int err = 0;
 

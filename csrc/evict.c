@@ -166,18 +166,11 @@ static int push(struct batch *batch)
 /* Nobody can write there any more, and there is a frame for it on the host. */
 static bool prepare_home(struct batch *batch, struct gmem_page *page)
 {
-	struct gmem_file *file;
-
-	if (gmem_page_downgrade(page) || gmem_object_file(page->object, batch->to->hnid, &file) ||
-	    gmem_hnode_frame_alloc(batch->to, page->object, page->index))
+	if (gmem_page_downgrade(page) || gmem_hnode_frame_alloc(batch->to, page->object, page->index))
 		return false;
-	batch->pages[batch->count++] = page;
 	gmem_page_mark(page, GMEM_DIR_FILL, batch->to->hnid);
-	if (!gmem_file_reserve(file, page->object->offset + page->offset, page->bytes))
-		return true;
-	gmem_page_forget(page, batch->to);
-	batch->count--;
-	return false;
+	batch->pages[batch->count++] = page;
+	return true;
 }
 
 /* From a device that only its copy engine reaches to the host: one message to each process that maps pages, one copy. */

@@ -265,6 +265,15 @@ int gmem_copy(void *dst, const void *src, size_t bytes)
 	return 0;
 }
 
+int gmem_alias_fill(void *alias, const void *src, size_t bytes)
+{
+	int err = -ENOENT;
+
+	if (own_uffd >= 0 && !(((uintptr_t)alias | bytes) & (GMEM_HUGE_BYTES - 1)))
+		err = gmem_uffd_copy(own_uffd, (uint64_t)(uintptr_t)alias, src, bytes);
+	return !err || err == -ENOMEM ? err : gmem_copy(alias, src, bytes);
+}
+
 /* Of a file that stays open: a request for memory asks each time. */
 static uint64_t read_number(int fd)
 {

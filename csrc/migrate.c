@@ -319,7 +319,28 @@ int gmem_copy_by_engine(struct gmem_hnode *engine, const struct gmem_sg *sg, siz
 	return err;
 }
 
-int gmem_copy_pages(struct gmem_hnode *from, struct gmem_hnode *to, struct gmem_page *const *pages, size_t count)
+/* The target's frame, to be written whole. */
+static int reserve(struct gmem_page *page, struct gmem_hnode *to)
+{
+	struct gmem_file *file;
+	int err;
+
+	if (gmem_hnode_is_peer(to))
+		return 0;
+	err = gmem_object_file(page->object, to->hnid, &file);
+	return err ? err : gmem_file_reserve(file, page->object->offset + page->offset, page->bytes);
+}
+
+static int reserve_all(struct gmem_page *const *pages, size_t count, struct gmem_hnode *to)
+{
+	int err = 0;
+
+	for (size_t i = 0; !err && i < count; i++)
+		err = reserve(pages[i], to);
+	return err;
+}
+
+static int copy_reserved(struct gmem_hnode *from, struct gmem_hnode *to, struct gmem_page *const *pages, size_t count)
 {
 	struct gmem_sg sg[GMEM_COPY_PAGES];
 	size_t n = 0;
@@ -339,6 +360,30 @@ int gmem_copy_pages(struct gmem_hnode *from, struct gmem_hnode *to, struct gmem_
 			sg[n++] = (struct gmem_sg){ dst, src, pages[i]->bytes };
 	}
 	return gmem_copy_by_engine(gmem_copy_engine(from, to), sg, n);
+}
+
+/* Several huge pages are made as they are filled, where that can be had (gmem_alias_fill): nobody zeroes them first. */
+static bool copy_makes(struct gmem_hnode *from, struct gmem_hnode *to, struct gmem_page *const *pages, size_t count)
+{
+	if (!gmem_hnode_own_frames(from) || !(to->info.caps & GMEM_CAP_CPU_VISIBLE) || count < 2)
+		return false;
+	for (size_t i = 0; i < count; i++)
+		if (pages[i]->object->class_ != GMEM_CLASS_HUGE)
+			return false;
+	return true;
+}
+
+int gmem_copy_pages(struct gmem_hnode *from, struct gmem_hnode *to, struct gmem_page *const *pages, size_t count)
+{
+	bool makes = copy_makes(from, to, pages, count);
+	int err = makes ? 0 : reserve_all(pages, count, to);
+
+	if (!err)
+		err = copy_reserved(from, to, pages, count);
+	if (err != -EFAULT || !makes)
+		return err;
+	err = reserve_all(pages, count, to);
+	return err ? err : copy_reserved(from, to, pages, count);
 }
 
 bool gmem_copy_reaches(const struct gmem_hnode *from, const struct gmem_hnode *to)
@@ -406,18 +451,6 @@ static int by_relay(struct gmem_page *page, struct gmem_hnode *from, struct gmem
 		return push(to, page, middle);
 	err = gmem_object_at(page->object, to->hnid, page->offset, &at);
 	return err ? err : engine_copy(to, at, middle, page->bytes);
-}
-
-/* The target's frame, to be written whole. */
-static int reserve(struct gmem_page *page, struct gmem_hnode *to)
-{
-	struct gmem_file *file;
-	int err;
-
-	if (gmem_hnode_is_peer(to))
-		return 0;
-	err = gmem_object_file(page->object, to->hnid, &file);
-	return err ? err : gmem_file_reserve(file, page->object->offset + page->offset, page->bytes);
 }
 
 static int fill_by_relay(struct gmem_page *page, struct gmem_hnode *from, struct gmem_hnode *to)

@@ -141,15 +141,16 @@ static int fill_by_driver(struct run *run, struct gmem_hnode *from, struct gmem_
 {
 	struct gmem_page *pages[GMEM_RUN_PAGES];
 	uint8_t *dst;
-	int err = gmem_file_reserve(file, file_offset(run), run_bytes(run));
+	int err;
 
-	if (!err && gmem_hnode_is_peer(from)) {
-		err = gmem_object_at(run->args->object, to->hnid, run->pages[0].offset, &dst);
-		return err ? err : pull(run, from, dst);
-	}
 	for (size_t i = 0; i < run->count; i++)
 		pages[i] = &run->pages[i];
-	return err ? err : gmem_copy_pages(from, to, pages, run->count);
+	if (!gmem_hnode_is_peer(from))
+		return gmem_copy_pages(from, to, pages, run->count);
+	err = gmem_file_reserve(file, file_offset(run), run_bytes(run));
+	if (!err)
+		err = gmem_object_at(run->args->object, to->hnid, run->pages[0].offset, &dst);
+	return err ? err : pull(run, from, dst);
 }
 
 static int fill(struct run *run, struct gmem_hnode *from, struct gmem_hnode *to)

@@ -200,8 +200,8 @@ class Admissions:
         return admission
 
     def _own_context(self, who: Claimant, hello: wire.Hello, session: Session, hnid: int) -> Admission:
-        """A context in the client's own process: a channel, and neither memory to map nor a userfaultfd. Nothing of it is
-        kept for a successor, which could not go on with it."""
+        """A context in the client's own process: a channel, and neither memory to map nor a userfaultfd. Nothing of it
+        is kept for a successor, which could not go on with it."""
         if who.pid != session.pid:
             text = f"device: a context on {hello.device} is the session's own process"
             raise RequestError(errno.EPERM, text, "device")

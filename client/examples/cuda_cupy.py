@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CuPy on unified memory: the CPU writes an array, the GPU squares and sums it, the CPU reads the result; no copies in the
-program. usage: python client/examples/cuda_cupy.py; needs CuPy and an NVIDIA GPU."""
+"""CuPy on unified memory: the CPU writes arrays, the GPU squares and sums them, the CPU reads the result.
+
+usage: python client/examples/cuda_cupy.py; needs CuPy and an NVIDIA GPU."""
 
 import cupy
-import numpy as np
-
 import gmem
+import numpy as np
 
 
 def main() -> None:
@@ -27,7 +27,8 @@ def main() -> None:
     with gmem.acquire("cuda0", arrays[1]) as view:
         assert float(cupy.from_dlpack(view)[-1]) == 1.0
     stats = next(h for h in session.devices() if h["name"] == "cuda0")
-    print(f"{sum(a.nbytes for a in arrays) >> 20} MiB on {stats['capacity_bytes'] >> 20} MiB: {stats['evictions']} evictions, all right")
+    size, room = sum(a.nbytes for a in arrays) >> 20, stats["capacity_bytes"] >> 20
+    print(f"{size} MiB on {room} MiB: {stats['evictions']} evictions, all right")
     session.close()
 
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A kernel of one's own with Numba on unified memory. usage: python client/examples/cuda_numba.py; needs Numba with CUDA and
-an NVIDIA GPU."""
+"""A kernel of one's own with Numba on unified memory.
 
-import numpy as np
-from numba import cuda
+usage: python client/examples/cuda_numba.py; needs Numba with CUDA and an NVIDIA GPU."""
 
 import gmem
+import numpy as np
+from numba import cuda
 
 
 @cuda.jit

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """PyTorch on unified memory: matrices that do not fit the GPU's share together, multiplied block by block.
 
-usage: python client/examples/cuda_torch.py [CAPACITY]; needs PyTorch and an NVIDIA GPU. CAPACITY (512M) is what gmem may
-use of the GPU's memory; twice as much is multiplied.
+usage: python client/examples/cuda_torch.py [CAPACITY]; needs PyTorch and an NVIDIA GPU. CAPACITY (512M) is what
+gmem may use of the GPU's memory; more than that is multiplied.
 """
 
 import sys
 
+import gmem
 import numpy as np
 import torch
-
-import gmem
 
 N = 8192
 
@@ -23,7 +22,7 @@ def main() -> None:
     vectors = gmem.array(rng.standard_normal((N, 256), np.float32), page_size="2M")
     results = [gmem.zeros((2048, 256), np.float32, page_size="2M") for _ in blocks]
     stream = torch.cuda.Stream()
-    for turn in range(3):
+    for _ in range(3):
         for block, result in zip(blocks, results, strict=True):
             with (
                 gmem.acquire("cuda0", block, vectors, result, stream=stream) as views,
@@ -37,8 +36,9 @@ def main() -> None:
     with gmem.acquire("cuda0", results[0]) as view:
         total = torch.from_dlpack(view).sum().item()
     stats = next(h for h in session.devices() if h["name"] == "cuda0")
-    print(f"{sum(b.nbytes for b in blocks) >> 20} MiB on {stats['capacity_bytes'] >> 20} MiB of {torch.cuda.get_device_name()}: "
-          f"largest difference to NumPy {worst:.2g}, {stats['evictions']} evictions, sum {total:.1f}")  # fmt: skip
+    size, room = sum(b.nbytes for b in blocks) >> 20, stats["capacity_bytes"] >> 20
+    print(f"{size} MiB on {room} MiB of the GPU: {stats['evictions']} evictions, sum {total:.0f}")
+    print(f"largest difference to NumPy: {worst:.2g}")
     assert worst < 0.1
     session.close()
 

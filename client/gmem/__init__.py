@@ -46,9 +46,10 @@ from gmem._session import Session, connect, default
 
 __all__ = [
     "ADVICE", "DIRTY", "PAGE_DTYPE", "PINNED", "READ_MOSTLY", "STATES", "Buffer", "Busy", "ConnectionLost",
-    "Context", "ContextLost", "CudaContext", "Device", "DeviceView", "Fence", "GmemError", "InvalidArgument", "KernelError",
-    "KernelTimeout", "MemoryResource", "NotFound", "NotSupported", "OutOfMemory", "PermissionDenied", "Poisoned",
-    "QuotaExceeded", "Session", "acquire", "adopt", "advise", "advise_async", "alloc", "array", "cfunc", "connect", "default",
-    "device", "devices", "discard", "empty", "from_file", "full", "memcpy", "memcpy_async", "prefetch",
+    "Context", "ContextLost", "CudaContext", "Device", "DeviceView", "Fence", "GmemError", "InvalidArgument",
+    "KernelError", "KernelTimeout",
+    "MemoryResource", "NotFound", "NotSupported", "OutOfMemory", "PermissionDenied", "Poisoned",
+    "QuotaExceeded", "Session", "acquire", "adopt", "advise", "advise_async", "alloc", "array", "cfunc", "connect",
+    "default", "device", "devices", "discard", "empty", "from_file", "full", "memcpy", "memcpy_async", "prefetch",
     "prefetch_async", "stats", "where", "zeros",
 ]  # fmt: skip

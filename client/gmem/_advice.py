@@ -149,7 +149,7 @@ def acquire(
 
     context: an open one; for an NVIDIA GPU its device (or name or hnid) will do. mode: "r", "rw" (default), or "w" for
     what the block writes whole, whose content need not be copied (write=False is mode="r"). On an NVIDIA GPU the block
-    gets the arrays' DeviceViews (a tuple, or the one), with `__cuda_array_interface__` and `__dlpack__`, and the arrays are
+    gets their DeviceViews (a tuple, or the one), with `__cuda_array_interface__` and `__dlpack__`, and the arrays are
     let go when all that is on `stream` at its end has been done: a PyTorch, CuPy or Numba stream, or a CUstream as a
     number (default: the legacy default stream). The CPU must not touch them in the block: it would wait for its end."""
     if mode is not None and mode not in _MODES:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Contexts on NVIDIA GPUs: this process's own, in which arrays of unified memory keep their addresses.
 
-A GPU can't replay a page fault, so what it touches is acquired before and released after. A release goes with an event on
-the stream: it takes effect when the work before it is done, and nobody waits. What the GPU frameworks get are views: the
-same pointer, described to them by `__cuda_array_interface__` and DLPack.
+A GPU can't replay a page fault, so what it touches is acquired before and released after. A release goes with an event
+on the stream: it takes effect when the work before it is done, and nobody waits. What the GPU frameworks get are views:
+the same pointer, described to them by `__cuda_array_interface__` and DLPack.
 """
 
 from __future__ import annotations
@@ -107,12 +107,13 @@ class DeviceView:
         return _DLPACK_CUDA, self._ordinal
 
     def __dlpack__(self, *, stream: Any = None, **_: Any) -> Any:
-        """A capsule of the unversioned protocol. The page maps are in place when acquire() has returned, so no stream has
+        """A capsule of the unversioned protocol. What is mapped is in place when acquire() has returned: no stream has
         to wait for another one here."""
         if self.dtype.kind not in _DLPACK_CODES or self.dtype.byteorder == ">":
             raise NotSupported(f"array: DLPack has no dtype {self.dtype}", argument="array")
         if not self._writeable:
-            raise NotSupported("array: DLPack can't say that it is read-only; acquire it with mode='rw'", argument="array")
+            text = "array: DLPack can't say that it is read-only; acquire it with mode='rw'"
+            raise NotSupported(text, argument="array")
         if any(step % self.dtype.itemsize for step in self.strides):
             raise NotSupported("array: DLPack counts strides in elements", argument="array")
         count = len(self.shape)
@@ -258,8 +259,8 @@ class CudaContext:
             self.release(ranges, number, arrays)
 
     def _drop_content(self, ranges: Sequence[tuple[int, int]]) -> None:
-        """What is about to be written whole is not copied: pages that lie in it whole begin as zeros. Those that are held
-        are on the device, so there is nothing to be saved."""
+        """What is about to be written whole is not copied: pages that lie in it whole begin as zeros. Those that are
+        held are on the device, so there is nothing to be saved."""
         for va, nbytes in ranges:
             with suppress(Busy):
                 self._session.request("discard", va=va, bytes=nbytes)
@@ -267,8 +268,8 @@ class CudaContext:
     # ---- launching ----
 
     def launch(self, fn: Any, *args: Any, stream: Any = None, **keywords: Any) -> Fence:
-        """Calls fn(*args, **keywords) in this thread, with views in place of arrays in unified memory, which are held on
-        the device until what fn has put on the stream is done. The fence's result is what fn returned."""
+        """Calls fn(*args, **keywords) in this thread, with views in place of arrays in unified memory, which are held
+        on the device until what fn has put on the stream is done. The fence's result is what fn returned."""
         self._check_usable()
         arrays = [a for a in (*args, *keywords.values()) if self._is_managed(a)]
         number = _stream_number(stream)
@@ -294,7 +295,9 @@ class CudaContext:
     def _is_managed(self, value: Any) -> bool:
         if isinstance(value, Mapping):
             return self._session.owns(value.address)
-        return isinstance(value, np.ndarray) and bool(value.size) and self._session.owns(value.__array_interface__["data"][0])
+        if not isinstance(value, np.ndarray) or not value.size:
+            return False
+        return self._session.owns(value.__array_interface__["data"][0])
 
     def synchronize(self) -> None:
         """Waits until everything that was released so far is done. Errors stay with their fences."""

@@ -75,7 +75,7 @@ static int settle(struct lane *lane, struct slot *slot)
 	r = gpu->cu.event_synchronize(slot->event);
 	if (r)
 		return gmem_cuda_failed(gpu, "cuEventSynchronize", r);
-	return piece.dst && !on_device(gpu, piece.dst) ? gmem_copy(piece.dst, slot->buffer, piece.bytes) : 0;
+	return piece.dst && !on_device(gpu, piece.dst) ? gmem_alias_fill(piece.dst, slot->buffer, piece.bytes) : 0;
 }
 
 static int start_piece(struct lane *lane, struct slot *slot, struct gmem_sg piece)
@@ -183,20 +183,25 @@ static void *lane_thread(void *arg)
 	return NULL;
 }
 
-/* A piece for each thread, and several for a long copy. */
-static uint64_t piece_of(const struct gmem_cuda_copier *copier, const struct gmem_sg *sg, size_t count)
+/* A piece for each thread, and several for a long copy. Several pages for the host go as such: whole ones are made as they are
+ * filled. */
+static uint64_t piece_of(const struct gmem_cuda_copier *copier, const struct gmem_sg *sg, size_t count, bool to_host)
 {
 	uint64_t bytes = 0, piece;
 
 	for (size_t i = 0; i < count; i++)
 		bytes += sg[i].bytes;
+	if (to_host && bytes >= 2 * PIECE_MAX)
+		return PIECE_MAX;
 	piece = (bytes / copier->lane_count + 0xffff) & ~0xffffull;
 	return piece < PIECE_MIN ? PIECE_MIN : piece > PIECE_MAX ? PIECE_MAX : piece;
 }
 
-static int do_copy(struct gmem_cuda_copier *copier, const struct gmem_sg *sg, size_t count)
+static int do_copy(struct gmem_device *gpu, const struct gmem_sg *sg, size_t count)
 {
-	struct job job = { .sg = sg, .count = count, .piece = piece_of(copier, sg, count) }, **last = &copier->jobs;
+	struct gmem_cuda_copier *copier = gpu->copier;
+	uint64_t piece = piece_of(copier, sg, count, !on_device(gpu, sg[0].dst));
+	struct job job = { .sg = sg, .count = count, .piece = piece }, **last = &copier->jobs;
 
 	pthread_cond_init(&job.done, NULL);
 	gmem_mutex_lock(&copier->lock);
@@ -221,7 +226,7 @@ int gmem_cuda_copy(struct gmem_device *gpu, const struct gmem_sg *sg, size_t cou
 	if (!count)
 		return 0;
 	for (int tries = 0; err == -EIO && tries < TRIES && !atomic_load(&gpu->lost); tries++)
-		err = do_copy(gpu->copier, sg, count);
+		err = do_copy(gpu, sg, count);
 	/* What was there is gone; what was to go there is where it was. */
 	if (atomic_load(&gpu->lost))
 		err = on_device(gpu, sg[0].src) ? -EBADMSG : -EIO;

@@ -12,10 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
 
+import gmem
 import numpy as np
 from cuda import Cuda
-
-import gmem
 
 MIB = 1 << 20
 CAPACITY = int(sys.argv[1]) if len(sys.argv) > 1 else 2048
@@ -116,16 +115,16 @@ def oversubscribed(cuda: Cuda, device, capacity: int) -> None:
             with gmem.acquire(device, a, mode="w", stream=stream) as view:
                 cuda.fill(view, 0, stream)
 
-        def sweep() -> None:
+        def sweep(arrays=arrays) -> None:
             for a in arrays:
                 with gmem.acquire(device, a, stream=stream) as view:
                     cuda.bump(view, 1, stream)
             cuda.synchronize()
 
         seconds = timed(sweep, 2)
-        row(f"read-modify-write of {percent} % of {capacity // MIB} MiB", sum(a.nbytes for a in arrays) / seconds / 1e9, "GB/s")
+        size = sum(a.nbytes for a in arrays)
+        row(f"read-modify-write of {percent} % of {capacity // MIB} MiB", size / seconds / 1e9, "GB/s")
         assert all(a[0] == 2 and a[-1] == 8 * MIB + 1 for a in arrays), "wrong result"
-        del arrays
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cuda driver, from the Python client down to the calls of libcuda: on the double of tests/gpu/double.c, or with
-GMEM_TEST_GPU=1 (`make test-gpu`) on this machine's GPU 0. Each test is a program of its own: a GPU's context that was broken
+GMEM_TEST_GPU=1 (`make test-gpu`) on this machine's GPU 0. Each test is a program of its own: a context that was broken
 once stays so, and the window can be reserved only before anything is mapped in it."""
 
 import os
@@ -90,7 +90,7 @@ def test_one_pointer_on_the_cpu_and_the_gpu(program):
 
 
 def test_programs_on_twice_the_memory_compute_what_numpy_does(program):
-    """Random writes of the CPU, kernels, prefetches and discards over 32 MiB on a device of 16 MiB; an oracle has each word."""
+    """Random writes, kernels, prefetches and discards over 32 MiB on a device of 16 MiB; an oracle has each word."""
     program("""
         session = connect("capacity=16M,reserve=4M")
         cuda = Cuda()
@@ -247,7 +247,7 @@ def test_what_it_refuses(program):
 
 
 def test_nobody_gets_what_another_had(program):
-    """Frames that come from the driver, or from another session, read zero; so do those of a session that has discarded."""
+    """Frames that come from the driver or from another session read zero, and so does what was discarded."""
     program("""
         session = connect("capacity=16M,reserve=4M")
         code = '''
@@ -307,7 +307,8 @@ def test_two_sessions_share_the_device(program):
         print("fine")
         '''
         env = {**os.environ, "GMEM_SOCKET": session.path}
-        others = [subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+        command = [sys.executable, "-c", code]
+        others = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(3)]
         for other in others:
             assert other.communicate(timeout=50)[0] == "fine\\n"
         assert hnode(session)["evictions"] > 0
@@ -385,7 +386,7 @@ def test_a_fault_ends_one_context_only(program):
         context = gmem.device("cuda0").context()
         a, b = gmem.zeros(1 << 18, np.int64), gmem.zeros(1 << 18, np.int64)
         a[:] = 5
-        fence = context.launch(lambda x: cuda.fill(b.__array_interface__["data"][0] and type("P", (), {"ptr": b.__array_interface__["data"][0], "nbytes": 800})(), 1), a)
+        fence = context.launch(lambda x: cuda.launch("fill", b.ctypes.data, 100, 1), a)
         try:
             fence.wait(20)
         except gmem.ContextLost as error:
@@ -546,8 +547,9 @@ def test_a_client_that_does_not_answer_loses_its_context_alone(program):
 @double_only
 @pytest.mark.parametrize(
     "symbol",
-    ["cuInit", "cuDeviceGetCount", "cuDeviceGet", "cuDeviceGetName", "cuDeviceGetUuid_v2", "cuMemGetAllocationGranularity",
-     "cuDevicePrimaryCtxRetain", "cuMemGetInfo_v2", "cuStreamCreate", "cuMemHostRegister_v2", "cuEventCreate",
+    ["cuInit", "cuDeviceGetCount", "cuDeviceGet", "cuDeviceGetName", "cuDeviceGetUuid_v2",
+     "cuMemGetAllocationGranularity", "cuDevicePrimaryCtxRetain",
+     "cuMemGetInfo_v2", "cuStreamCreate", "cuMemHostRegister_v2", "cuEventCreate",
      "cuMemAddressReserve"],
 )  # fmt: skip
 def test_an_attach_that_fails_says_which_call(environment, tmp_path, symbol):
@@ -576,8 +578,8 @@ assert a.sum() == 1 << 20
      "once=cuMemcpyDtoHAsync_v2:5:1", "once=cuEventSynchronize:6:1", "once=cuEventRecord:3:1"],
 )  # fmt: skip
 def test_a_call_that_fails_costs_one_request_at_most(environment, tmp_path, failure):
-    """In the daemon, one after the other, without the device being lost: nothing that is read is wrong. What can't be read
-    at all is SIGBUS, which ends the reading process."""
+    """In the daemon, each of them: nothing that is read is wrong. What can't be read at all is SIGBUS, which ends the
+    reading process."""
     code = PRELUDE + textwrap.dedent("""
         words = os.environ.pop("GMEM_CUDA_DOUBLE")
         os.environ["GMEM_CUDA_DOUBLE"] = words + " " + os.environ["FAILURE"]

@@ -50,6 +50,9 @@ void gmem_alias_unmap(uint8_t *alias, uint64_t bytes);
 int gmem_alias_touch(const uint8_t *alias, uint64_t bytes);
 /* memcpy between aliases; -EFAULT instead of SIGBUS. */
 int gmem_copy(void *dst, const void *src, size_t bytes);
+/* Fills whole pages of an alias, and makes those that are not there, in one pass: of huge pages alone. -EFAULT: they have to
+ * be made first; -ENOMEM. */
+int gmem_alias_fill(void *alias, const void *src, size_t bytes);
 /* Installs the SIGBUS handler once for the process; keeps and calls the previous one for faults not ours. */
 int gmem_copy_guard_init(void);
 
