@@ -8,8 +8,10 @@
  *   any_notes.c  what gmem allocates for itself meanwhile
  *   any_map.c    the table of managed memory, and what mmap(2) and its kin do there
  *   any_calls.c  libc's functions for these
+ *   any_syscall.c the same by number
  *   any_fork.c   a child's copies
  *   any_fds.c    gmem's descriptors among the program's
+ *   any_direct.c devices that write past the page tables
  *
  * Locks, outermost first: arenas, jemalloc's, the table's, the session's, the link's, those of the notes. What is held
  * over a request to gmemd is jemalloc's alone: so nothing that gmem itself allocates may come from there.
@@ -123,10 +125,22 @@ int gmem_any_fork_last(void);
 /* Where its descriptor number i is; NULL behind the last. */
 int *gmem_any_fork_fd(int i);
 
+/* ---- any_direct.c ---- */
+
+struct io_uring;
+struct iovec;
+
+/* What of these is managed stays where it is. ring: who unpins them; NULL: nobody. 0 or -ENOMEM. */
+int gmem_any_pin(const struct io_uring *ring, const struct iovec *vectors, unsigned count);
+/* In a forked child, which has registered no buffers. */
+void gmem_any_forget_pins(void);
+
 /* ---- any_fds.c ---- */
 
 /* Moves gmem's descriptors out of the program's way: once they are there, and in a forked child. */
 void gmem_any_hide_fds(void);
+/* close_range(2), of what is the program's. */
+int gmem_any_close_range(unsigned first, unsigned last, int flags);
 void gmem_any_lock_fds(void);
 void gmem_any_unlock_fds(void);
 

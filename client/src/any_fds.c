@@ -134,8 +134,7 @@ static int close_between(unsigned first, unsigned last, int flags)
 }
 
 /* What lies between ours. */
-int in_close_range(unsigned first, unsigned last, int flags) IN_PLACE_OF("close_range");
-int in_close_range(unsigned first, unsigned last, int flags)
+int gmem_any_close_range(unsigned first, unsigned last, int flags)
 {
 	int err = 0;
 
@@ -160,10 +159,16 @@ int in_close_range(unsigned first, unsigned last, int flags)
 	return err ? -1 : 0;
 }
 
+int in_close_range(unsigned first, unsigned last, int flags) IN_PLACE_OF("close_range");
+int in_close_range(unsigned first, unsigned last, int flags)
+{
+	return gmem_any_close_range(first, last, flags);
+}
+
 void in_closefrom(int low) IN_PLACE_OF("closefrom");
 void in_closefrom(int low)
 {
-	in_close_range(low < 0 ? 0 : (unsigned)low, UINT_MAX, 0);
+	gmem_any_close_range(low < 0 ? 0 : (unsigned)low, UINT_MAX, 0);
 }
 
 /* In a vfork()'s child the number is free to be taken: ours close with its exec. */

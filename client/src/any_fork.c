@@ -157,6 +157,7 @@ static void after_fork_child(void)
 			err = replace(&run);
 		}
 	}
+	gmem_any_forget_pins();
 	if (err)
 		gmem_any_die("a forked child could not get a copy of its memory: %s", gmem_last_error());
 	close(copied[0]);

@@ -26,8 +26,12 @@
 /* Automatic arenas: one, of plain memory. A large allocation is no reason to leave the thread's own. */
 __attribute__((visibility("hidden"))) const char *gmem_je_malloc_conf = "narenas:1,oversize_threshold:0";
 
-static _Thread_local __attribute__((tls_model("initial-exec"))) bool bound; /* to an arena, for good */
+#define LOCAL static _Thread_local __attribute__((tls_model("initial-exec")))
 
+LOCAL bool bound; /* to an arena, for good */
+LOCAL int plain_to_ours = PLAIN; /* flags by which memory that is not in the window gets there */
+
+static uintptr_t programs_start, programs_bytes; /* where the program's memory is: the window */
 static struct gmem_extents extents;
 static extent_hooks_t inner; /* what extents.c made of them */
 static pthread_mutex_t arenas_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -110,6 +114,8 @@ int gmem_any_heap_init(void)
 	if (gmem_any.session) {
 		err = gmem_extents_init(&extents, gmem_any.session, gmem_any.base, gmem_any.window_bytes,
 					gmem_any.page_bytes);
+		programs_start = gmem_any.base;
+		programs_bytes = gmem_any.window_bytes;
 		extents.added = gmem_any_add_heap;
 		inner = extents.hooks;
 		extents.hooks.alloc = alloc_inside;
@@ -144,11 +150,18 @@ __attribute__((noinline)) static void bind_thread(void)
 	pthread_mutex_lock(&arenas_lock);
 	if (arenas[index] || !gmem_extents_arena(gmem_any.session ? &extents : NULL, &arenas[index]))
 		gmem_je_mallctl("thread.arena", NULL, NULL, &arenas[index], sizeof(arenas[index]));
+	if (arenas[index])
+		plain_to_ours = (int)MALLOCX_ARENA(arenas[index]) | MALLOCX_TCACHE_NONE;
 	pthread_mutex_unlock(&arenas_lock);
 	gmem_leave(&visit);
 }
 
-/* ---- whose memory it is to be ---- */
+/* ---- whose memory it is, or is to be ---- */
+
+static inline bool is_programs(const void *at)
+{
+	return !LIKELY_NOT((uintptr_t)at - programs_start >= programs_bytes);
+}
 
 enum whose { PROGRAMS, LIBCS, OURS };
 
@@ -196,8 +209,6 @@ static void *aligned(const void *caller, size_t alignment, size_t bytes)
 	return err ? NULL : at;
 }
 
-static void *resize(const void *caller, void *at, size_t bytes);
-
 __attribute__((noinline)) static void *resize_slow(enum whose whose, void *at, size_t bytes)
 {
 	void *to;
@@ -210,7 +221,7 @@ __attribute__((noinline)) static void *resize_slow(enum whose whose, void *at, s
 		gmem_je_dallocx(at, MALLOCX_TCACHE_NONE);
 		return NULL;
 	} else {
-		to = gmem_je_rallocx(at, bytes, PLAIN);
+		to = gmem_je_rallocx(at, bytes, whose == PROGRAMS ? plain_to_ours : PLAIN);
 	}
 	if (!to)
 		errno = ENOMEM;
@@ -221,15 +232,18 @@ static void *resize(const void *caller, void *at, size_t bytes)
 {
 	enum whose owner = whose(caller);
 
-	if (LIKELY_NOT(owner != PROGRAMS || gmem_notes_own(at)))
-		return resize_slow(owner, at, bytes);
-	return gmem_je_realloc(at, bytes);
+	if (!LIKELY_NOT(owner != PROGRAMS) && (!at || is_programs(at)))
+		return gmem_je_realloc(at, bytes);
+	return resize_slow(owner, at, bytes);
 }
 
+/* Past the thread's cache, from which the program is served. */
 __attribute__((noinline)) static void free_slow(void *at)
 {
 	if (gmem_notes_own(at))
 		gmem_notes_free(at);
+	else if (atomic_load(&gmem_any_state) == GMEM_ANY_PLAIN && !gmem_inside)
+		gmem_je_free(at);
 	else if (at)
 		gmem_je_dallocx(at, MALLOCX_TCACHE_NONE);
 }
@@ -282,10 +296,10 @@ void *in_reallocarray(void *at, size_t count, size_t bytes)
 void in_free(void *at) IN_PLACE_OF("free");
 void in_free(void *at)
 {
-	if (LIKELY_NOT(gmem_inside || gmem_notes_own(at)))
-		free_slow(at);
-	else
+	if (!LIKELY_NOT(gmem_inside) && is_programs(at))
 		gmem_je_free(at);
+	else
+		free_slow(at);
 }
 
 int in_posix_memalign(void **ret, size_t alignment, size_t bytes) IN_PLACE_OF("posix_memalign");
