@@ -12,7 +12,7 @@ from gmemd.private import Tier
 from gmemd.program import Settings
 from gmemd.sizes import format_size, parse_size
 
-LIMIT_MIN = 8 << 20
+LIMIT_MIN, LIMIT_PAGES_MIN = 1 << 20, 16  # below, an instruction waits for what the one before has just sent away
 PAGE_SIZES = {"4K": 4096, "64K": 65536, "2M": 2 << 20}
 
 
@@ -45,8 +45,10 @@ def settings_of(args: Any) -> Settings:
     if not argv:
         raise ConfigError("run: which program? For example: gmemctl run --limit 2G -- python3 program.py")
     limit, mmap_bytes = _size("--limit", args.limit), _size("--mmap-threshold", args.mmap_threshold)
-    if args.limit is not None and limit < LIMIT_MIN:
-        raise ConfigError(f"--limit: {args.limit} is too little to run in: at least {format_size(LIMIT_MIN)}")
+    page_bytes = PAGE_SIZES[args.page_size]
+    least = max(LIMIT_MIN, LIMIT_PAGES_MIN * page_bytes)
+    if args.limit is not None and limit < least:
+        raise ConfigError(f"--limit: {args.limit} is too little to run in: at least {format_size(least)}")
     if mmap_bytes < 4096:
         raise ConfigError("--mmap-threshold: must be 4096 or more")
     if args.socket and (args.limit or args.tier):
@@ -54,7 +56,7 @@ def settings_of(args: Any) -> Settings:
     tiers = tuple(parse_tier(text) for text in args.tier)
     return Settings(
         argv=argv, limit_bytes=limit, tiers=tiers or ((Tier("zstd", {}),) if limit else ()),
-        page_bytes=PAGE_SIZES[args.page_size], mmap_bytes=mmap_bytes, required=args.require, quiet=args.quiet,
+        page_bytes=page_bytes, mmap_bytes=mmap_bytes, required=args.require, quiet=args.quiet,
         json=args.json, output=args.output, socket=args.socket,
     )  # fmt: skip
 

@@ -13,14 +13,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from gmemd.config import ConfigError
 
-_START_S = 60.0
+_START_S, _LOOK_S = 60.0, 0.05
 _END_S = 10.0
 _LOG = "log"
 
@@ -56,7 +56,10 @@ class Daemon:
     """A private gmemd, supervised: it is started again if it is killed. It ends when we and the program's last process
     have ended."""
 
-    def __init__(self, limit_bytes: int, tiers: tuple[Tier, ...]) -> None:
+    def __init__(
+        self, limit_bytes: int, tiers: tuple[Tier, ...], interrupted: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._interrupted = interrupted
         base = os.environ.get("XDG_RUNTIME_DIR", "")
         if len(base) < 60 and os.access(base, os.W_OK | os.X_OK):
             self.directory = Path(base) / f"gmem-{os.getpid()}-{secrets.token_hex(4)}"
@@ -97,7 +100,11 @@ class Daemon:
         said = b""
         until = time.monotonic() + _START_S
         while b"READY=1" not in said:
-            if not select.select([fd], [], [], max(0.0, until - time.monotonic()))[0]:
+            if self._interrupted():
+                raise OSError(errno.EINTR, os.strerror(errno.EINTR))
+            if not select.select([fd], [], [], _LOOK_S)[0]:
+                if time.monotonic() < until:
+                    continue
                 raise OSError(errno.ETIMEDOUT, f"gmemd was not ready within {_START_S:.0f} s")
             chunk = os.read(fd, 4096)
             if not chunk:

@@ -227,16 +227,18 @@ def _run(settings: Settings, signals: Signals) -> int:
         return _plain(settings, path, signals, f"{path} {reason}, so its memory can't be managed")
     if not settings.socket and not os.access("/dev/userfaultfd", os.R_OK | os.W_OK):
         # Without it the kernel fails system calls on memory that is elsewhere, and any program may make them.
-        why = "/dev/userfaultfd may not be opened: the udev rule 60-gmem.rules allows it, or --socket of a gmemd that may"
+        why = "/dev/userfaultfd may not be opened: see the udev rule 60-gmem.rules, or --socket of a gmemd that may"
         return _plain(settings, path, signals, why)
     daemon = None
     try:
         if not settings.socket:
-            daemon = Daemon(settings.limit_bytes, settings.tiers)
+            daemon = Daemon(settings.limit_bytes, settings.tiers, lambda: bool(signals.early))
     except OSError as error:
+        signals.check()
         return _plain(settings, path, signals, f"no gmemd: {error.strerror or error}")
-    signals.check()
     try:
+        if signals.early:
+            return -signals.early[0]
         return _managed(settings, path, signals, library, settings.socket or daemon.socket)  # type: ignore[union-attr]
     finally:
         if daemon is not None:

@@ -11,9 +11,9 @@
 #include <stdatomic.h>
 #include <sys/syscall.h>
 
-#define BYTES (12 * MIB)
+#define BYTES (4 * MIB)
 #define WRITERS 3
-#define FORKS 8
+#define FORKS 4
 
 extern char **environ;
 pid_t _Fork(void);

@@ -15,7 +15,7 @@
 
 namespace {
 
-constexpr int jobs = 24, words = 40000, numbers = 150000;
+constexpr int jobs = 12, words = 20000, numbers = 60000;
 
 struct alignas(64) Result {
 	uint64_t sum = 0;
