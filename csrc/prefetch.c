@@ -120,7 +120,7 @@ static bool claim(struct gmem_stream *stream, uint64_t page_bytes, struct gmem_r
 static bool fetch_ahead(struct gmem_core *core, struct gmem_view *view, struct gmem_range range, bool write)
 {
 	while (range.bytes) {
-		struct gmem_run_args args = { .hnid = view->hnid, .view = view, .va = range.va, .own = write,
+		struct gmem_run_args args = { .hnid = view->hnid, .view = view, .va = range.va,
 					      .why = GMEM_WHY_PREFETCH };
 		struct gmem_place place;
 		uint64_t page_bytes, moved;
@@ -132,6 +132,8 @@ static bool fetch_ahead(struct gmem_core *core, struct gmem_view *view, struct g
 		args.object = place.object;
 		args.hint = place.hint;
 		args.index = place.index;
+		args.own = write && !place.read_only;
+		args.private_view = place.read_only;
 		args.count = range.bytes >> place.object->shift;
 		/* pieces begin and end with whole pages, unless the region was cut meanwhile */
 		count = place.range.va == range.va && place.range.bytes == page_bytes &&

@@ -25,6 +25,7 @@ from gmem._errors import (
     Busy,
     ConnectionLost,
     ContextLost,
+    Exists,
     GmemError,
     InvalidArgument,
     KernelError,
@@ -40,13 +41,14 @@ from gmem._fence import Fence
 from gmem._file import from_file
 from gmem._launch import cfunc
 from gmem._memory import array, empty, full, zeros
+from gmem._pool import Pool, pool
 from gmem._session import Session, connect, default
 
 __all__ = [
     "ADVICE", "DIRTY", "PAGE_DTYPE", "PINNED", "READ_MOSTLY", "STATES", "Buffer", "Busy", "ConnectionLost",
-    "Context", "ContextLost", "Device", "Fence", "GmemError", "InvalidArgument", "KernelError", "KernelTimeout",
-    "MemoryResource", "NotFound", "NotSupported", "OutOfMemory", "PermissionDenied", "Poisoned",
+    "Context", "ContextLost", "Device", "Exists", "Fence", "GmemError", "InvalidArgument", "KernelError", "KernelTimeout",
+    "MemoryResource", "NotFound", "NotSupported", "OutOfMemory", "PermissionDenied", "Poisoned", "Pool",
     "QuotaExceeded", "Session", "acquire", "advise", "advise_async", "alloc", "array", "cfunc", "connect", "default",
-    "device", "devices", "discard", "empty", "from_file", "full", "memcpy", "memcpy_async", "prefetch",
+    "device", "devices", "discard", "empty", "from_file", "full", "memcpy", "memcpy_async", "pool", "prefetch",
     "prefetch_async", "stats", "where", "zeros",
 ]  # fmt: skip
