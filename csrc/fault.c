@@ -220,6 +220,7 @@ static void settle(struct gmem_core *core, struct gmem_page *page, const struct 
 {
 	struct gmem_hnode *hnode = gmem_core_hnode(core, fault->view->hnid);
 	uint64_t frozen_by = atomic_load(&page->object->frozen_by);
+	bool came = gmem_word_valid(before) & ~(1u << fault->view->hnid);
 
 	if (!err && hnode)
 		gmem_hnode_touch(hnode, page->object, page->index);
@@ -231,7 +232,7 @@ static void settle(struct gmem_core *core, struct gmem_page *page, const struct 
 	gmem_page_unlock(page);
 	switch (err) {
 	case 0:
-		gmem_stream_fault(core, fault->view, place, is_write(fault));
+		gmem_stream_fault(core, fault->view, place, is_write(fault), came);
 		return;
 	case -ESRCH: /* the process is gone */
 		return;

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include <time.h>
 
+#include <gmem/density.h>
 #include <gmem/fault.h>
 #include <gmem/internal.h>
 #include <gmem/prefetch.h>
@@ -9,16 +10,20 @@
 #define PIECE_BYTES (128ull << 10) /* a thread that catches up waits for so much at most, or for one page */
 #define HELP_WAITS 100     /* for a filler's piece; across a slow link it may come late all the same */
 #define HELP_WAIT_NS 200000
+#define TURNS (GMEM_RECENT / 3)
 #define HELPED_BYTES (64ull << 10) /* with smaller pages two threads mostly wait for each other in the kernel */
 
 static uint64_t first_window(uint64_t page_bytes)
 {
-	return page_bytes >= GMEM_HUGE_BYTES ? page_bytes : 4 * page_bytes;
+	return page_bytes >= GMEM_HUGE_BYTES ? 1 : 4;
 }
 
-static uint64_t last_window(uint64_t page_bytes)
+/* Pages that are not in a row are moved one by one. */
+static uint64_t last_window(uint64_t page_bytes, int64_t stride)
 {
-	return page_bytes >= GMEM_HUGE_BYTES ? 8 * page_bytes : page_bytes == 4096 ? 64 * page_bytes : 32 * page_bytes;
+	uint64_t pages = page_bytes >= GMEM_HUGE_BYTES ? 8 : page_bytes == 4096 ? 64 : 32;
+
+	return stride == (int64_t)page_bytes ? pages : pages / 2;
 }
 
 static uint64_t piece_bytes(uint64_t page_bytes)
@@ -36,17 +41,54 @@ static void store(_Atomic uint64_t *at, uint64_t value)
 	atomic_store_explicit(at, value, memory_order_relaxed);
 }
 
+static int64_t stride_of(const struct gmem_stream *stream)
+{
+	return atomic_load_explicit(&stream->stride, memory_order_acquire);
+}
+
+/* How many strides b is behind a; false: not a whole number of them. */
+static bool strides(uint64_t a, uint64_t b, int64_t stride, uint64_t *ret)
+{
+	uint64_t far = stride > 0 ? b - a : a - b, step = (uint64_t)(stride > 0 ? stride : -stride);
+
+	if ((stride > 0 ? b < a : a < b) || far % step)
+		return false;
+	*ret = far / step;
+	return true;
+}
+
 /* The stream that this address continues: behind its window, or in it, if the thread was quicker than we. */
 static struct gmem_stream *find(struct gmem_view *view, uint64_t va)
 {
 	for (int i = 0; i < GMEM_STREAMS; i++) {
 		struct gmem_stream *stream = &view->streams[i];
-		uint64_t begin = load(&stream->begin);
+		int64_t stride = stride_of(stream);
+		uint64_t from, left;
 
-		if (begin && va >= begin && va <= load(&stream->end))
+		if (stride && strides(load(&stream->begin), va, stride, &from) && strides(va, load(&stream->end), stride, &left))
 			return stream;
 	}
 	return NULL;
+}
+
+/* Two neighbours are a stream, and so are four pages at the same distance from each other; also if a few other streams take
+ * turns with it. 0: this page continues nothing. */
+static int64_t learn(struct gmem_view *view, uint64_t va, uint64_t page_bytes)
+{
+	uint32_t hand = atomic_fetch_add_explicit(&view->recent_hand, 1, memory_order_relaxed);
+	int64_t found = 0;
+
+	for (uint32_t back = 1; !found && back <= TURNS; back++) {
+		uint64_t before[3], step;
+
+		for (uint32_t i = 0; i < 3; i++)
+			before[i] = load(&view->recent[(hand - back * (i + 1)) % GMEM_RECENT]);
+		step = va - before[0];
+		if (step == page_bytes || (step && before[2] && before[0] - before[1] == step && before[1] - before[2] == step))
+			found = (int64_t)step;
+	}
+	store(&view->recent[hand % GMEM_RECENT], va);
+	return found;
 }
 
 static void ask_for_help(struct gmem_core *core, struct gmem_view *view)
@@ -62,58 +104,158 @@ static void ask_for_help(struct gmem_core *core, struct gmem_view *view)
 	gmem_view_unref(view);
 }
 
-void gmem_stream_fault(struct gmem_core *core, struct gmem_view *view, const struct gmem_place *place, bool write)
+/* Where a stream goes on behind this fault; the page may be cut. */
+static uint64_t next_place(const struct gmem_place *place, int64_t stride)
 {
-	uint64_t page_bytes = 1ull << place->object->shift, behind = place->range.va + place->range.bytes;
-	uint64_t region_end = place->region_va + place->region_bytes, window, end;
-	struct gmem_stream *stream = find(view, place->range.va);
+	return stride == 1ll << place->object->shift ? place->range.va + place->range.bytes : place->range.va + (uint64_t)stride;
+}
 
-	bool all = place->hint.accessed_by >> view->hnid & 1;
+/* In the place of the one that is oldest. */
+static struct gmem_stream *begin_stream(struct gmem_view *view, const struct gmem_place *place, int64_t stride, bool write)
+{
+	uint64_t behind = next_place(place, stride);
+	struct gmem_stream *stream = &view->streams[atomic_fetch_add_explicit(&view->stream_hand, 1, memory_order_relaxed) %
+						    GMEM_STREAMS];
 
-	if (!core->fault_ahead)
+	atomic_store_explicit(&stream->stride, 0, memory_order_relaxed);
+	atomic_thread_fence(memory_order_release);
+	store(&stream->window, 0);
+	atomic_store_explicit(&stream->write, write, memory_order_relaxed);
+	store(&stream->begin, behind);
+	store(&stream->end, behind);
+	store(&stream->next, behind);
+	atomic_store_explicit(&stream->stride, stride, memory_order_release);
+	return stream;
+}
+
+/* Of the places at behind, behind + stride, and so on, those in the region; most at most. */
+static uint64_t in_region(const struct gmem_place *place, uint64_t behind, int64_t stride, uint64_t most)
+{
+	uint64_t end = place->region_va + place->region_bytes, step = (uint64_t)(stride > 0 ? stride : -stride), count;
+
+	if (behind < place->region_va || behind >= end)
+		return 0;
+	count = (stride > 0 ? end - 1 - behind : behind - place->region_va) / step + 1;
+	return count < most ? count : most;
+}
+
+/* The fault is the stream's next: the window grows. */
+static void advance(struct gmem_core *core, struct gmem_view *view, struct gmem_stream *stream, const struct gmem_place *place,
+		    bool write, bool all)
+{
+	int64_t stride = stride_of(stream);
+	uint64_t page_bytes = 1ull << place->object->shift, last = last_window(page_bytes, stride), behind, window, end, passed;
+
+	if (!stride)
 		return;
-	if (!stream) {
-		stream = &view->streams[atomic_fetch_add_explicit(&view->stream_hand, 1, memory_order_relaxed) %
-					GMEM_STREAMS];
-		store(&stream->window, 0);
-		atomic_store_explicit(&stream->write, write, memory_order_relaxed);
-		store(&stream->begin, behind);
-		store(&stream->end, behind);
-		store(&stream->next, behind);
-		if (!all)
-			return;
-	}
-	window = all ? last_window(page_bytes) : load(&stream->window) * 2;
-	if (window < first_window(page_bytes))
-		window = first_window(page_bytes);
-	if (window > last_window(page_bytes))
-		window = last_window(page_bytes);
-	end = behind + window < region_end ? behind + window : region_end;
+	behind = next_place(place, stride);
+	window = all ? last : load(&stream->window) * 2;
+	window = window < first_window(page_bytes) ? first_window(page_bytes) : window > last ? last : window;
+	end = behind + in_region(place, behind, stride, window) * (uint64_t)stride;
 	/* Read, then written: what came read-only is gone over once more, and from now on pages come writable. */
 	if (write && !atomic_exchange_explicit(&stream->write, true, memory_order_relaxed))
 		store(&stream->next, behind);
 	store(&stream->window, window);
 	store(&stream->begin, behind);
-	if (end > load(&stream->end))
+	if (strides(load(&stream->end), end, stride, &passed))
 		store(&stream->end, end);
-	if (behind > load(&stream->next))
+	if (strides(load(&stream->next), behind, stride, &passed))
 		store(&stream->next, behind);
-	if (page_bytes >= HELPED_BYTES && end - behind > piece_bytes(page_bytes))
+	if (stride == (int64_t)page_bytes && page_bytes >= HELPED_BYTES && end - behind > piece_bytes(page_bytes))
 		ask_for_help(core, view);
 }
 
-/* Takes a piece of what the stream wants; several threads may do so. */
-static bool claim(struct gmem_stream *stream, uint64_t page_bytes, struct gmem_range *ret)
-{
-	uint64_t next = load(&stream->next), end = load(&stream->end), piece;
+/* ---- what is missing where most is here ---- */
 
-	piece = piece_bytes(page_bytes);
-	if (next >= end)
+/* In one word, as several threads take from it: address, number of pages, whether to be written. */
+static uint64_t block_make(uint64_t va, uint64_t count, bool write)
+{
+	return va | count << 1 | write;
+}
+
+static uint64_t block_va(uint64_t block) { return block & ~4095ull; }
+static uint64_t block_count(uint64_t block) { return block >> 1 & 2047; }
+
+static void ask_for_block(struct gmem_core *core, struct gmem_view *view, const struct gmem_place *place, bool write)
+{
+	uint64_t index, count, none = 0, va;
+
+	if (!gmem_density_around(core, place, view->hnid, write, &index, &count))
+		return;
+	va = place->range.va - ((place->index - index) << place->object->shift);
+	for (int i = 0; i < GMEM_BLOCKS; i++, none = 0)
+		if (atomic_compare_exchange_strong(&view->blocks[i], &none, block_make(va, count, write)))
+			return;
+}
+
+/* Only into what is to spare: a guess makes nobody leave now. If others need the room later, it is the first to go. */
+static bool is_to_spare(struct gmem_hnode *hnode, const struct gmem_object *object, uint64_t bytes)
+{
+	const struct gmem_share *share = &object->account->shares[hnode->hnid];
+
+	return gmem_hnode_free_bytes(hnode) >= bytes + gmem_counter(&hnode->high_bytes) &&
+	       gmem_account_room(object->account, hnode->hnid) >= bytes + gmem_counter(&share->quota_bytes) / 32;
+}
+
+/* Up to count pages from va on. How many are done with; 0: no more of this block. */
+static uint64_t fetch_missing(struct gmem_core *core, struct gmem_view *view, uint64_t va, uint64_t count, bool write)
+{
+	struct gmem_hnode *hnode = gmem_core_hnode(core, view->hnid);
+	struct gmem_run_args args = { .hnid = view->hnid, .view = view, .own = write, .why = GMEM_WHY_PREFETCH, .cool = true };
+	struct gmem_place place;
+	uint64_t index, missing, left, done = 0;
+	int moved;
+
+	if (!hnode || gmem_as_lookup(view->as, va, &place))
+		return 0;
+	left = (place.region_va + place.region_bytes - va) >> place.object->shift;
+	count = count < left ? count : left;
+	if (place.range.va != va || !gmem_density_missing(core, place.object, place.index, count, view->hnid, write, &index,
+							     &missing)) {
+		done = count;
+	} else if (is_to_spare(hnode, place.object, missing << place.object->shift)) {
+		args.object = place.object;
+		args.hint = place.hint;
+		args.index = index;
+		args.count = missing;
+		args.va = va + ((index - place.index) << place.object->shift);
+		moved = gmem_run_move(&args);
+		gmem_count(&core->stats.ahead_pages, moved > 0 ? (uint64_t)moved : 0);
+		done = index - place.index + (moved > 0 ? (uint64_t)moved : 1); /* one that is not for a run is left alone */
+		done = moved < 0 ? 0 : done;
+	}
+	gmem_object_unref(place.object);
+	return done;
+}
+
+/* Takes a piece of the block. */
+static bool claim_block(_Atomic uint64_t *at, uint64_t page_bytes, uint64_t *ret)
+{
+	uint64_t block = load(at), count = block_count(block), piece = piece_bytes(page_bytes) / page_bytes, rest = 0;
+
+	if (!block)
 		return false;
-	if (piece > end - next)
-		piece = end - next;
-	*ret = (struct gmem_range){ next, piece };
-	return atomic_compare_exchange_strong(&stream->next, &next, next + piece);
+	piece = piece < count ? piece : count;
+	if (piece < count)
+		rest = block_make(block_va(block) + piece * page_bytes, count - piece, block & 1);
+	*ret = block_make(block_va(block), piece, block & 1);
+	return atomic_compare_exchange_strong(at, &block, rest);
+}
+
+/* ---- fetching ---- */
+
+/* Takes a piece of what the stream wants; several threads may do so. */
+static bool claim(struct gmem_stream *stream, int64_t stride, uint64_t page_bytes, struct gmem_range *ret)
+{
+	uint64_t next = load(&stream->next), end = load(&stream->end), left;
+
+	if (!strides(next, end, stride, &left) || !left)
+		return false;
+	*ret = (struct gmem_range){ next, page_bytes };
+	if (stride != (int64_t)page_bytes)
+		return atomic_compare_exchange_strong(&stream->next, &next, next + (uint64_t)stride);
+	ret->bytes = piece_bytes(page_bytes) < end - next ? piece_bytes(page_bytes) : end - next;
+	return atomic_compare_exchange_strong(&stream->next, &next, next + ret->bytes);
 }
 
 /* The pages of one piece, as many runs as it takes. False: the guess leads nowhere, or meets another thread's work. */
@@ -150,10 +292,43 @@ static bool fetch_ahead(struct gmem_core *core, struct gmem_view *view, struct g
 	return true;
 }
 
+void gmem_stream_fault(struct gmem_core *core, struct gmem_view *view, const struct gmem_place *place, bool write, bool came)
+{
+	uint64_t page_bytes = 1ull << place->object->shift;
+	bool all = place->hint.accessed_by >> view->hnid & 1;
+	struct gmem_stream *stream = find(view, place->range.va);
+	int64_t stride;
+
+	if (!core->fault_ahead)
+		return;
+	if (!stream) {
+		stride = learn(view, place->range.va, page_bytes);
+		if (!stride && all)
+			stride = (int64_t)page_bytes;
+		if (stride)
+			stream = begin_stream(view, place, stride, write);
+	}
+	if (stream)
+		advance(core, view, stream, place, write, all);
+	else if (came && page_bytes < GMEM_BLOCK_BYTES)
+		ask_for_block(core, view, place, write);
+}
+
+static bool wants_more(const struct gmem_stream *stream)
+{
+	int64_t stride = stride_of(stream);
+	uint64_t left;
+
+	return stride && strides(load(&stream->next), load(&stream->end), stride, &left) && left;
+}
+
 bool gmem_stream_pending(const struct gmem_view *view)
 {
 	for (int i = 0; i < GMEM_STREAMS; i++)
-		if (load(&view->streams[i].next) < load(&view->streams[i].end))
+		if (wants_more(&view->streams[i]))
+			return true;
+	for (int i = 0; i < GMEM_BLOCKS; i++)
+		if (load(&view->blocks[i]))
 			return true;
 	return false;
 }
@@ -167,32 +342,67 @@ static bool leave_to_filler(struct gmem_core *core, struct gmem_view *view, cons
 	return true;
 }
 
+static bool step_block(struct gmem_core *core, struct gmem_view *view, _Atomic uint64_t *at, bool may_wait)
+{
+	uint64_t piece = load(at), page_bytes, va, count, done;
+	struct gmem_place place;
+	bool left;
+
+	if (!piece)
+		return false;
+	if (gmem_as_lookup(view->as, block_va(piece), &place)) {
+		store(at, 0);
+		return false;
+	}
+	page_bytes = 1ull << place.object->shift;
+	left = !may_wait && leave_to_filler(core, view, &place);
+	gmem_object_unref(place.object);
+	if (left || !claim_block(at, page_bytes, &piece))
+		return false;
+	va = block_va(piece);
+	for (count = block_count(piece); count; count -= done, va += done * page_bytes) {
+		done = fetch_missing(core, view, va, count, piece & 1);
+		if (!done) {
+			store(at, 0);
+			break;
+		}
+		done = done < count ? done : count;
+	}
+	return true;
+}
+
+static bool step_stream(struct gmem_core *core, struct gmem_view *view, struct gmem_stream *stream, bool may_wait)
+{
+	int64_t stride = stride_of(stream);
+	struct gmem_range piece;
+	struct gmem_place place;
+	uint64_t page_bytes;
+	bool left;
+
+	if (!wants_more(stream))
+		return false;
+	if (gmem_as_lookup(view->as, load(&stream->next), &place)) {
+		atomic_store_explicit(&stream->stride, 0, memory_order_relaxed);
+		return false;
+	}
+	page_bytes = 1ull << place.object->shift;
+	left = !may_wait && leave_to_filler(core, view, &place);
+	gmem_object_unref(place.object);
+	if (left || !claim(stream, stride, page_bytes, &piece))
+		return false;
+	if (!fetch_ahead(core, view, piece, atomic_load_explicit(&stream->write, memory_order_relaxed)))
+		store(&stream->end, load(&stream->next));
+	return true;
+}
+
 bool gmem_stream_step(struct gmem_core *core, struct gmem_view *view, bool may_wait)
 {
-	for (int i = 0; i < GMEM_STREAMS; i++) {
-		struct gmem_stream *stream = &view->streams[i];
-		uint64_t next = load(&stream->next);
-		struct gmem_range piece;
-		struct gmem_place place;
-		uint64_t page_bytes;
-		bool left;
-
-		if (!next || next >= load(&stream->end))
-			continue;
-		if (gmem_as_lookup(view->as, next, &place)) {
-			store(&stream->begin, 0);
-			store(&stream->end, 0);
-			continue;
-		}
-		page_bytes = 1ull << place.object->shift;
-		left = !may_wait && leave_to_filler(core, view, &place);
-		gmem_object_unref(place.object);
-		if (left || !claim(stream, page_bytes, &piece))
-			continue;
-		if (!fetch_ahead(core, view, piece, atomic_load_explicit(&stream->write, memory_order_relaxed)))
-			store(&stream->end, load(&stream->next));
-		return true;
-	}
+	for (int i = 0; i < GMEM_STREAMS; i++)
+		if (step_stream(core, view, &view->streams[i], may_wait))
+			return true;
+	for (int i = 0; i < GMEM_BLOCKS; i++)
+		if (step_block(core, view, &view->blocks[i], may_wait))
+			return true;
 	return false;
 }
 
@@ -212,12 +422,19 @@ static bool forget(struct gmem_view *view, uint64_t va, uint64_t end)
 
 	for (int i = 0; i < GMEM_STREAMS; i++) {
 		struct gmem_stream *stream = &view->streams[i];
+		uint64_t a = load(&stream->begin), b = load(&stream->end);
 
-		if (load(&stream->begin) >= end || load(&stream->end) <= va)
+		if (!stride_of(stream) || (a < b ? a : b) >= end || (a < b ? b : a) <= va)
 			continue;
-		store(&stream->next, load(&stream->end));
-		store(&stream->begin, 0);
-		store(&stream->end, 0);
+		atomic_store_explicit(&stream->stride, 0, memory_order_relaxed);
+		found = true;
+	}
+	for (int i = 0; i < GMEM_BLOCKS; i++) {
+		uint64_t at = block_va(load(&view->blocks[i]));
+
+		if (!at || at >= end || at + GMEM_BLOCK_BYTES <= va)
+			continue;
+		store(&view->blocks[i], 0);
 		found = true;
 	}
 	return found;

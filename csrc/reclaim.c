@@ -115,7 +115,7 @@ static int reclaim(struct gmem_hnode *hnode, struct domain *domain, uint64_t byt
 	struct gmem_page pages[GMEM_EVICT_BATCH];
 	uint64_t tries = 0, empty = 0, room;
 	bool busy = false;
-	int last = -ENOMEM;
+	int last = -ENOMEM, nowhere = 0;
 
 	while ((room = room_of(hnode, domain)) < bytes) {
 		uint64_t need = bytes - room < BATCH_BYTES ? bytes - room : BATCH_BYTES;
@@ -132,12 +132,12 @@ static int reclaim(struct gmem_hnode *hnode, struct domain *domain, uint64_t byt
 		if (err == -EBUSY || err == -EAGAIN)
 			busy = true;
 		else if (err == -ENOMEM || err == -EDQUOT)
-			return err; /* nowhere to put it: the others would fare no better */
+			nowhere = err; /* to put it; others may have a copy elsewhere, and can just be dropped */
 		else if (err && err != -EPERM)
 			last = err;
 		tries += count ? count : 1;
 		if (tries > 2 * frames_made(hnode))
-			return busy ? -EAGAIN : last;
+			return nowhere ? nowhere : busy ? -EAGAIN : last;
 	}
 	return 0;
 }
@@ -256,7 +256,9 @@ static bool relieve_locked(struct gmem_hnode *hnode, struct teller *teller)
 	tell(teller, 0, hnode->hnid);
 	err = gmem_reclaim(hnode, gmem_counter(&hnode->high_bytes));
 	gmem_mutex_lock(&hnode->lock);
-	if (err)
+	if (err == -ENOMEM)
+		hnode->pressure_ns = 0; /* that has been through all of them: not again before somebody asks */
+	else if (err)
 		gmem_mutex_wait(&hnode->lock, &hnode->wake, DRAIN_PAUSE_NS * 10);
 	return true;
 }

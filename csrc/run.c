@@ -339,9 +339,14 @@ int gmem_run_move(const struct gmem_run_args *args)
 		err = map(&run);
 	gmem_crash(GMEM_CRASH_RUN_MAPPED);
 	count = (int)run.count;
-	if (!err && used)
-		for (int i = 0; i < count; i++)
-			gmem_hnode_touch(gmem_core_hnode(run.core, args->hnid), args->object, run.pages[i].index);
+	for (int i = 0; !err && i < count; i++) {
+		struct gmem_hnode *hnode = gmem_core_hnode(run.core, args->hnid);
+
+		if (used)
+			gmem_hnode_touch(hnode, args->object, run.pages[i].index);
+		else if (args->cool)
+			gmem_hnode_cool(hnode, args->object, run.pages[i].index);
+	}
 	if (!err && gmem_core_traces(run.core))
 		trace(&run, before);
 	shorten(&run, 0);

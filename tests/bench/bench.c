@@ -28,6 +28,7 @@ static const struct {
 	{ { "device_fault" }, faults_device, false },
 	{ { "concurrent" }, faults_concurrent, false },
 	{ { "thrash" }, thrash, true },
+	{ { "density" }, density, false },
 	{ { "first_touch" }, first_touch, false },
 	{ { "d2h", "h2d", "elsewhere" }, migrations, false },
 	{ { "prefetch" }, prefetches, false },
@@ -36,6 +37,7 @@ static const struct {
 	{ { "lpt" }, page_table, true },
 	{ { "ring" }, ring_requests, true },
 	{ { "file" }, file_tier, true },
+	{ { "zstd", "lz4" }, compressed_tier, true },
 	{ { "trace" }, trace_rows, true },
 	{ { "bare" }, primitives, false },
 };

@@ -29,6 +29,7 @@ void faults_host(void);
 void faults_device(void);
 void faults_concurrent(void);
 void thrash(void);
+void density(void);
 void first_touch(void);
 void migrations(void);
 void prefetches(void);
@@ -37,6 +38,7 @@ void mappings(void);
 void page_table(void);
 void ring_requests(void);
 void file_tier(void);
+void compressed_tier(void);
 void trace_rows(void);
 void primitives(void);
 

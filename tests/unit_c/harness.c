@@ -148,7 +148,7 @@ static void *serve(void *arg)
 	return NULL;
 }
 
-int attach_simgpu(struct gmem_core *core, const char *name, const char *options)
+int attach_builtin(struct gmem_core *core, const char *driver, const char *name, const char *options)
 {
 	const char *keys[8], *values[8];
 	char message[GMEM_MESSAGE_MAX], *text = strdup(options), *save = NULL;
@@ -163,9 +163,14 @@ int attach_simgpu(struct gmem_core *core, const char *name, const char *options)
 		keys[config.count] = word;
 		values[config.count++] = equals + 1;
 	}
-	err = gmem_device_attach(core, gmem_driver_builtin("simgpu"), &config, &hnid);
+	err = gmem_device_attach(core, gmem_driver_builtin(driver), &config, &hnid);
 	free(text);
 	return err ? err : hnid;
+}
+
+int attach_simgpu(struct gmem_core *core, const char *name, const char *options)
+{
+	return attach_builtin(core, "simgpu", name, options);
 }
 
 static int run_process(struct client *client, client_fn fn, void *arg)

@@ -54,7 +54,8 @@ extern unsigned time_limit_s;
 struct gmem_core *core_start(struct gmem_core_config config);
 /* Waits until fault threads have let go of processes that have ended: no object is left (or 2 s have passed). */
 void core_settle(struct gmem_core *core);
-int attach_simgpu(struct gmem_core *core, const char *name, const char *options); /* "capacity=8M bandwidth=..." */
+int attach_builtin(struct gmem_core *core, const char *driver, const char *name, const char *options); /* "capacity=8M bandwidth=..." */
+int attach_simgpu(struct gmem_core *core, const char *name, const char *options);
 
 /* Forks a client that runs fn; serves its requests from a thread. arg: a number, or memory older than the core. */
 struct client *client_start(struct gmem_core *core, client_fn fn, void *arg);

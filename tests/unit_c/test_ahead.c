@@ -1,22 +1,29 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Fault-ahead: a sequence of touches faults seldom, whatever has to be done for the pages, and the content is right; a
- * random order gets nothing it did not ask for, and a full hnode is not emptied for a guess.
+ * Fault-ahead: touches in a row, or at a distance, fault seldom, whatever has to be done for the pages, and so do those of a
+ * block that is here for the most part; the content is right. A sparse order gets nothing it did not ask for, and a full
+ * hnode is not emptied for a guess.
  */
 #define _GNU_SOURCE
 #include "harness.h"
 
 #include <sys/mman.h>
+#include <time.h>
 
 #define PAGES 256
 
 enum where { UNTOUCHED, PRESENT, ELSEWHERE, WHERES };
 
+enum order { FORWARDS, BACKWARDS, EVERY_THIRD, TWO_AT_ONCE, SHUFFLED, SPARSE, ORDERS };
+
 struct shared {
 	uint64_t page_bytes;
 	enum where where;
-	bool write, backwards;
+	enum order order;
+	bool write;
 	int gpu;
+	uint32_t pages[PAGES]; /* in the order they are touched in */
+	uint32_t touched, nap_us;
 	volatile int step;
 };
 
@@ -33,18 +40,68 @@ static uint64_t pages(void)
 	return shared->page_bytes == 2 << 20 ? 16 : PAGES;
 }
 
+static void shuffle(uint32_t *at, uint32_t count)
+{
+	uint64_t x = 88172645463325252ull; /* xorshift64, Marsaglia 2003 */
+
+	for (uint32_t i = count; i > 1; i--) {
+		uint32_t other, kept = at[i - 1];
+
+		x ^= x << 13;
+		x ^= x >> 7;
+		x ^= x << 17;
+		other = (uint32_t)(x % i);
+		at[i - 1] = at[other];
+		at[other] = kept;
+	}
+}
+
+static void make_order(enum order order)
+{
+	uint32_t all = (uint32_t)pages(), n = 0;
+
+	for (uint32_t i = 0; i < all; i++) {
+		uint32_t half = all / 2, page = i;
+
+		if ((order == EVERY_THIRD && i % 3) || (order == SPARSE && i % 8 != i / 8 * 5 % 8))
+			continue;
+		if (order == BACKWARDS)
+			page = all - 1 - i;
+		if (order == TWO_AT_ONCE) { /* one upwards by two, the other one downwards by three */
+			page = i % 2 ? all - 1 - i / 2 * 3 : i / 2 * 2;
+			if (page < half ? i % 2 : !(i % 2))
+				break;
+		}
+		shared->pages[n++] = page;
+	}
+	if (order == SHUFFLED || order == SPARSE)
+		shuffle(shared->pages, n);
+	shared->touched = n;
+}
+
 static void touch_all(volatile uint64_t *at)
 {
-	for (uint64_t i = 0; i < pages(); i++) {
-		uint64_t page = shared->backwards ? pages() - 1 - i : i;
+	const struct timespec nap = { 0, shared->nap_us * 1000l };
+
+	for (uint32_t i = 0; i < shared->touched; i++) {
+		uint64_t page = shared->pages[i];
 		volatile uint64_t *word = at + page * shared->page_bytes / 8 + page % 8;
 
 		CHECK_EQ(*word, shared->where == UNTOUCHED ? 0 : page + 1);
 		if (shared->write)
 			*word = page + 1000;
+		if (shared->nap_us)
+			nanosleep(&nap, NULL);
 	}
-	for (uint64_t page = 0; shared->write && page < pages(); page++)
-		CHECK_EQ(at[page * shared->page_bytes / 8 + page % 8], page + 1000);
+}
+
+static void check_all(volatile uint64_t *at)
+{
+	for (uint64_t page = 0; shared->where != UNTOUCHED && page < pages(); page++) {
+		uint64_t have = at[page * shared->page_bytes / 8 + page % 8];
+
+		CHECK(have == page + 1 || (shared->write && have == page + 1000));
+	}
 }
 
 static int client_side(struct client *client, void *arg)
@@ -64,12 +121,34 @@ static int client_side(struct client *client, void *arg)
 	touch_all(at);
 	shared->step = 3;
 	wait_step(4);
+	check_all(at);
 	return 0;
 }
 
-/* Returns how many faults the touches took, and how many pages came ahead. */
-static uint64_t run(struct gmem_core *core, uint64_t page_bytes, enum where where, bool write, bool backwards,
-		    uint64_t *ret_ahead)
+static struct gmem_core_stats taken(const struct gmem_core_stats *a, const struct gmem_core_stats *b)
+{
+	struct gmem_core_stats ret = *b;
+
+	ret.host_faults -= a->host_faults;
+	ret.ahead_pages -= a->ahead_pages;
+	ret.evictions -= a->evictions;
+	return ret;
+}
+
+/* What was guessed while the pages were written is over. */
+static struct gmem_core_stats when_quiet(struct gmem_core *core)
+{
+	struct gmem_core_stats now, before = { .ahead_pages = UINT64_MAX };
+
+	for (gmem_core_stats(core, &now); now.ahead_pages != before.ahead_pages; gmem_core_stats(core, &now)) {
+		before = now;
+		sleep_ms(10);
+	}
+	return now;
+}
+
+/* What the touches took. */
+static struct gmem_core_stats run(struct gmem_core *core, uint64_t page_bytes, enum where where, bool write, enum order order)
 {
 	struct gmem_core_stats before, after;
 	struct client *client;
@@ -77,19 +156,18 @@ static uint64_t run(struct gmem_core *core, uint64_t page_bytes, enum where wher
 	shared->page_bytes = page_bytes;
 	shared->where = where;
 	shared->write = write;
-	shared->backwards = backwards;
 	shared->step = 0;
+	make_order(order);
 	client = client_start(core, client_side, NULL);
 	wait_step(1);
-	gmem_core_stats(core, &before);
+	before = when_quiet(core);
 	shared->step = 2;
 	wait_step(3);
-	gmem_core_stats(core, &after);
+	after = when_quiet(core);
 	shared->step = 4;
 	CHECK_EQ(client_wait(client), 0);
 	core_settle(core);
-	*ret_ahead = after.ahead_pages - before.ahead_pages;
-	return after.host_faults - before.host_faults;
+	return taken(&before, &after);
 }
 
 static void test_sequences(struct gmem_core *core)
@@ -100,30 +178,143 @@ static void test_sequences(struct gmem_core *core)
 	for (size_t s = 0; s < 3; s++)
 		for (int where = 0; where < WHERES; where++)
 			for (int write = 0; write < 2; write++) {
-				uint64_t ahead, faults = run(core, sizes[s], (enum where)where, write, false, &ahead);
+				struct gmem_core_stats took = run(core, sizes[s], (enum where)where, write, FORWARDS);
 
 				printf("%lu KiB, %s, %s: %lu pages, %lu faults, %lu ahead\n", sizes[s] >> 10, names[where],
-				       write ? "written" : "read", pages(), faults, ahead);
+				       write ? "written" : "read", pages(), took.host_faults, took.ahead_pages);
 				/* a thread that touches a word of 2 MiB may well be there first */
-				CHECK(ahead >= (sizes[s] == 2 << 20 ? 2 : pages() / 2));
+				CHECK(took.ahead_pages >= (sizes[s] == 2 << 20 ? 2 : pages() / 2));
 			}
+}
+
+/* The naps give the daemon time: what counts here is what it guesses, not whether it is quick. */
+static void test_strides(struct gmem_core *core)
+{
+	static const enum order orders[] = { BACKWARDS, EVERY_THIRD, TWO_AT_ONCE };
+	static const char *const names[] = { "backwards", "every third", "two at once" };
+
+	shared->nap_us = 100;
+	for (int i = 0; i < 3; i++)
+		for (int where = 0; where < WHERES; where++) {
+			struct gmem_core_stats took = run(core, 65536, (enum where)where, i == 1, orders[i]);
+
+			printf("%s, %d: %u touched, %lu faults, %lu ahead\n", names[i], where, shared->touched,
+			       took.host_faults, took.ahead_pages);
+			CHECK(took.ahead_pages >= shared->touched / 2);
+			CHECK(took.host_faults <= shared->touched / 2 + 8);
+		}
+	shared->nap_us = 0;
+}
+
+/* A block of which most is here gets the rest; the threshold alone, without guesses, would leave all faults. */
+static void test_density(struct gmem_core *core, bool fault_ahead)
+{
+	static const uint64_t sizes[] = { 4096, 65536 };
+
+	shared->nap_us = 100;
+	for (int s = 0; s < 2; s++)
+		for (int write = 0; write < 2; write++) {
+			struct gmem_core_stats took = run(core, sizes[s], ELSEWHERE, write, SHUFFLED);
+
+			printf("shuffled, %lu KiB, %s: %lu faults, %lu ahead\n", sizes[s] >> 10, write ? "written" : "read",
+			       took.host_faults, took.ahead_pages);
+			if (fault_ahead) /* read, then written: two faults a page without */
+				CHECK(took.host_faults <= (write ? 2 : 1) * PAGES * 3 / 5);
+			else
+				CHECK_EQ(took.ahead_pages, 0);
+			/* an eighth of each block is not most of it, and what is present costs no bandwidth to leave alone */
+			took = run(core, sizes[s], ELSEWHERE, write, SPARSE);
+			CHECK_EQ(took.ahead_pages, 0);
+			took = run(core, sizes[s], PRESENT, write, SPARSE);
+			CHECK_EQ(took.ahead_pages, 0);
+			took = run(core, sizes[s], UNTOUCHED, write, SPARSE);
+			CHECK_EQ(took.ahead_pages, 0);
+		}
+	shared->nap_us = 0;
+}
+
+/* Half of some blocks' pages in any order, beside others that were used before, in room for little more than both. */
+#define BESIDE 64
+#define HALF (PAGES / 2)
+
+static int crowded(struct client *client, void *arg)
+{
+	volatile uint64_t *beside = client_mmap(client, BESIDE * 65536, 65536, GMEM_FORK_SHARE);
+	volatile uint64_t *at = client_mmap(client, PAGES * 65536, 65536, GMEM_FORK_SHARE);
+
+	(void)arg;
+	for (uint64_t page = 0; page < PAGES; page++) {
+		at[page * 8192] = page + 1;
+		if (page % 32 == 31)
+			CHECK_EQ(client_prefetch(client, shared->gpu, (void *)(at + (page - 31) * 8192), 32 * 65536), 0);
+	}
+	for (uint64_t page = 0; page < BESIDE; page++)
+		beside[page * 8192] = page;
+	shared->step = 1;
+	wait_step(2);
+	for (int i = 0; i < HALF; i++) {
+		CHECK_EQ(at[shared->pages[i] * 8192ul], shared->pages[i] + 1);
+		sleep_ms(1);
+	}
+	shared->step = 3;
+	wait_step(4);
+	for (uint64_t page = 0; page < BESIDE; page++)
+		CHECK_EQ(beside[page * 8192], page);
+	shared->step = 5;
+	wait_step(6);
+	return 0;
+}
+
+/* Without a tier, only what the device has, too, can leave: it is found behind all that can't. */
+static void test_guesses_give_way(bool tier)
+{
+	struct gmem_core *core = core_start((struct gmem_core_config){ .host_limit_bytes = (BESIDE + HALF + 16) * 65536 });
+	struct gmem_core_stats begun, first, second;
+	struct client *client;
+
+	shared->gpu = attach_simgpu(core, "simgpu0", "capacity=64M");
+	CHECK(!tier || attach_builtin(core, "zstd", "zstd0", "capacity=64M") > 0);
+	shared->page_bytes = 65536;
+	shared->step = 0;
+	make_order(SHUFFLED);
+	client = client_start(core, crowded, NULL);
+	wait_step(1);
+	gmem_core_stats(core, &begun);
+	shared->step = 2;
+	wait_step(3);
+	gmem_core_stats(core, &first);
+	shared->step = 4;
+	wait_step(5);
+	gmem_core_stats(core, &second);
+	shared->step = 6;
+	CHECK_EQ(client_wait(client), 0);
+	core_settle(core);
+	gmem_core_destroy(core);
+	printf("crowded: %lu faults, %lu ahead, %lu evictions\n", first.host_faults - begun.host_faults,
+	       first.ahead_pages - begun.ahead_pages, first.evictions - begun.evictions);
+	CHECK(first.ahead_pages > begun.ahead_pages);
+	CHECK(first.evictions > begun.evictions); /* the guesses, as they were too many: */
+	CHECK_EQ(second.d2h_bytes, first.d2h_bytes); /* what was used for certain, and longest ago, is all there */
 }
 
 int main(void)
 {
 	struct gmem_core *core;
-	uint64_t ahead;
 
 	shared = shared_bytes(sizeof(*shared));
 	core = core_start((struct gmem_core_config){ .event_fork = true });
 	shared->gpu = attach_simgpu(core, "simgpu0", "capacity=64M");
 	test_sequences(core);
-	run(core, 4096, ELSEWHERE, false, true, &ahead);
-	CHECK_EQ(ahead, 0);
+	test_strides(core);
+	test_density(core, true);
 	gmem_core_destroy(core);
+	test_guesses_give_way(true);
+	test_guesses_give_way(false);
 	core = core_start((struct gmem_core_config){ .event_fork = true, .no_fault_ahead = true });
-	CHECK_EQ(run(core, 4096, UNTOUCHED, true, false, &ahead), pages());
-	CHECK_EQ(ahead, 0);
+	shared->gpu = attach_simgpu(core, "simgpu0", "capacity=64M");
+	CHECK_EQ(run(core, 4096, UNTOUCHED, true, FORWARDS).host_faults, PAGES);
+	CHECK_EQ(run(core, 4096, UNTOUCHED, true, FORWARDS).ahead_pages, 0);
+	test_density(core, false);
 	gmem_core_destroy(core);
 	printf("ahead: ok\n");
 	return 0;

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Fault-ahead: a view that faults on one page after the other gets the next ones before it asks, in a window that
- * doubles while the guess holds (as Linux's read-ahead does). Never evicts: a guess gives way to what is used.
+ * Fault-ahead: a view that faults on one page after the other, or on pages at the same distance from each other, gets the
+ * next ones before it asks, in a window that doubles while the guess holds (as Linux's read-ahead does). One whose hnode has
+ * most of a block gets the rest of it (density.h). Never evicts: a guess gives way to what is used.
  */
 #ifndef GMEM_PREFETCH_H
 #define GMEM_PREFETCH_H
@@ -10,8 +11,8 @@
 
 struct gmem_core;
 
-/* A fault at this place was answered. */
-void gmem_stream_fault(struct gmem_core *core, struct gmem_view *view, const struct gmem_place *place, bool write);
+/* A fault at this place was answered. came: its content was elsewhere, or elsewhere, too, when it was to be written. */
+void gmem_stream_fault(struct gmem_core *core, struct gmem_view *view, const struct gmem_place *place, bool write, bool came);
 /* Whether there is something to do. */
 bool gmem_stream_pending(const struct gmem_view *view);
 /* Fetches the next piece of what the view's streams want. False if there is nothing to do. may_wait: also for a slow

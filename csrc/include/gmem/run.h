@@ -22,6 +22,7 @@ struct gmem_run_args {
 	enum gmem_why why;
 	struct gmem_hint hint;
 	bool wanted;            /* no guess: it counts as used */
+	bool cool;              /* what comes is reclaim's next candidate */
 };
 
 /* How many pages, from the first, are at hnid and mapped now; 0 if the first one is not for a run. Never reclaims.

@@ -30,12 +30,15 @@ struct gmem_overlay {
 };
 
 #define GMEM_STREAMS 4
+#define GMEM_RECENT 16
+#define GMEM_BLOCKS 2
 
-/* A sequence of faults, each behind the one before. What begins at begin continues up to end; [next, end) is still to be
- * fetched ahead. Relaxed: a race costs a guess. */
+/* A sequence of faults, each a stride behind the one before. What begins at begin continues up to end; from next to end is
+ * still to be fetched ahead. Relaxed: a race costs a guess. */
 struct gmem_stream {
+	_Atomic int64_t stride;  /* bytes, whole pages, backwards if negative; 0: none, stored first and last */
 	_Atomic uint64_t begin, next, end;
-	_Atomic uint64_t window; /* bytes; 0: seen once */
+	_Atomic uint64_t window; /* pages; 0: seen once */
 	atomic_bool write;
 };
 
@@ -59,6 +62,9 @@ struct gmem_view {
 	_Atomic uint32_t close_faults; /* (A) how many in a row followed closely */
 	struct gmem_stream streams[GMEM_STREAMS]; /* (A) */
 	_Atomic uint32_t stream_hand; /* (A) which to forget next */
+	_Atomic uint64_t recent[GMEM_RECENT]; /* (A) pages with a fault that continued no stream */
+	_Atomic uint32_t recent_hand; /* (A) */
+	_Atomic uint64_t blocks[GMEM_BLOCKS]; /* (A) what is to come because most around it is here: prefetch.c */
 	atomic_bool helped;           /* (A) a filler fetches ahead too */
 	_Atomic uint32_t strikes;     /* (A) signals sent for touching what it may not */
 	_Atomic(struct gmem_agent *) agent; /* (A) set once; NULL: translations stay */
