@@ -201,13 +201,16 @@ static bool is_to_spare(struct gmem_hnode *hnode, const struct gmem_object *obje
 static uint64_t fetch_missing(struct gmem_core *core, struct gmem_view *view, uint64_t va, uint64_t count, bool write)
 {
 	struct gmem_hnode *hnode = gmem_core_hnode(core, view->hnid);
-	struct gmem_run_args args = { .hnid = view->hnid, .view = view, .own = write, .why = GMEM_WHY_PREFETCH, .cool = true };
+	struct gmem_run_args args = { .hnid = view->hnid, .view = view, .why = GMEM_WHY_PREFETCH, .cool = true };
 	struct gmem_place place;
 	uint64_t index, missing, left, done = 0;
 	int moved;
 
 	if (!hnode || gmem_as_lookup(view->as, va, &place))
 		return 0;
+	write = write && !place.read_only;
+	args.own = write;
+	args.private_view = place.read_only;
 	left = (place.region_va + place.region_bytes - va) >> place.object->shift;
 	count = count < left ? count : left;
 	if (place.range.va != va || !gmem_density_missing(core, place.object, place.index, count, view->hnid, write, &index,
