@@ -447,7 +447,7 @@ static int inherit_regions(struct gmem_session *parent, struct gmem_session *chi
 		struct gmem_region *r = parent->as.regions[i];
 
 		/* The child's as is not shared yet, so its locks are free: same rank, but no cycle. */
-		if (r->fork == GMEM_FORK_SHARE && r->committed)
+		if (r->fork != GMEM_FORK_NONE && r->committed)
 			err = inherit_region(child, r, committed);
 	}
 	if (!err)

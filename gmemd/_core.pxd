@@ -22,6 +22,7 @@ cdef extern from "gmem/types.h" nogil:
         GMEM_CLASS_COUNT
         GMEM_FORK_SHARE
         GMEM_FORK_NONE
+        GMEM_FORK_COPY
         GMEM_ADVISE_DISCARD
         GMEM_ADVISE_PREFETCH
         GMEM_ADVISE_PINNED
@@ -254,6 +255,7 @@ cdef extern from "gmem/core.h" nogil:
     int gmem_pool_info_ "gmem_pool_info"(gmem_core *, uint64_t, gmem_pool_info *)
     void gmem_pool_ids(gmem_core *, uint64_t *, size_t, size_t *)
     int gmem_mmap(gmem_core *, uint64_t, const gmem_mmap_args *, gmem_region_info *)
+    int gmem_adopt(gmem_core *, uint64_t, uint64_t, const gmem_mmap_args *, gmem_region_info *)
     int gmem_mmap_commit(gmem_core *, uint64_t, uint64_t)
     int gmem_munmap(gmem_core *, uint64_t, uint64_t, uint64_t)
     int gmem_advise(gmem_core *, uint64_t, int, uint64_t, uint64_t, gmem_advice)

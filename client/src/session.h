@@ -27,6 +27,7 @@ struct gmem {
 	pthread_mutex_t lock;           /* guards what follows */
 	size_t context_count;           /* open ones of process context_pid */
 	pid_t context_pid;
+	struct gmem_context *contexts;  /* open ones */
 	struct gmem_heap_slot heap;
 	struct gmem *next;              /* all of this process */
 };
