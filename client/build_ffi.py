@@ -6,7 +6,8 @@ from pathlib import Path
 from cffi import FFI
 
 SOURCES = (
-    "adopt.c", "agent.c", "copies.c", "files.c", "handshake.c", "link.c", "map.c", "ring.c", "uffd.c", "vma.c", "words.c",
+    "adopt.c", "agent.c", "copies.c", "files.c", "handshake.c", "link.c", "map.c", "ring.c", "uffd.c", "vma.c",
+    "words.c",
 )  # fmt: skip
 
 ffibuilder = FFI()

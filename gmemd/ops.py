@@ -55,11 +55,11 @@ _BLAME: dict[str, dict[int, str]] = {
 _MEANING: dict[tuple[str, int], str] = {
     ("mmap", errno.ENOMEM): "more than the host and all devices together could hold, or than the window has room for",
     ("mmap", errno.EDQUOT): "more than the quotas of this session or this user allow on all hnodes together",
-    ("pool_create", errno.ENOMEM): "more than the host and all devices together could hold, or than the window has room for",
+    ("pool_create", errno.ENOMEM): "more than the host and all devices could hold, or than the window has room for",
     ("pool_create", errno.EDQUOT): "more than the quotas of this session or this user allow on all hnodes together",
     ("pool_publish", errno.ENOMEM): "there is no room to move it; nobody writes to it any more, publish it again",
     ("pool_publish", errno.EDQUOT): "the owner's quota leaves no room to move it; publish it again",
-    ("pool_renew", errno.EINVAL): "not a range that this session has mapped the published pool at, or it was not open before",
+    ("pool_renew", errno.EINVAL): "not where this session has mapped the published pool, or it was not open before",
     ("pool_renew", errno.EEXIST): "the session has something else there",
     ("adopt", errno.ENOMEM): "more than the host and all devices together could hold, or than the window has room for",
     ("adopt", errno.EDQUOT): "more than the quotas of this session or this user allow on all hnodes together",

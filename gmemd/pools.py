@@ -2,8 +2,8 @@
 """Pools by name: who owns them, who may open them, and how long they live. The core knows them by number.
 
 A name belongs to this gmemd as a whole, first come, first served; who wants to be sure whose pool it is asks for its
-owner's uid with it. The mode is that of a file, of reading and writing. A pool lives until it is unlinked or the session
-that made it ends; a persistent one until it is unlinked or gmemd ends.
+owner's uid with it. The mode is that of a file, of reading and writing. A pool lives until it is unlinked or the
+session that made it ends; a persistent one until it is unlinked or gmemd ends.
 """
 
 from __future__ import annotations

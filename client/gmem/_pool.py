@@ -146,15 +146,16 @@ class Pool:
     def array(
         self, dtype: npt.DTypeLike = np.uint8, shape: Shape | None = None, *, offset: int = 0
     ) -> np.ndarray[Any, Any]:
-        """An ndarray over the pool from byte `offset` on; without a shape, one row of all that is left. It can be written
-        to if the pool was opened for writing, and was not published when this was called."""
+        """An ndarray over the pool from byte `offset` on; without a shape, one row of all that is left. It can be
+        written to if the pool was opened for writing, and was not published when this was called."""
         memory, checked = self._memory(), _checked_dtype(dtype)
         if not isinstance(offset, (int, np.integer)) or not 0 <= offset <= memory.nbytes:
             raise InvalidArgument(f"offset: {offset!r} is not in the pool's {memory.nbytes} bytes", argument="offset")
         extents = ((memory.nbytes - offset) // checked.itemsize,) if shape is None else _checked_shape(shape)
         count = math.prod(extents)
         if count * checked.itemsize > memory.nbytes - offset:
-            text = f"shape: {count * checked.itemsize} bytes do not fit into the {memory.nbytes - offset} from offset on"
+            size, room = count * checked.itemsize, memory.nbytes - offset
+            text = f"shape: {size} bytes do not fit into the {room} from offset on"
             raise InvalidArgument(text, argument="shape")
         result = np.frombuffer(memory, checked, count=count, offset=int(offset)).reshape(extents)
         if self._published:

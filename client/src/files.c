@@ -144,6 +144,29 @@ static bool in_window(const struct gmem_link *link, uint64_t va, uint64_t bytes)
 	return va >= link->hello.window_base && offset < link->hello.window_bytes && bytes <= link->hello.window_bytes - offset;
 }
 
+static void mark_pooled(struct gmem_link *link, uint64_t va)
+{
+	pthread_mutex_lock(&link->lock);
+	for (size_t i = 0; i < link->region_count; i++)
+		if (link->regions[i].va == va)
+			link->regions[i].pooled = true;
+	pthread_mutex_unlock(&link->lock);
+}
+
+bool gmem_link_is_pooled(struct gmem_link *link, uint64_t va, uint64_t bytes)
+{
+	bool pooled = false;
+
+	pthread_mutex_lock(&link->lock);
+	for (size_t i = 0; i < link->region_count; i++) {
+		const struct gmem_link_region *region = &link->regions[i];
+
+		pooled |= region->pooled && region->va < va + bytes && va < region->va + region->bytes;
+	}
+	pthread_mutex_unlock(&link->lock);
+	return pooled;
+}
+
 int gmem_link_map_file(struct gmem_link *link, uint64_t va, bool inherit)
 {
 	struct gmem_wire_answer answer;
@@ -156,6 +179,8 @@ int gmem_link_map_file(struct gmem_link *link, uint64_t va, bool inherit)
 		err = gmem_link_map_fd(link, va, answer.bytes, fd, answer.offset, answer.flags & GMEM_WIRE_REGION_READ_ONLY,
 				       inherit);
 	close(fd);
+	if (!err)
+		mark_pooled(link, va);
 	return err;
 }
 

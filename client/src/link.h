@@ -25,6 +25,7 @@ struct gmem_ring;
 struct gmem_link_region {
 	uint64_t va, bytes;
 	bool inherit; /* a forked child shares it */
+	bool pooled;  /* contexts have it over their window */
 };
 
 struct gmem_link {
@@ -85,6 +86,8 @@ int gmem_link_map_file(struct gmem_link *link, uint64_t va, bool inherit);
 int gmem_link_overlay(struct gmem_link *link, uint64_t va);
 int gmem_link_uncover(struct gmem_link *link, uint64_t va, uint64_t bytes);
 void gmem_link_close_files(struct gmem_link *link);
+/* Whether any of it was mapped by gmem_link_map_file(). */
+bool gmem_link_is_pooled(struct gmem_link *link, uint64_t va, uint64_t bytes);
 
 /* ---- map.c ---- */
 

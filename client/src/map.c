@@ -45,7 +45,7 @@ static int remember(struct gmem_link *link, uint64_t va, uint64_t bytes, bool in
 		link->regions = grown;
 		link->region_capacity = capacity;
 	}
-	link->regions[link->region_count++] = (struct gmem_link_region){ va, bytes, inherit };
+	link->regions[link->region_count++] = (struct gmem_link_region){ .va = va, .bytes = bytes, .inherit = inherit };
 	return 0;
 }
 

@@ -268,15 +268,19 @@ def test_an_opener_that_is_killed(session):
         assert numbers.sum() == numbers.size
 
 
-def test_it_counts_against_its_owners_quota(connect):
-    session = connect(settings=["quota.session.host=4M"])
+def test_it_counts_against_its_owners_quota(session):
+    session.request("quota", name="host", bytes=4 << 20)
+    session.request("quota", name="simgpu0", bytes=2 << 20)
     with pytest.raises(gmem.QuotaExceeded):
         gmem.pool("large", size=8 << 20)
     pool = gmem.pool("fits", size=3 << 20, page_size="4K")
     pool.array()[:] = 1
-    assert session.request("sessions")["sessions"][0]["resident_bytes"]["0"] == 3 << 20
+    assert session.request("sessions")["sessions"][0]["resident_bytes"] == {"0": 3 << 20}
     with pytest.raises(gmem.QuotaExceeded):
-        gmem.zeros(2 << 20, np.uint8)
+        gmem.zeros(4 << 20, np.uint8)
+    python("import gmem; gmem.pool('fits').array().sum()", session)
+    sizes = {row["session"]: row["resident_bytes"] for row in session.request("sessions")["sessions"]}
+    assert sizes[session.id] == {"0": 3 << 20} and sum(map(bool, sizes.values())) == 1, "readers pay nothing"
 
 
 def test_arguments_are_named(session):
@@ -296,10 +300,11 @@ def test_arguments_are_named(session):
 
 
 def test_gmemctl_pools(session):
-    gmem.pool("table", size=1 << 20, mode=0o640).array()[:] = 1
+    pool = gmem.pool("table", size=1 << 20, mode=0o640)
+    pool.array()[:] = 1
     command = [str(ROOT / ".venv/bin/gmemctl"), "--socket", session.path, "pools"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "table" in shown and "640" in shown and "1M" in shown.replace(" ", "").replace("iB", "")
+    assert "table" in shown and "640" in shown and "1.0 MiB" in shown
     rows = json.loads(subprocess.run([*command, "--json"], capture_output=True, text=True, check=True).stdout)["pools"]
     assert rows[0]["name"] == "table" and rows[0]["resident_bytes"] == {"0": 1 << 20} and rows[0]["writers"] == 1
     subprocess.run([*command, "--unlink", "table"], check=True)
@@ -374,8 +379,8 @@ def test_who_may_only_read_can_not_write(public):
         assert errno_of(lambda: os.ftruncate(fd, 0)) == errno.EINVAL
         assert errno_of(lambda: fcntl.fcntl(fd, 1033, 0x8)) == errno.EPERM       # F_ADD_SEALS, F_SEAL_WRITE
         assert errno_of(lambda: c("fallocate", fd, 3, ctypes.c_long(offset), ctypes.c_long(4096))) == errno.EBADF
-        assert errno_of(lambda: mmap.mmap(fd, 4096, mmap.MAP_SHARED, mmap.PROT_WRITE | mmap.PROT_READ, offset=offset)) \\
-            == errno.EACCES
+        both = mmap.PROT_WRITE | mmap.PROT_READ
+        assert errno_of(lambda: mmap.mmap(fd, 4096, mmap.MAP_SHARED, both, offset=offset)) == errno.EACCES
         shared = mmap.mmap(fd, 4096, mmap.MAP_SHARED, mmap.PROT_READ, offset=offset)
         assert errno_of(lambda: c("madvise", address, 4096, 9)) in (errno.EACCES, errno.EINVAL)  # MADV_REMOVE
         for call in (lambda: gmem.discard(pool.array()), lambda: gmem.advise(pool.array(), "pinned", "host"),
