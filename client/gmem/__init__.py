@@ -46,10 +46,10 @@ from gmem._pool import Pool, pool
 from gmem._session import Session, connect, default
 
 __all__ = [
-    "ADVICE", "DIRTY", "PAGE_DTYPE", "PINNED", "READ_MOSTLY", "STATES", "Buffer", "Busy", "ConnectionLost",
-    "Context", "ContextLost", "Device", "Exists", "Fence", "GmemError", "InvalidArgument", "KernelError",
-    "KernelTimeout", "MemoryResource", "NotFound", "NotSupported", "OutOfMemory", "PermissionDenied", "Poisoned",
-    "Pool", "QuotaExceeded", "Session", "acquire", "adopt", "advise", "advise_async", "alloc", "array", "cfunc", "connect", "default", "device",
-    "devices", "discard", "empty", "from_file", "full", "memcpy", "memcpy_async", "pool", "prefetch",
-    "prefetch_async", "stats", "where", "zeros",
+    "ADVICE", "Buffer", "Busy", "ConnectionLost", "Context", "ContextLost", "DIRTY", "Device", "Exists", "Fence",
+    "GmemError", "InvalidArgument", "KernelError", "KernelTimeout", "MemoryResource", "NotFound", "NotSupported",
+    "OutOfMemory", "PAGE_DTYPE", "PINNED", "PermissionDenied", "Poisoned", "Pool", "QuotaExceeded", "READ_MOSTLY",
+    "STATES", "Session", "acquire", "adopt", "advise", "advise_async", "alloc", "array", "cfunc", "connect",
+    "default", "device", "devices", "discard", "empty", "from_file", "full", "memcpy", "memcpy_async", "pool",
+    "prefetch", "prefetch_async", "stats", "where", "zeros",
 ]  # fmt: skip
