@@ -44,15 +44,15 @@ $(VENV)/.run: pyproject.toml setup.py | $(BIN)/python
 
 $(VENV)/.test: $(VENV)/.run
 	@.ci/require $(BIN)/python test
-	@$(PIP) install --no-build-isolation -e '.[demo,test]'
+	@$(PIP) install --no-build-isolation -e '.[demo,remote,test]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test
-	@$(PIP) install --no-build-isolation -e '.[demo,test,dev]'
+	@$(PIP) install --no-build-isolation -e '.[demo,remote,test,dev]'
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.test
-	@$(PIP) install --no-build-isolation -e '.[demo,test,bench]'
+	@$(PIP) install --no-build-isolation -e '.[demo,remote,test,bench]'
 	@touch $@
 
 # ---- Python extensions ----
