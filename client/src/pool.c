@@ -112,6 +112,7 @@ static int map(struct gmem *session, const struct grant *grant)
 	gmem_request_init(&request, "mmap_commit", 1);
 	gmem_request_uint(&request, "va", grant->va);
 	err = gmem_rpc_call(session->rpc, &request, NULL);
+	session->cover = gmem_contexts_cover;
 	if (!err)
 		err = gmem_contexts_cover(session, grant->va, 0);
 	if (err) {
