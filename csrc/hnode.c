@@ -331,9 +331,9 @@ void gmem_hnode_cool(struct gmem_hnode *hnode, struct gmem_object *object, uint6
 	gmem_mutex_unlock(&hnode->lock);
 }
 
-bool gmem_hnode_takes(const struct gmem_hnode *hnode, uint64_t page_bytes)
+bool gmem_hnode_takes(const struct gmem_hnode *hnode, const struct gmem_object *object)
 {
-	return !gmem_hnode_own_frames(hnode) || (hnode->info.page_bytes_mask & page_bytes);
+	return !gmem_hnode_own_frames(hnode) || ((hnode->info.page_bytes_mask >> object->shift & 1) && !object->pooled);
 }
 
 void gmem_hnode_failed(struct gmem_hnode *hnode)

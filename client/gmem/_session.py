@@ -49,6 +49,8 @@ class Session:
         _sessions.add(self)
         self.mappings: weakref.WeakValueDictionary[int, Mapping] = weakref.WeakValueDictionary()
         self.contexts: weakref.WeakSet[Any] = weakref.WeakSet()
+        # A context that is being opened, and a pool that is: the one is to know of the other.
+        self.sharing = threading.RLock()
         self.window = (lib.gmem_link_window_base(self._link), lib.gmem_link_window_bytes(self._link))
         self.adopted: dict[int, int] = {}  # address: length
 
@@ -148,6 +150,16 @@ class Session:
             raise
         return va, size
 
+    def map_pool(self, va: int, fork: str = "share") -> None:
+        """Maps and commits what pool_create or pool_open has reserved. FileExistsError: the range is in use here."""
+        with self._layout:
+            err = lib.gmem_link_map_file(self._link, va, fork == "share")
+            if err == -errno.EEXIST:
+                raise FileExistsError(errno.EEXIST, f"0x{va:x} is in use in this process")
+            if err:
+                raise from_errno(-err, f"mapping a pool at 0x{va:x}: {os.strerror(-err)}")
+            self.request("mmap_commit", va=va)
+
     def unmap(self, va: int, nbytes: int) -> None:
         """munmap, and then waits until gmemd has let go of the memory."""
         if self.closed or self._daemon_gone():
@@ -181,7 +193,7 @@ class Session:
             _refuse(lib.gmem_link_adopt_begin(self._link, va, nbytes, page_bytes, edges, adoption, message), message)
             mapped: list[Any] = []
             try:
-                for context in list(self.contexts) if adoption.bytes else ():
+                for context in self.process_contexts() if adoption.bytes else ():
                     context.map_adopted(adoption.va, adoption.bytes, adoption.offset)
                     mapped.append(context)
             except BaseException:
@@ -191,6 +203,10 @@ class Session:
                 raise
             _refuse(lib.gmem_link_adopt_finish(self._link, adoption, message), message)
         return adoption.va, adoption.bytes
+
+    def process_contexts(self) -> list[Any]:
+        """Contexts that are processes of their own, and have to hear of what is mapped beside the window."""
+        return [context for context in self.contexts if not context.device.in_process]
 
     # ---- devices ----
 
@@ -281,6 +297,7 @@ def _in_child() -> None:
     _adopting = threading.RLock()
     for session in _sessions:
         session._layout = threading.RLock()
+        session.sharing = threading.RLock()
 
 
 os.register_at_fork(before=lambda: _adopting.acquire(), after_in_parent=lambda: _adopting.release(),
