@@ -145,12 +145,18 @@ model: $(VENV)/.test build ## a state machine over the core, with kills, and fau
 
 # libFuzzer over the ring; over what gmemd decodes by atheris, which is libFuzzer for Python.
 FUZZ_SECONDS ?= 60
-build/fuzz/fuzz_ring: tests/fuzz/fuzz_ring.c $(CORE_SOURCES) $(CORE_HEADERS) client/src/agent.c
+FUZZ_OBJECTS := $(patsubst %.c,build/fuzz/%.o,$(CORE_SOURCES) tests/fuzz/fuzz_ring.c client/src/agent.c)
+FUZZ_FLAGS := -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all
+build/fuzz/.clang: | $(BIN)/python
 	@.ci/require $(BIN)/python fuzz
+	@mkdir -p $(@D) && touch $@
+build/fuzz/%.o: %.c | build/fuzz/.clang
 	@mkdir -p $(@D)
-	@echo "cc $@"; clang -std=gnu11 -O1 -g -pthread -DGMEM_DEBUG -fsanitize=fuzzer,address,undefined \
-		-fno-sanitize-recover=all -Icsrc/include -Iclient/include tests/fuzz/fuzz_ring.c $(CORE_SOURCES) \
-		client/src/agent.c -o $@
+	@echo "cc $@"; clang -std=gnu11 -O1 -g -pthread -DGMEM_DEBUG $(FUZZ_FLAGS) -Icsrc/include -Iclient/include -MMD -MP -c $< -o $@
+build/fuzz/fuzz_ring: $(FUZZ_OBJECTS)
+	@echo "ld $@"; clang -pthread $(FUZZ_FLAGS) $^ -o $@
+.SECONDARY: $(FUZZ_OBJECTS)
+-include $(FUZZ_OBJECTS:.o=.d)
 
 fuzz: $(VENV)/.test build build/fuzz/fuzz_ring ## fuzz ring, schema and handshake for FUZZ_SECONDS=60 each
 	@$(PIP) install 'atheris>=2.3'

@@ -57,7 +57,7 @@ def test_handshake(data, kind, length):
 @pytest.mark.skipif(not shutil.which("clang"), reason="needs clang, with libFuzzer (libclang-rt-14-dev)")
 @pytest.mark.skipif(not os.access("/dev/userfaultfd", os.R_OK | os.W_OK), reason="needs /dev/userfaultfd")
 def test_ring():
-    made = subprocess.run(["make", "-s", "build/fuzz/fuzz_ring"], cwd=ROOT, capture_output=True, text=True, timeout=110)
+    made = subprocess.run(["make", "-s", "-j2", "build/fuzz/fuzz_ring"], cwd=ROOT, capture_output=True, text=True, timeout=110)
     if "libclang_rt.fuzzer" in made.stderr:
         pytest.skip("this clang has no libFuzzer")
     assert made.returncode == 0, made.stderr
