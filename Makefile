@@ -21,7 +21,9 @@ help: ## this list
 run: build ## semantic search with a transformer that does not fit its device; RUN_FLAGS="--query TEXT --hbm 32M"
 	@$(BIN)/python client/examples/search $(RUN_FLAGS)
 
-test: $(VENV)/.test build lib c-plain c-asan ## all tests; PYTEST_FLAGS="-k NAME"
+# what fuzzes the ring is built where clang has libFuzzer
+LIBFUZZER := $(wildcard /usr/lib/llvm-*/lib/clang/*/lib/linux/libclang_rt.fuzzer-*.a)
+test: $(VENV)/.test build lib c-plain c-asan $(if $(LIBFUZZER),build/fuzz/fuzz_ring) ## all tests; PYTEST_FLAGS="-k NAME"
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 check: lint test ## lint and test

@@ -54,7 +54,7 @@ def main() -> None:
 
     target = TARGETS[sys.argv.pop(1)]
     for module in (schema, wire):
-        for name, function in vars(module).items():
+        for function in vars(module).values():
             if isinstance(function, FunctionType) and function.__module__ == module.__name__:
                 atheris.instrument_func(function)
     atheris.Setup(sys.argv, target)
