@@ -5,7 +5,9 @@
 #include <errno.h>
 #include <string.h>
 
+#include <gmem/freeze.h>
 #include <gmem/internal.h>
+#include <gmem/prefetch.h>
 #include <gmem/uffd.h>
 
 #define BUSY_SPINS 2000
@@ -139,6 +141,7 @@ int gmem_mmap(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args *
 	struct gmem_object *object;
 	struct gmem_file *file;
 	enum gmem_class class_;
+	bool kept;
 
 	if (shift < 0 || !bytes || bytes > INT64_MAX || args->fork > GMEM_FORK_NONE)
 		return -EINVAL;
@@ -159,7 +162,8 @@ int gmem_mmap(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args *
 	err = check_quotas(core, session->account, bytes);
 	if (err)
 		goto uncharge;
-	err = take_range(core, &session->as, class_, bytes, align, &va);
+	kept = args->kept && !gmem_kept_take(session->account, class_, bytes, align, args->fork, &va);
+	err = kept ? 0 : take_range(core, &session->as, class_, bytes, align, &va);
 	if (err)
 		goto uncharge;
 	err = gmem_account_file(session->account, GMEM_HOST, class_, &file);
@@ -170,14 +174,14 @@ int gmem_mmap(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args *
 		gmem_range_free(&core->va[class_], va, bytes);
 		goto uncharge;
 	}
-	err = gmem_as_insert(&session->as, object, va, 0, bytes, args->fork, false);
+	err = gmem_as_insert(&session->as, object, va, 0, bytes, args->fork, kept);
 	gmem_object_unref(object); /* on failure the last one: gives back range and charge */
 	if (!err && args->asked && gmem_keeps(&core->keep))
 		gmem_as_asked(&session->as, va, args->asked);
 	if (!err)
 		*ret = (struct gmem_region_info){ .va = va, .bytes = bytes, .offset = va - core->window.base,
 						  .page_bytes = 1ull << shift, .class_ = class_,
-						  .fork = args->fork, .fd = file->fd };
+						  .fork = args->fork, .kept = kept, .fd = file->fd };
 	goto out;
 uncharge:
 	atomic_fetch_sub(&core->committed_bytes[class_], bytes);
@@ -217,6 +221,13 @@ int gmem_mmap_commit(struct gmem_core *core, uint64_t id, uint64_t va)
 	return err;
 }
 
+/* What comes to lie there later is not what the guesses were about. */
+static void unmap(struct gmem_session *session, uint64_t va, uint64_t bytes)
+{
+	gmem_stream_cancel(session->core, &session->as, -1, va, bytes);
+	gmem_as_remove(&session->as, va, bytes, gmem_session_release_piece, NULL);
+}
+
 int gmem_munmap(struct gmem_core *core, uint64_t id, uint64_t va, uint64_t bytes)
 {
 	struct gmem_session *session;
@@ -232,9 +243,48 @@ int gmem_munmap(struct gmem_core *core, uint64_t id, uint64_t va, uint64_t bytes
 	if (view)
 		gmem_faults_quiesce(core, view);
 	gmem_view_unref(view);
-	gmem_as_remove(&session->as, va, bytes, gmem_session_release_piece, NULL);
+	unmap(session, va, bytes);
 	gmem_session_unref(session);
 	return 0;
+}
+
+/* Its only region, and whole. */
+static bool is_alone(struct gmem_object *object, enum gmem_fork *ret_fork)
+{
+	bool alone;
+
+	gmem_mutex_lock(&object->lock);
+	alone = object->regions && !object->regions->next && object->regions->bytes == object->bytes;
+	if (alone)
+		*ret_fork = object->regions->fork;
+	gmem_mutex_unlock(&object->lock);
+	return alone;
+}
+
+int gmem_munmap_keep(struct gmem_core *core, uint64_t id, uint64_t va, uint64_t bytes)
+{
+	struct gmem_session *session = gmem_session_get(core, id);
+	struct gmem_object *object;
+	struct gmem_place place;
+	enum gmem_fork fork;
+	int err = -EAGAIN;
+
+	if (!session)
+		return -ENOENT;
+	if (gmem_as_lookup(&session->as, va, &place)) {
+		gmem_session_unref(session);
+		return -EINVAL;
+	}
+	object = place.object;
+	if (place.region_va == va && place.region_bytes == bytes && place.committed &&
+	    object->account == session->account && va - core->window.base == object->offset &&
+	    !gmem_object_frozen(object) && !atomic_load(&object->marked) && is_alone(object, &fork))
+		err = gmem_kept_leave(object, va, fork);
+	if (!err)
+		unmap(session, va, bytes);
+	gmem_object_unref(object);
+	gmem_session_unref(session);
+	return err;
 }
 
 static struct gmem_page_info info_of(gmem_word_t word, uint8_t shift)

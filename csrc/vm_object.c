@@ -130,7 +130,8 @@ void gmem_object_unref(struct gmem_object *object)
 	gmem_account_map(object->account, -(int64_t)object->bytes);
 	atomic_fetch_sub(&core->committed_bytes[object->class_], object->bytes);
 	atomic_fetch_sub(&core->object_count, 1);
-	gmem_range_free(&core->va[object->class_], core->window.base + object->offset, object->bytes);
+	if (!atomic_load(&object->kept) || !gmem_kept_ready(object->account, core->window.base + object->offset))
+		gmem_range_free(&core->va[object->class_], core->window.base + object->offset, object->bytes);
 	gmem_account_unref(object->account);
 	gmem_mutex_deinit(&object->lock);
 	free(object);

@@ -89,6 +89,7 @@ struct gmem_region_info {
 	enum gmem_class class_;
 	enum gmem_fork fork;
 	bool committed;
+	bool kept; /* the client has it mapped already, and need not commit */
 	int fd; /* borrowed; open for as long as the session lives, also if the region goes */
 };
 /* Fills at most capacity entries, ret_count is the full count. */
@@ -124,6 +125,7 @@ struct gmem_mmap_args {
 	bool small_only;     /* never hugetlb */
 	uint64_t asked;      /* a number of the request's, 0: none */
 	bool again;          /* a predecessor may have reserved it for the request of that number: then that range */
+	bool kept;           /* one that the client keeps will do */
 };
 /* Reserves a range. The client maps it, then commits; without a commit it goes away with the session. */
 int gmem_mmap(struct gmem_core *core, uint64_t session, const struct gmem_mmap_args *args,
@@ -131,6 +133,8 @@ int gmem_mmap(struct gmem_core *core, uint64_t session, const struct gmem_mmap_a
 int gmem_mmap_commit(struct gmem_core *core, uint64_t session, uint64_t va);
 /* The client has unmapped [va, va + bytes) already (its UNMAP event may or may not have been seen). */
 int gmem_munmap(struct gmem_core *core, uint64_t session, uint64_t va, uint64_t bytes);
+/* A whole region, which stays mapped for a later one of its size (kept.h). -EAGAIN: this one does not; nothing is done. */
+int gmem_munmap_keep(struct gmem_core *core, uint64_t session, uint64_t va, uint64_t bytes);
 
 int gmem_advise(struct gmem_core *core, uint64_t session, int hnid, uint64_t va, uint64_t bytes,
 		enum gmem_advice advice); /* (blocks) */

@@ -27,6 +27,8 @@ struct gmem_object {
 	struct gmem_account *account; /* (C) */
 	uint32_t record;          /* (C) */
 	_Atomic uint64_t frozen_by; /* (A) a session; 0: none (freeze.h) */
+	atomic_bool kept;         /* (A) its addresses stay its client's (kept.h) */
+	atomic_bool marked;       /* (A) some of it is poisoned in the client's page table, for as long as that is mapped */
 	struct gmem_mutex lock;
 	struct gmem_region *regions;  /* (O) */
 	uint64_t regions_generation;  /* (O) grows with each change of the list or of a region in it */
@@ -42,7 +44,7 @@ int gmem_object_adopt(struct gmem_core *core, struct gmem_account *account, cons
 struct gmem_object *gmem_object_ref(struct gmem_object *object);
 /* False if it is being destroyed. */
 bool gmem_object_tryref(struct gmem_object *object);
-/* The last reference frees every page, the extent and the VA range. */
+/* The last reference frees every page, the extent and the VA range, unless that is kept. */
 void gmem_object_unref(struct gmem_object *object);
 
 int gmem_object_file(struct gmem_object *object, int hnid, struct gmem_file **ret);
