@@ -5,7 +5,9 @@ from pathlib import Path
 
 from cffi import FFI
 
-SOURCES = ("agent.c", "handshake.c", "link.c", "map.c", "ring.c", "uffd.c", "words.c")
+SOURCES = (
+    "adopt.c", "agent.c", "copies.c", "handshake.c", "link.c", "map.c", "ring.c", "uffd.c", "vma.c", "words.c",
+)  # fmt: skip
 
 ffibuilder = FFI()
 ffibuilder.cdef(
@@ -52,6 +54,13 @@ ffibuilder.cdef(
     void gmem_link_cancel(struct gmem_link *link);
     const char *gmem_ring_argument(uint32_t blame);
     void gmem_ring_words(uint32_t op, const struct gmem_ring_cqe *cqe, char *ret, size_t capacity);
+    struct gmem_adoption { uint64_t va, bytes, done, staging, staging_bytes, offset; ...; };
+    int gmem_link_adopt_begin(struct gmem_link *link, uint64_t va, uint64_t bytes, uint64_t page_bytes, bool outward,
+                              struct gmem_adoption *ret, char *message);
+    int gmem_link_adopt_finish(struct gmem_link *link, struct gmem_adoption *adoption, char *message);
+    void gmem_link_adopt_cancel(struct gmem_link *link, struct gmem_adoption *adoption);
+    void gmem_link_give_back(struct gmem_link *link);
+    int gmem_link_map_beside(struct gmem_link *link, uint64_t va, uint64_t bytes, uint64_t offset);
     #define GMEM_STREAM_MAX ...
     #define GMEM_RING_NOP ...
     #define GMEM_RING_ADVISE ...
@@ -84,7 +93,7 @@ ffibuilder.cdef(
 _HERE = Path(__file__).resolve().parent.name
 ffibuilder.set_source(
     "gmem._client",
-    '#include "link.h"\n#include "ring.h"',
+    '#include "adopt.h"\n#include "link.h"\n#include "ring.h"',
     sources=[f"{_HERE}/src/{name}" for name in SOURCES],
     include_dirs=[f"{_HERE}/src", f"{_HERE}/include"],
     extra_compile_args=["-std=gnu11", "-O2", "-g", "-Wall", "-Wextra", "-fvisibility=hidden", "-pthread"],

@@ -299,6 +299,18 @@ void gmem_as_remove(struct gmem_as *as, uint64_t va, uint64_t bytes, gmem_piece_
 	}
 }
 
+/* What was announced there (gmem_adopt) has come; its last piece comes last. */
+static void arrived_locked(struct gmem_as *as, const struct gmem_region *piece, uint64_t va)
+{
+	size_t at = find(as, va);
+	struct gmem_region *region = at < as->count ? as->regions[at] : NULL;
+
+	if (!region || region->object != piece->object || region->va + region->bytes != va + piece->bytes)
+		return;
+	region->committed = true;
+	write_record_locked(region);
+}
+
 void gmem_as_move(struct gmem_as *as, uint64_t from, uint64_t to, uint64_t bytes)
 {
 	gmem_rwlock_write(&as->lock);
@@ -309,8 +321,9 @@ void gmem_as_move(struct gmem_as *as, uint64_t from, uint64_t to, uint64_t bytes
 		if (at == as->count || as->regions[at]->va >= from + bytes)
 			break;
 		piece = cut_locked(as, at, from, from + bytes);
-		insert_locked(as, piece.object, to + (piece.va - from), piece.offset, piece.bytes, piece.fork,
-			      piece.committed, 0);
+		if (insert_locked(as, piece.object, to + (piece.va - from), piece.offset, piece.bytes, piece.fork,
+				  piece.committed, 0) == -EEXIST)
+			arrived_locked(as, &piece, to + (piece.va - from));
 		gmem_object_unref(piece.object); /* the inserted region has its own, or none could be made */
 	}
 	gmem_rwlock_unlock(&as->lock);
@@ -340,6 +353,7 @@ int gmem_as_lookup(struct gmem_as *as, uint64_t va, struct gmem_place *ret)
 	ret->region_va = region->va;
 	ret->region_bytes = region->bytes;
 	ret->region_offset = region->offset;
+	ret->fork = region->fork;
 	ret->committed = region->committed;
 	ret->hint = gmem_hints_at(&as->hints, va);
 	ret->object = gmem_object_ref(region->object);

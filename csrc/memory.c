@@ -12,6 +12,8 @@
 
 #define BUSY_SPINS 2000
 #define TAKEN_MAX 64
+#define ADOPT_PAGE_BYTES (64ull << 10)
+#define ADDRESS_END (1ull << 47)
 
 static int shift_of(uint64_t page_bytes, uint64_t bytes)
 {
@@ -143,7 +145,7 @@ int gmem_mmap(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args *
 	enum gmem_class class_;
 	bool kept;
 
-	if (shift < 0 || !bytes || bytes > INT64_MAX || args->fork > GMEM_FORK_NONE)
+	if (shift < 0 || !bytes || bytes > INT64_MAX || args->fork > GMEM_FORK_COPY)
 		return -EINVAL;
 	bytes = (bytes + (1ull << shift) - 1) & ~((1ull << shift) - 1);
 	class_ = shift == GMEM_SHIFT_2M && core->hugepages && !args->small_only && huge_fits(core, bytes) ?
@@ -190,6 +192,72 @@ out:
 	return err;
 }
 
+/* What munmap(2) has told by now is done, and will not be done to a region that comes to be there. */
+static void hear_of_unmaps(struct gmem_session *session)
+{
+	struct gmem_view *view = gmem_as_view(&session->as, GMEM_HOST);
+
+	if (view)
+		gmem_faults_quiesce(session->core, view);
+	gmem_view_unref(view);
+}
+
+static int check_adopt(const struct gmem_window *window, uint64_t at, uint64_t bytes)
+{
+	if ((at | bytes) & 4095 || !bytes || bytes > INT64_MAX || at + bytes < at || at + bytes > ADDRESS_END)
+		return -EINVAL;
+	return at < window->base + window->bytes && at + bytes > window->base ? -EINVAL : 0;
+}
+
+/* A request that was made twice, because its answer was lost, finds it there. */
+static int insert_second(struct gmem_session *session, uint64_t at, uint64_t bytes, enum gmem_fork fork, uint64_t va)
+{
+	struct gmem_place first, second;
+	int err = gmem_as_lookup(&session->as, va, &first);
+
+	if (err)
+		return err;
+	err = gmem_as_insert(&session->as, first.object, at, 0, bytes, fork, false);
+	if (err == -EEXIST && !gmem_as_lookup(&session->as, at, &second)) {
+		if (second.object == first.object && second.region_va == at && second.region_bytes == bytes)
+			err = 0;
+		gmem_object_unref(second.object);
+	}
+	gmem_object_unref(first.object);
+	return err;
+}
+
+int gmem_adopt(struct gmem_core *core, uint64_t id, uint64_t at, const struct gmem_mmap_args *args,
+	       struct gmem_region_info *ret)
+{
+	struct gmem_mmap_args small = *args;
+	struct gmem_region_info region;
+	struct gmem_session *session;
+	int err = check_adopt(&core->window, at, args->bytes);
+
+	if (err)
+		return err;
+	/* Huge pages need an address and a length that are multiples of them; many small ones are what memory of others,
+	 * whose use nobody has planned, is best moved in. */
+	small.small_only = true;
+	if (!small.page_bytes)
+		small.page_bytes = small.bytes < ADOPT_PAGE_BYTES ? 4096 : ADOPT_PAGE_BYTES;
+	session = gmem_session_get(core, id);
+	if (!session)
+		return -ENOENT;
+	hear_of_unmaps(session); /* of what was adopted there before */
+	err = gmem_mmap(core, id, &small, &region);
+	if (!err) {
+		err = insert_second(session, at, args->bytes, args->fork, region.va);
+		if (err)
+			gmem_as_remove(&session->as, region.va, region.bytes, NULL, NULL);
+	}
+	gmem_session_unref(session);
+	if (!err)
+		*ret = region;
+	return err;
+}
+
 int gmem_mmap_commit(struct gmem_core *core, uint64_t id, uint64_t va)
 {
 	struct gmem_session *session = gmem_session_get(core, id);
@@ -231,7 +299,6 @@ static void unmap(struct gmem_session *session, uint64_t va, uint64_t bytes)
 int gmem_munmap(struct gmem_core *core, uint64_t id, uint64_t va, uint64_t bytes)
 {
 	struct gmem_session *session;
-	struct gmem_view *view;
 
 	if ((va & 4095) || !bytes || va + bytes < va)
 		return -EINVAL;
@@ -239,10 +306,7 @@ int gmem_munmap(struct gmem_core *core, uint64_t id, uint64_t va, uint64_t bytes
 	session = gmem_session_get(core, id);
 	if (!session)
 		return -ENOENT;
-	view = gmem_as_view(&session->as, GMEM_HOST);
-	if (view)
-		gmem_faults_quiesce(core, view);
-	gmem_view_unref(view);
+	hear_of_unmaps(session);
 	unmap(session, va, bytes);
 	gmem_session_unref(session);
 	return 0;

@@ -30,6 +30,8 @@ static enum gmem_ring_blame blame_of(const struct gmem_ring_sqe *sqe, int err)
 	bool held = sqe->op == GMEM_RING_ACQUIRE || sqe->op == GMEM_RING_RELEASE;
 
 	switch (err) {
+	case -EEXIST:
+		return GMEM_RING_BLAME_VA;
 	case -EINVAL:
 		return held ? GMEM_RING_BLAME_RANGES : sqe->op == GMEM_RING_HMEMCPY ? GMEM_RING_BLAME_DST :
 		       sqe->op == GMEM_RING_MMAP ? GMEM_RING_BLAME_BYTES : GMEM_RING_BLAME_VA;
@@ -67,8 +69,9 @@ static bool finish_op(struct gmem_ring_job *job, int err)
 static enum gmem_ring_blame check_form(const struct gmem_ring_sqe *sqe)
 {
 	static const uint16_t allowed[GMEM_RING_OP_COUNT] = {
-		[GMEM_RING_MMAP] = GMEM_RING_NO_INHERIT | GMEM_RING_SMALL | GMEM_RING_KEEP,
-		[GMEM_RING_MUNMAP] = GMEM_RING_KEEP, [GMEM_RING_ACQUIRE] = GMEM_RING_WRITE,
+		[GMEM_RING_MMAP] = GMEM_RING_NO_INHERIT | GMEM_RING_COPY | GMEM_RING_SMALL | GMEM_RING_KEEP,
+		[GMEM_RING_MUNMAP] = GMEM_RING_KEEP,
+		[GMEM_RING_ADOPT] = GMEM_RING_NO_INHERIT | GMEM_RING_COPY, [GMEM_RING_ACQUIRE] = GMEM_RING_WRITE,
 		[GMEM_RING_HMEMCPY] = GMEM_RING_TOUCHED, [GMEM_RING_REGION] = GMEM_RING_NEXT,
 	};
 
@@ -122,7 +125,7 @@ static enum gmem_ring_blame check_range(struct gmem_session *session, const stru
 	}
 	if (!sqe->bytes || sqe->bytes > INT64_MAX)
 		return GMEM_RING_BLAME_BYTES;
-	if (sqe->op == GMEM_RING_MMAP)
+	if (sqe->op == GMEM_RING_MMAP || sqe->op == GMEM_RING_ADOPT)
 		return GMEM_RING_BLAME_NONE;
 	if (!in_reach(session, sqe->va, sqe->bytes))
 		return sqe->op == GMEM_RING_HMEMCPY ? GMEM_RING_BLAME_DST : GMEM_RING_BLAME_VA;
@@ -167,13 +170,19 @@ static enum gmem_ring_blame check(struct gmem_session *session, const struct gme
 
 /* ---- short ones ---- */
 
-static bool do_mmap(struct gmem_session *session, struct gmem_ring_job *job)
+static enum gmem_fork fork_of(uint16_t flags)
+{
+	return flags & GMEM_RING_NO_INHERIT ? GMEM_FORK_NONE : flags & GMEM_RING_COPY ? GMEM_FORK_COPY : GMEM_FORK_SHARE;
+}
+
+/* Fresh, or for what is at sqe->va already. */
+static bool do_mmap(struct gmem_session *session, struct gmem_ring_job *job, bool adopt)
 {
 	const struct gmem_ring_sqe *sqe = &job->sqe;
 	struct gmem_mmap_args args = {
 		.bytes = sqe->bytes, .page_bytes = sqe->arg, .small_only = sqe->flags & GMEM_RING_SMALL,
-		.fork = sqe->flags & GMEM_RING_NO_INHERIT ? GMEM_FORK_NONE : GMEM_FORK_SHARE,
-		.asked = job->sq_index + 1ull, .again = job->again, .kept = sqe->flags & GMEM_RING_KEEP,
+		.fork = fork_of(sqe->flags), .asked = job->sq_index + 1ull, .again = job->again,
+		.kept = sqe->flags & GMEM_RING_KEEP,
 	};
 	struct gmem_region_info region;
 	int err;
@@ -183,7 +192,8 @@ static bool do_mmap(struct gmem_session *session, struct gmem_ring_job *job)
 		return finish(job, -EINVAL, GMEM_RING_BLAME_PAGE_BYTES);
 	if (args.bytes > session->core->window.bytes)
 		return finish(job, -ENOMEM, GMEM_RING_BLAME_BYTES);
-	err = gmem_mmap(session->core, session->id, &args, &region);
+	err = adopt ? gmem_adopt(session->core, session->id, sqe->va, &args, &region) :
+		      gmem_mmap(session->core, session->id, &args, &region);
 	if (!err) {
 		job->cqe.values[GMEM_RING_VA] = region.va;
 		job->cqe.values[GMEM_RING_LENGTH] = region.bytes;
@@ -216,6 +226,7 @@ static bool do_region(struct gmem_session *session, struct gmem_ring_job *job)
 	job->cqe.values[GMEM_RING_OFFSET] = place.object->offset + place.region_offset;
 	job->cqe.values[GMEM_RING_PAGE_BYTES] = 1ull << place.object->shift;
 	job->cqe.values[GMEM_RING_HUGE] = place.object->class_ == GMEM_CLASS_HUGE;
+	job->cqe.values[GMEM_RING_COPIED] = place.fork == GMEM_FORK_COPY;
 	gmem_object_unref(place.object);
 	return finish_op(job, 0);
 }
@@ -228,7 +239,8 @@ static bool do_short(struct gmem_session *session, struct gmem_ring_job *job)
 	case GMEM_RING_NOP:
 		return finish(job, 0, GMEM_RING_BLAME_NONE);
 	case GMEM_RING_MMAP:
-		return do_mmap(session, job);
+	case GMEM_RING_ADOPT:
+		return do_mmap(session, job, sqe->op == GMEM_RING_ADOPT);
 	case GMEM_RING_MMAP_COMMIT:
 		return finish_op(job, gmem_mmap_commit(session->core, session->id, sqe->va));
 	case GMEM_RING_MUNMAP:

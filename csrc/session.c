@@ -435,7 +435,7 @@ static int inherit_regions(struct gmem_session *parent, struct gmem_session *chi
 		struct gmem_region *r = parent->as.regions[i];
 
 		/* The child's as is not shared yet, so its locks are free: same rank, but no cycle. */
-		if (r->fork == GMEM_FORK_SHARE && r->committed)
+		if (r->fork != GMEM_FORK_NONE && r->committed)
 			err = gmem_as_insert_private(&child->as, r->object, r->va, r->offset, r->bytes, r->fork,
 						     committed);
 	}

@@ -22,6 +22,7 @@ cdef extern from "gmem/types.h" nogil:
         GMEM_CLASS_COUNT
         GMEM_FORK_SHARE
         GMEM_FORK_NONE
+        GMEM_FORK_COPY
         GMEM_ADVISE_DISCARD
         GMEM_ADVISE_PREFETCH
         GMEM_ADVISE_PINNED
@@ -235,6 +236,7 @@ cdef extern from "gmem/core.h" nogil:
     int gmem_context_overlay(gmem_core *, uint64_t, uint64_t, uint64_t)
     int gmem_context_detach(gmem_core *, uint64_t)
     int gmem_mmap(gmem_core *, uint64_t, const gmem_mmap_args *, gmem_region_info *)
+    int gmem_adopt(gmem_core *, uint64_t, uint64_t, const gmem_mmap_args *, gmem_region_info *)
     int gmem_mmap_commit(gmem_core *, uint64_t, uint64_t)
     int gmem_munmap(gmem_core *, uint64_t, uint64_t, uint64_t)
     int gmem_advise(gmem_core *, uint64_t, int, uint64_t, uint64_t, gmem_advice)

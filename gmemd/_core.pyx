@@ -29,7 +29,7 @@ _ADVICE = {
     "accessed_by": GMEM_ADVISE_ACCESSED_BY, "not_accessed_by": GMEM_ADVISE_NOT_ACCESSED_BY,
     "freeze": GMEM_ADVISE_FREEZE, "thaw": GMEM_ADVISE_THAW,
 }
-_FORK = {"share": GMEM_FORK_SHARE, "none": GMEM_FORK_NONE}
+_FORK = {"share": GMEM_FORK_SHARE, "none": GMEM_FORK_NONE, "copy": GMEM_FORK_COPY}
 _FORK_NAMES = {number: name for name, number in _FORK.items()}
 _EVENTS = {
     GMEM_EVENT_FORK: "fork", GMEM_EVENT_VIEW_GONE: "view_gone", GMEM_EVENT_POISONED: "poisoned",
@@ -483,6 +483,23 @@ cdef class Core:
         args.again = False
         with nogil:
             err = gmem_mmap(core, session, &args, &region)
+        self._leave()
+        if err:
+            _raise(err)
+        return _region(&region)
+
+    def adopt(self, uint64_t session, uint64_t va, uint64_t size, *, uint64_t page_bytes=0, str fork="copy"):
+        cdef int fork_number = _FORK[fork]
+        cdef gmem_core *core = self._enter()
+        cdef gmem_mmap_args args
+        cdef gmem_region_info region
+        cdef int err
+        memset(&args, 0, sizeof(args))
+        args.bytes = size
+        args.page_bytes = page_bytes
+        args.fork = <gmem_fork>fork_number
+        with nogil:
+            err = gmem_adopt(core, session, va, &args, &region)
         self._leave()
         if err:
             _raise(err)

@@ -33,6 +33,7 @@ _BLAME: dict[str, dict[int, str]] = {
         errno.EINVAL: "bytes", errno.ENOMEM: "bytes", errno.EAGAIN: "bytes", errno.EDQUOT: "bytes",
         errno.ENOENT: "session",
     },
+    "adopt": {errno.ENOMEM: "bytes", errno.EINVAL: "va", errno.EDQUOT: "bytes", errno.EEXIST: "va"},
     "mmap_commit": {errno.EINVAL: "va", errno.ENOMEM: "va"},
     "trace_start": {errno.ENOMEM: "buffer_bytes", errno.ENODEV: "device"},
     "munmap": {errno.EINVAL: "va"},
@@ -50,6 +51,10 @@ _BLAME: dict[str, dict[int, str]] = {
 _MEANING: dict[tuple[str, int], str] = {
     ("mmap", errno.ENOMEM): "more than the host and all devices together could hold, or than the window has room for",
     ("mmap", errno.EDQUOT): "more than the quotas of this session or this user allow on all hnodes together",
+    ("adopt", errno.ENOMEM): "more than the host and all devices together could hold, or than the window has room for",
+    ("adopt", errno.EDQUOT): "more than the quotas of this session or this user allow on all hnodes together",
+    ("adopt", errno.EINVAL): "not whole pages of 4096 bytes outside the window",
+    ("adopt", errno.EEXIST): "some of it is managed already",
     ("limit", errno.EINVAL): "below 2 MiB, or above the capacity",
     ("limit", errno.EBUSY): "more than that is pinned",
     ("limit", errno.ENOMEM): "there is nowhere for the rest to go; nothing has changed",
@@ -146,6 +151,12 @@ class Operations:
             raise RequestError(errno.ENOMEM, text, "bytes")
         region = self._core.mmap(
             session.core_id, args["bytes"], page_bytes=args["page_bytes"], fork=args["fork"], small=args["small"]
+        )
+        return {key: region[key] for key in ("va", "bytes", "offset", "page_bytes", "huge")}
+
+    def _op_adopt(self, session: Session, args: Args) -> Reply:
+        region = self._core.adopt(
+            session.core_id, args["va"], args["bytes"], page_bytes=args["page_bytes"], fork=args["fork"]
         )
         return {key: region[key] for key in ("va", "bytes", "offset", "page_bytes", "huge")}
 

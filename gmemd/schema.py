@@ -42,6 +42,8 @@ ADVICE = (
     "not_accessed_by", "freeze", "thaw",
 )  # fmt: skip
 
+FORK = ("share", "none", "copy")
+
 Check = Callable[[str, Any], Any]
 
 
@@ -195,8 +197,17 @@ OPS: dict[str, Op] = {
         {
             "bytes": _BYTES,
             "page_bytes": optional(page_size, 0),
-            "fork": optional(choice("share", "none"), "share"),
+            "fork": optional(choice(*FORK), "share"),
             "small": optional(boolean, False),
+        },
+    ),
+    "adopt": Op(
+        SESSION,
+        {
+            "va": Field(page_aligned),
+            "bytes": _BYTES,
+            "page_bytes": optional(page_size, 0),
+            "fork": optional(choice(*FORK), "copy"),
         },
     ),
     "mmap_commit": Op(SESSION, {"va": Field(page_aligned)}),

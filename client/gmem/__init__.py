@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """gmem: one memory for the CPU and every attached device, at one address, moved to whoever touches it."""
 
+from gmem._adopt import adopt
 from gmem._advice import (
     ADVICE,
     DIRTY,
@@ -45,8 +46,8 @@ from gmem._session import Session, connect, default
 __all__ = [
     "ADVICE", "DIRTY", "PAGE_DTYPE", "PINNED", "READ_MOSTLY", "STATES", "Buffer", "Busy", "ConnectionLost",
     "Context", "ContextLost", "Device", "Fence", "GmemError", "InvalidArgument", "KernelError", "KernelTimeout",
-    "MemoryResource", "NotFound", "NotSupported", "OutOfMemory", "PermissionDenied", "Poisoned",
-    "QuotaExceeded", "Session", "acquire", "advise", "advise_async", "alloc", "array", "cfunc", "connect", "default",
-    "device", "devices", "discard", "empty", "from_file", "full", "memcpy", "memcpy_async", "prefetch",
+    "MemoryResource", "NotFound", "NotSupported", "OutOfMemory", "PermissionDenied", "Poisoned", "QuotaExceeded",
+    "Session", "acquire", "adopt", "advise", "advise_async", "alloc", "array", "cfunc", "connect", "default", "device",
+    "devices", "discard", "empty", "from_file", "full", "memcpy", "memcpy_async", "prefetch",
     "prefetch_async", "stats", "where", "zeros",
 ]  # fmt: skip

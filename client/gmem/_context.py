@@ -48,7 +48,7 @@ def _portable(error: BaseException) -> bytes | None:
     """The exception as a pickle that the client can read back; None if it is not of that kind."""
     try:
         error.__traceback__ = None
-        body, _ = dumps(error, (0, 0))
+        body, _ = dumps(error, [])
         loads(body)
     except Exception:
         return None
@@ -63,11 +63,24 @@ def _requests(link: Any) -> Requests:
     )
 
 
-def _run(body: bytes, window: tuple[int, int]) -> tuple[Any, ...]:
+def _place(link: Any, what: tuple[str, int, int, int], ranges: list[tuple[int, int]]) -> tuple[Any, ...]:
+    """Maps or unmaps what the client adopts, at its address."""
+    word, va, nbytes, offset = what
+    ranges[:] = [known for known in ranges if known[0] + known[1] <= va or va + nbytes <= known[0]]
+    err = 0
+    if word == "map":
+        err = lib.gmem_link_map_beside(link, va, nbytes, offset)
+        ranges += [] if err else [(va, nbytes)]
+    else:
+        lib.gmem_link_unmap(link, va, nbytes)
+    return ("done", dumps(err, [])[0])
+
+
+def _run(body: bytes, ranges: list[tuple[int, int]]) -> tuple[Any, ...]:
     try:
         fn, args, keywords = loads(body)
         value = fn(*args, **keywords)
-        return ("done", dumps(value, window)[0])
+        return ("done", dumps(value, ranges)[0])
     except BaseException as error:  # a kernel that calls sys.exit() must not end the context
         text = traceback.format_exc()
         return ("error", _portable(error), type(error).__name__, str(error), text)
@@ -83,6 +96,7 @@ def serve(channel: Connection) -> None:
         channel.send(("refused", getattr(error, "errno", 0), str(error)))
         return
     window = (lib.gmem_link_window_base(link), lib.gmem_link_window_bytes(link))
+    ranges = [window, *hello["adopted"]]
     channel.send(("ready", lib.gmem_link_hnid(link)))
     requests = _requests(link)
     while True:
@@ -93,7 +107,7 @@ def serve(channel: Connection) -> None:
         channel.send((number, "started"))
         # Ours besides the client's own: its threads may all be waiting for memory that this kernel holds.
         signal.setitimer(signal.ITIMER_REAL, timeout or 0)
-        answer = _run(body, window)
+        answer = _place(link, body, ranges) if isinstance(body, tuple) else _run(body, ranges)
         signal.setitimer(signal.ITIMER_REAL, 0)
         # Here and not in the client: its threads may be waiting for this memory, one of them with the interpreter lock.
         if held:

@@ -33,7 +33,7 @@ from gmem._errors import (
     from_errno,
 )  # fmt: skip
 from gmem._fence import Fence
-from gmem._launch import as_kernel, dumps, loads, set_owner_lookup
+from gmem._launch import NotWhole, as_kernel, dumps, loads, set_owner_lookup
 from gmem._memory import managed_extent
 from gmem._session import Session, default, owner_of
 
@@ -109,7 +109,7 @@ class Context:
         # The token goes over the pipe: a command line can be read by everyone.
         self._channel.send({
             "path": self._session.path, "token": self._session.token, "device": self.device.name,
-            "sys_path": sys.path, "parent": os.getpid(),
+            "sys_path": sys.path, "parent": os.getpid(), "adopted": list(self._session.adopted.items()),
         })  # fmt: skip
         try:
             if not self._channel.poll(_START_S):
@@ -158,9 +158,14 @@ class Context:
             kernel = as_kernel(fn)
         except TypeError as error:
             raise InvalidArgument(str(error), argument="fn") from None
-        body, arrays = dumps((kernel, args, keywords), self._session.window)
+        try:
+            body, arrays = dumps((kernel, args, keywords), self._session.ranges())
+        except NotWhole as error:
+            raise InvalidArgument(str(error), argument="args") from None
         held = self._hold(arrays) if self._brackets else None
-        fence = Fence((args, keywords))
+        return self._send(body, Fence((args, keywords)), held, timeout)
+
+    def _send(self, body: Any, fence: Fence, held: dict[str, Any] | None = None, timeout: float | None = None) -> Fence:
         with self._sending:
             with self._lock:
                 self._check_usable()
@@ -171,6 +176,24 @@ class Context:
             except OSError:
                 pass  # the reader sees the end, and fails the fence
         return fence
+
+    def map_adopted(self, va: int, nbytes: int, offset: int) -> None:
+        """Maps what is about to be adopted in the context's process, at its address; waits for the kernels that run."""
+        if self.pid != os.getpid():
+            return
+        try:
+            err = self._send(("map", va, nbytes, offset), Fence(None)).wait()
+        except (ContextLost, KernelTimeout):
+            return  # it has none of it
+        if err:
+            text = f"va: [0x{va:x}, 0x{va + nbytes:x}) is in use in the context on {self.device.name}"
+            raise from_errno(-err, f"{text}: {os.strerror(-err)}", "va")
+        self._session.request("context_overlay", context=self.context_id, va=va, bytes=nbytes)
+
+    def unmap_adopted(self, va: int, nbytes: int) -> None:
+        if self.pid == os.getpid():
+            with suppress(ContextLost, KernelTimeout):
+                self._send(("unmap", va, nbytes, 0), Fence(None)).wait()
 
     def _check_owner(self) -> None:
         """Not under a lock: in a forked child it may be held for ever."""

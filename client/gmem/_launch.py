@@ -38,19 +38,28 @@ def view(
     return result
 
 
+class NotWhole(ValueError):
+    """An array only a part of which is unified memory: a copy of it would be neither the one nor the other."""
+
+
 class Pickler(cloudpickle.Pickler):
-    """window: base and size of the session's addresses; arrays whole in it are sent as addresses. They are collected in
+    """ranges: base and size of the session's addresses; arrays whole in one are sent as addresses, and collected in
     `arrays`."""
 
-    def __init__(self, file: io.BytesIO, window: tuple[int, int]) -> None:
+    def __init__(self, file: io.BytesIO, ranges: Sequence[tuple[int, int]]) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
-        self._low, self._high = window[0], window[0] + window[1]
+        self._ranges = [(base, base + size) for base, size in ranges]
         self.arrays: list[np.ndarray[Any, Any]] = []
 
     def reducer_override(self, obj: Any) -> Any:
         if isinstance(obj, np.ndarray) and type(obj) is np.ndarray and obj.size and not obj.dtype.hasobject:
             low, high = np.lib.array_utils.byte_bounds(obj)
-            if self._low <= low and high <= self._high:
+            near = [(base, end) for base, end in self._ranges if base < high and low < end]
+            if any(low < base or end < high for base, end in near):
+                base, end = near[0]
+                text = f"args: of the array at [0x{low:x}, 0x{high:x}) only [0x{base:x}, 0x{end:x})"
+                raise NotWhole(f"{text} is adopted; pass that part, or adopt it with edges=True")
+            if near:
                 self.arrays.append(obj)
                 start = obj.__array_interface__["data"][0]
                 return view, (low, high - low, start, obj.dtype, obj.shape, obj.strides, obj.flags.writeable)
@@ -59,9 +68,9 @@ class Pickler(cloudpickle.Pickler):
         return super().reducer_override(obj)
 
 
-def dumps(obj: Any, window: tuple[int, int]) -> tuple[bytes, list[np.ndarray[Any, Any]]]:
+def dumps(obj: Any, ranges: Sequence[tuple[int, int]]) -> tuple[bytes, list[np.ndarray[Any, Any]]]:
     file = io.BytesIO()
-    pickler = Pickler(file, window)
+    pickler = Pickler(file, ranges)
     pickler.dump(obj)
     return file.getvalue(), pickler.arrays
 

@@ -50,6 +50,7 @@ class Session:
         self.mappings: weakref.WeakValueDictionary[int, Mapping] = weakref.WeakValueDictionary()
         self.contexts: weakref.WeakSet[Any] = weakref.WeakSet()
         self.window = (lib.gmem_link_window_base(self._link), lib.gmem_link_window_bytes(self._link))
+        self.adopted: dict[int, int] = {}  # address: length
 
     # ---- the link ----
 
@@ -185,8 +186,30 @@ class Session:
         return None
 
     def owns(self, address: int) -> bool:
-        base, size = self.window
-        return base <= address < base + size
+        return any(base <= address < base + size for base, size in self.ranges())
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """Where unified memory may be: the window, and what was adopted."""
+        return [self.window, *list(self.adopted.items())]
+
+    def adopt(self, va: int, nbytes: int, page_bytes: int, edges: bool) -> tuple[int, int]:
+        """Brings whole pages of a range under management; where, and how many bytes."""
+        self._check()
+        adoption, message = ffi.new("struct gmem_adoption *"), ffi.new("char[]", lib.GMEM_WIRE_MESSAGE_BYTES)
+        with _adopting, self._layout:
+            _refuse(lib.gmem_link_adopt_begin(self._link, va, nbytes, page_bytes, edges, adoption, message), message)
+            mapped: list[Any] = []
+            try:
+                for context in list(self.contexts) if adoption.bytes else ():
+                    context.map_adopted(adoption.va, adoption.bytes, adoption.offset)
+                    mapped.append(context)
+            except BaseException:
+                lib.gmem_link_adopt_cancel(self._link, adoption)
+                for context in mapped:
+                    context.unmap_adopted(adoption.va, adoption.bytes)
+                raise
+            _refuse(lib.gmem_link_adopt_finish(self._link, adoption, message), message)
+        return adoption.va, adoption.bytes
 
     # ---- devices ----
 
@@ -230,6 +253,9 @@ class Session:
             return
         for context in list(self.contexts):
             context.close()
+        with _adopting:
+            lib.gmem_link_give_back(self._link)
+            self.adopted.clear()
         self.closed = True
         self._requests.close()
         self._ring.close()
@@ -245,6 +271,7 @@ class Session:
 
 
 _lock = threading.RLock()
+_adopting = threading.RLock()  # held over a fork: a child must not get half of what is adopted
 _default: Session | None = None
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
@@ -258,15 +285,24 @@ def owner_of(address: int) -> Mapping | None:
     return None
 
 
+def _refuse(err: int, message: Any) -> None:
+    if err:
+        text = ffi.string(message).decode(errors="replace")
+        name = text.split(":")[0]
+        raise from_errno(-err, text, name if name in ("va", "bytes", "page_bytes") else None)
+
+
 def _in_child() -> None:
     """Locks may have been held by threads that a forked child does not have."""
-    global _lock
+    global _lock, _adopting
     _lock = threading.RLock()
+    _adopting = threading.RLock()
     for session in _sessions:
         session._layout = threading.RLock()
 
 
-os.register_at_fork(after_in_child=_in_child)
+os.register_at_fork(before=lambda: _adopting.acquire(), after_in_parent=lambda: _adopting.release(),
+                    after_in_child=_in_child)  # fmt: skip
 
 
 def _device_specs(devices: Sequence[str | MappingABC[str, Any]]) -> list[str]:

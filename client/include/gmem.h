@@ -67,6 +67,30 @@ GMEM_API int gmem_mmap(struct gmem *session, size_t bytes, const struct gmem_mma
 /* Any page-aligned part of a region. Returns when gmemd has let go of the memory. */
 GMEM_API int gmem_munmap(struct gmem *session, void *va, size_t bytes);
 
+#define GMEM_ADOPT_EDGES 0x1u /* also the pages that the range does not fill, with whatever else lies in them */
+
+struct gmem_adopt_options {
+	size_t size;
+	size_t page_bytes; /* what moves at once: 4096, 65536 or 2097152; 0: 65536, of ranges below that 4096 */
+	uint32_t flags;    /* GMEM_ADOPT_* */
+	uint32_t reserved;
+};
+
+/* Brings memory that the program has already (from malloc, mmap, NumPy) under management, at its own address, while other
+ * threads read and write it: afterwards it is as memory from gmem_mmap(), but a forked child gets a copy of it, and the
+ * program frees it as it would have. Private anonymous memory only. Whole pages of 4 KiB: what lies before the first or
+ * behind the last one stays as it is. *ret: what is managed now; its bytes are 0 if the range has no whole page.
+ *
+ * Other threads' writes wait while 2 MiB are copied; signals wait until the end. Not to be used at that time: the
+ * range in O_DIRECT, io_uring or RDMA transfers, munmap(2) and its kin on it.
+ *
+ * -ENOMEM: not mapped, or more than host and devices can hold. -EEXIST: managed already, or the range named by
+ * gmem_last_error() is in use in an open context. -EOPNOTSUPP: a file, shared memory, huge pages, no ring. -EACCES: not
+ * readable and writable, or executable. -EBUSY: a thread's stack, locked memory, watched by another userfaultfd. -EMFILE.
+ * Then nothing has changed, unless the room ran out on the way: then *ret is what is managed. */
+GMEM_API int gmem_adopt(struct gmem *session, void *va, size_t bytes, const struct gmem_adopt_options *options,
+			struct gmem_range *ret);
+
 enum gmem_advice {
 	GMEM_ADVISE_DISCARD = 4,         /* drop the content of whole pages in the range: they read zero */
 	GMEM_ADVISE_PREFETCH = 0x1000,   /* move to hnid */

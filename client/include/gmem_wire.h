@@ -151,16 +151,18 @@ enum gmem_ring_op {
 	GMEM_RING_ACQUIRE,     /* va, bytes; arg: context; flags */
 	GMEM_RING_RELEASE,     /* va, bytes; arg: context */
 	GMEM_RING_REGION,      /* va; flags. Completion: values[] of the region that it lies in */
+	GMEM_RING_ADOPT,       /* va: where the memory is, bytes; arg: page_bytes; flags. Completion: as of MMAP */
 	GMEM_RING_OP_COUNT,
 };
 
 /* sqe.flags */
-#define GMEM_RING_NO_INHERIT (1u << 0) /* MMAP */
+#define GMEM_RING_NO_INHERIT (1u << 0) /* MMAP, ADOPT: a forked child gets nothing of it */
 #define GMEM_RING_SMALL (1u << 1)      /* MMAP */
 #define GMEM_RING_WRITE (1u << 2)      /* ACQUIRE */
 #define GMEM_RING_TOUCHED (1u << 3)    /* HMEMCPY: pages of the source that nobody has touched leave dst as it is */
 #define GMEM_RING_NEXT (1u << 4)       /* REGION: or the next one behind va */
-#define GMEM_RING_KEEP (1u << 5)       /* MMAP, MUNMAP: see below */
+#define GMEM_RING_COPY (1u << 5)       /* MMAP, ADOPT: a forked child puts a copy in its place */
+#define GMEM_RING_KEEP (1u << 6)       /* MMAP, MUNMAP: see below */
 
 /* Which argument a failure is about. */
 enum gmem_ring_blame {
@@ -186,6 +188,7 @@ enum gmem_ring_value {
 	GMEM_RING_PAGE_BYTES,
 	GMEM_RING_HUGE,
 	GMEM_RING_KEPT, /* MMAP: the range is one that the client keeps: it is mapped, and needs no commit */
+	GMEM_RING_COPIED = GMEM_RING_KEPT, /* REGION: a forked child puts a copy in its place */
 	GMEM_RING_VALUES,
 };
 

@@ -170,6 +170,33 @@ static int start(struct gmem_context *context, const struct gmem_context_options
 	return err;
 }
 
+static void enlist(struct gmem_context *context)
+{
+	struct gmem *session = context->session;
+
+	gmem_session_count_contexts(session, 1);
+	pthread_mutex_lock(&session->lock);
+	context->next = session->contexts;
+	session->contexts = context;
+	pthread_mutex_unlock(&session->lock);
+}
+
+static void delist(struct gmem_context *context)
+{
+	struct gmem *session = context->session;
+	struct gmem_context **at;
+
+	pthread_rwlock_rdlock(&session->mapping);
+	pthread_mutex_lock(&session->lock);
+	for (at = &session->contexts; *at && *at != context; at = &(*at)->next)
+		;
+	if (*at)
+		*at = context->next;
+	pthread_mutex_unlock(&session->lock);
+	pthread_rwlock_unlock(&session->mapping);
+	gmem_session_count_contexts(session, -1);
+}
+
 int gmem_context_open(struct gmem *session, const char *device, const struct gmem_context_options *options,
 		      struct gmem_context **ret)
 {
@@ -192,15 +219,19 @@ int gmem_context_open(struct gmem *session, const char *device, const struct gme
 	err = gmem_device_find(session, device, &context->device);
 	if (!err && !(context->device.caps & GMEM_CAP_COMPUTE))
 		err = gmem_fail(-EOPNOTSUPP, "device: %s has no contexts", device);
+	/* What is adopted meanwhile would be known neither to its process nor here. */
+	pthread_rwlock_rdlock(&session->mapping);
 	if (!err)
 		err = start(context, options);
+	if (!err)
+		enlist(context);
+	pthread_rwlock_unlock(&session->mapping);
 	if (err) {
 		pthread_cond_destroy(&context->progress);
 		pthread_mutex_destroy(&context->lock);
 		free(context);
 		return err;
 	}
-	gmem_session_count_contexts(session, 1);
 	*ret = context;
 	return 0;
 }
@@ -211,6 +242,13 @@ int gmem_context_close(struct gmem_context *context)
 		return gmem_fail(-EINVAL, "context: is NULL");
 	if (context->owner != getpid()) {
 		/* A forked child's copy: only its descriptors are its own. */
+		pthread_mutex_lock(&context->session->lock);
+		for (struct gmem_context **at = &context->session->contexts; *at; at = &(*at)->next)
+			if (*at == context) {
+				*at = context->next;
+				break;
+			}
+		pthread_mutex_unlock(&context->session->lock);
 		close(context->channel);
 		close(context->child.pidfd);
 		free(context);
@@ -226,7 +264,7 @@ int gmem_context_close(struct gmem_context *context)
 	shutdown(context->channel, SHUT_RDWR);
 	pthread_join(context->reader, NULL);
 	close(context->channel);
-	gmem_session_count_contexts(context->session, -1);
+	delist(context);
 	pthread_cond_destroy(&context->progress);
 	pthread_mutex_destroy(&context->lock);
 	free(context);
@@ -306,4 +344,49 @@ int gmem_release(struct gmem_context *context, const struct gmem_range *ranges, 
 	int err = check_acquire(context, ranges, count);
 
 	return err ? err : gmem_context_let_go(context, ranges, count);
+}
+
+/* ---- adopted memory ---- */
+
+static int map_in(struct gmem_context *context, uint64_t va, uint64_t bytes, uint64_t offset)
+{
+	const uint64_t args[] = { va, bytes, offset };
+	struct gmem_request request;
+	int value = 0, err = gmem_context_ask(context, GMEM_LAUNCH_MAP, args, &value);
+
+	if (err == -EOWNERDEAD || err == -ECANCELED || err == -ETIME) /* it has ended */
+		return 0;
+	if (err)
+		return err;
+	if (value)
+		return gmem_fail(value, "va: [0x%llx, 0x%llx) is in use in the context on %s: %s", (unsigned long long)va,
+				 (unsigned long long)(va + bytes), context->device.name, strerror(-value));
+	gmem_request_init(&request, "context_overlay", 3);
+	gmem_request_uint(&request, "context", context->id);
+	gmem_request_uint(&request, "va", va);
+	gmem_request_uint(&request, "bytes", bytes);
+	return gmem_rpc_call(context->session->rpc, &request, NULL);
+}
+
+/* The list does not change: the caller holds session->mapping. */
+int gmem_contexts_map(struct gmem *session, uint64_t va, uint64_t bytes, uint64_t offset)
+{
+	const uint64_t args[] = { va, bytes, 0 };
+	struct gmem_context *failed = NULL;
+	char why[384];
+	int err = 0, value;
+
+	if (!bytes)
+		return 0;
+	for (struct gmem_context *at = session->contexts; !err && at; at = at->next) {
+		err = at->owner == getpid() ? map_in(at, va, bytes, offset) : 0;
+		failed = err ? at : NULL;
+	}
+	if (!err)
+		return 0;
+	snprintf(why, sizeof(why), "%s", gmem_last_error());
+	for (struct gmem_context *at = session->contexts; at != failed; at = at->next)
+		if (at->owner == getpid())
+			gmem_context_ask(at, GMEM_LAUNCH_UNMAP, args, &value);
+	return gmem_fail(err, "%s", why);
 }

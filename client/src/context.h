@@ -39,6 +39,7 @@ struct gmem_context {
 	size_t sent;                      /* so many of them, from the first */
 	uint64_t last_id;
 	uint64_t completed;
+	struct gmem_context *next; /* session->lock; of all that are open */
 	int ended;            /* 0, or -errno: why nothing can be launched any more */
 	char message[384];
 };
@@ -50,7 +51,14 @@ int gmem_context_let_go(struct gmem_context *context, const struct gmem_range *r
 /* -EINVAL naming what, of ranges that can't be. */
 int gmem_check_ranges(const struct gmem_range *ranges, size_t count, const char *what);
 
+/* Every open context maps what is to be adopted; the caller holds session->mapping to write. -EEXIST naming the range: one
+ * can't, and none does then. Waits for the kernels that run. */
+int gmem_contexts_map(struct gmem *session, uint64_t va, uint64_t bytes, uint64_t offset);
+
 /* ---- launch.c ---- */
+
+/* Has the process do something between two kernels; *ret_value: what it says. */
+int gmem_context_ask(struct gmem_context *context, enum gmem_launch_kind kind, const uint64_t args[3], int *ret_value);
 
 /* The reader thread's function; its argument is the context. */
 void *gmem_launch_read(void *context);

@@ -15,6 +15,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
@@ -69,15 +70,14 @@ static void put(const void *message, size_t bytes)
 			_exit(0); /* the client is gone */
 }
 
-static int join(const struct gmem_launch_hello *hello)
+static int join(const struct gmem_launch_hello *hello, struct gmem_link **ret)
 {
 	struct gmem_launch_ready ready = { 0 };
 	char message[GMEM_WIRE_MESSAGE_BYTES] = "";
-	struct gmem_link *link;
 
 	ready.status = watch_client(hello->parent);
 	if (!ready.status)
-		ready.status = gmem_link_open_context(hello->socket, hello->token, hello->device, &link, message);
+		ready.status = gmem_link_open_context(hello->socket, hello->token, hello->device, ret, message);
 	if (ready.status)
 		snprintf(ready.message, sizeof(ready.message), "%s", message[0] ? message : strerror(-ready.status));
 	put(&ready, sizeof(ready));
@@ -105,6 +105,18 @@ static gmem_kernel *find(const struct gmem_launch_run *run, struct gmem_launch_s
 	return kernel;
 }
 
+/* What the client adopts, at its address. */
+static void map(struct gmem_link *link, const struct gmem_launch_run *run)
+{
+	struct gmem_launch_said said = { .id = run->id, .what = GMEM_LAUNCH_DONE };
+
+	if (run->kind == GMEM_LAUNCH_MAP)
+		said.value = gmem_link_map_beside(link, run->args[0], run->args[1], run->args[2]);
+	else
+		munmap((void *)(uintptr_t)run->args[0], run->args[1]);
+	put(&said, sizeof(said));
+}
+
 static void serve(const struct gmem_launch_run *run)
 {
 	struct gmem_launch_said said = { .id = run->id, .what = GMEM_LAUNCH_STARTED };
@@ -128,6 +140,7 @@ int main(void)
 {
 	static struct gmem_launch_run run;
 	struct gmem_launch_hello hello;
+	struct gmem_link *link;
 	ssize_t n;
 
 	prctl(PR_SET_NAME, "gmem-context");
@@ -139,14 +152,17 @@ int main(void)
 	}
 	hello.socket[sizeof(hello.socket) - 1] = '\0';
 	hello.device[sizeof(hello.device) - 1] = '\0';
-	if (join(&hello))
+	if (join(&hello, &link))
 		return 1;
 	while ((n = get(&run, sizeof(run))) == (ssize_t)sizeof(run)) {
 		run.library[sizeof(run.library) - 1] = '\0';
 		run.symbol[sizeof(run.symbol) - 1] = '\0';
 		if (run.arg_count > GMEM_ARGS_MAX)
 			return 2;
-		serve(&run);
+		if (run.kind == GMEM_LAUNCH_RUN)
+			serve(&run);
+		else
+			map(link, &run);
 	}
 	_exit(0); /* no destructors: they might touch memory that is going */
 }

@@ -8,6 +8,9 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "adopt.h"
+#include "context.h"
+#include "copies.h"
 #include "error.h"
 #include "peer.h"
 #include "session.h"
@@ -259,6 +262,11 @@ static int round_end(struct gmem *session, uint64_t va, size_t bytes, uint64_t *
 	return err;
 }
 
+static bool in_window(const struct gmem *session, uint64_t va)
+{
+	return va - gmem_link_window_base(session->link) < gmem_link_window_bytes(session->link);
+}
+
 /* munmap(2) takes any range of this process: what is not ours must not get there. */
 static int check_munmap(struct gmem *session, const void *va, size_t bytes)
 {
@@ -273,6 +281,8 @@ static int check_munmap(struct gmem *session, const void *va, size_t bytes)
 	window = gmem_link_window_bytes(session->link);
 	if (address(va) % SMALL_BYTES)
 		return gmem_fail(-EINVAL, "va: %p is not a multiple of %llu", va, SMALL_BYTES);
+	if (!in_window(session, address(va)) && gmem_copies_cover(session->link, address(va), bytes))
+		return 0;
 	if (address(va) < base || address(va) - base >= window || bytes > window - (address(va) - base))
 		return gmem_fail(-EINVAL, "va: %p + %zu is not memory of gmem", va, bytes);
 	return 0;
@@ -296,10 +306,12 @@ static int unmap(struct gmem *session, uint64_t va, uint64_t bytes)
 
 	if (err)
 		return gmem_fail(err, "va: munmap of %p: %s", (void *)(uintptr_t)va, strerror(-err));
+	if (!in_window(session, va)) /* adopted: the event says it all */
+		return 0;
 	return call_range(session, "munmap", GMEM_RING_MUNMAP, NULL, (void *)(uintptr_t)va, bytes);
 }
 
-int gmem_munmap(struct gmem *session, void *va, size_t bytes)
+int gmem_session_munmap(struct gmem *session, void *va, size_t bytes, bool may_keep)
 {
 	uint64_t whole;
 	int err = check_munmap(session, va, bytes);
@@ -307,11 +319,69 @@ int gmem_munmap(struct gmem *session, void *va, size_t bytes)
 	if (err)
 		return err;
 	pthread_rwlock_wrlock(&session->mapping);
-	err = round_end(session, address(va), bytes, &whole);
+	whole = (bytes + SMALL_BYTES - 1) & ~(SMALL_BYTES - 1); /* of what was adopted, every page is the program's choice */
+	err = in_window(session, address(va)) ? round_end(session, address(va), bytes, &whole) : 0;
 	if (!err)
 		err = gmem_session_check(session); /* without gmemd, munmap(2) would not return */
-	if (!err && !keep(session, address(va), whole))
+	if (!err && !(may_keep && keep(session, address(va), whole)))
 		err = unmap(session, address(va), whole);
+	pthread_rwlock_unlock(&session->mapping);
+	return err;
+}
+
+int gmem_munmap(struct gmem *session, void *va, size_t bytes)
+{
+	return gmem_session_munmap(session, va, bytes, true);
+}
+
+/* ---- adopting ---- */
+
+static int check_adopt(struct gmem *session, size_t bytes, const struct gmem_adopt_options *options,
+		       struct gmem_range *ret)
+{
+	int err = check_session(session);
+
+	if (!err && !ret)
+		err = gmem_fail(-EINVAL, "ret: is NULL");
+	if (!err)
+		err = gmem_check_options(options->size, sizeof(*options), "gmem_adopt_options");
+	if (!err && (options->flags & ~GMEM_ADOPT_EDGES))
+		err = gmem_fail(-EINVAL, "options: flags 0x%x are not known", options->flags & ~GMEM_ADOPT_EDGES);
+	if (!err && options->reserved)
+		err = gmem_fail(-EINVAL, "options: reserved is not zero");
+	if (!err)
+		err = gmem_check_bytes(bytes);
+	return err ? err : gmem_session_check(session);
+}
+
+int gmem_adopt(struct gmem *session, void *va, size_t bytes, const struct gmem_adopt_options *options,
+	       struct gmem_range *ret)
+{
+	const struct gmem_adopt_options defaults = { .size = sizeof(defaults) };
+	char message[GMEM_WIRE_MESSAGE_BYTES] = "";
+	struct gmem_adoption adoption;
+	int err;
+
+	options = options ? options : &defaults;
+	err = check_adopt(session, bytes, options, ret);
+	if (err)
+		return err;
+	pthread_rwlock_wrlock(&session->mapping);
+	err = gmem_link_adopt_begin(session->link, address(va), bytes, options->page_bytes,
+				    options->flags & GMEM_ADOPT_EDGES, &adoption, message);
+	if (err) {
+		gmem_fail(err, "%s", message);
+	} else {
+		err = gmem_contexts_map(session, adoption.va, adoption.bytes, adoption.offset);
+		if (err) {
+			gmem_link_adopt_cancel(session->link, &adoption);
+		} else {
+			err = gmem_link_adopt_finish(session->link, &adoption, message);
+			*ret = (struct gmem_range){ (void *)(uintptr_t)adoption.va, adoption.done };
+			if (err)
+				gmem_fail(err, "%s", message);
+		}
+	}
 	pthread_rwlock_unlock(&session->mapping);
 	return err;
 }

@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/time.h>
 #include <sys/un.h>
 #include <time.h>
@@ -121,6 +122,11 @@ static int get_welcome(struct gmem_link *link)
 			link->files[1] = fds[used++];
 		if (used < count && (link->hello.flags & GMEM_WIRE_HAS_SMALL))
 			link->files[0] = fds[used++];
+		for (int i = 0; i < GMEM_FILES; i++) {
+			struct stat st;
+
+			link->inodes[i] = link->files[i] >= 0 && !fstat(link->files[i], &st) ? st.st_ino : 0;
+		}
 		if (used + 1 < count && (link->hello.flags & GMEM_WIRE_HAS_RING)) {
 			err = gmem_ring_create(link, fds[used], fds[used + 1], &link->ring);
 			used += 2;

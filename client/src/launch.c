@@ -240,6 +240,31 @@ int gmem_context_launch(struct gmem_context *context, const char *library, const
 	return err;
 }
 
+int gmem_context_ask(struct gmem_context *context, enum gmem_launch_kind kind, const uint64_t args[3], int *ret_value)
+{
+	struct gmem_launch *launch = calloc(1, sizeof(*launch));
+	struct gmem_fence *fence;
+	int err = launch ? gmem_fence_create(&fence) : -ENOMEM;
+
+	if (err) {
+		free(launch);
+		return gmem_fail(err, "out of memory");
+	}
+	launch->fence = fence;
+	launch->run.kind = kind;
+	launch->run.arg_count = 3;
+	memcpy(launch->run.args, args, 3 * sizeof(*args));
+	err = append(context, launch);
+	if (!err)
+		err = gmem_fence_wait(fence, GMEM_FOREVER, ret_value);
+	else
+		free_launch(launch);
+	if (err)
+		gmem_fence_complete(fence, err, 0, "");
+	gmem_fence_free(fence);
+	return err;
+}
+
 /* ---- what the process says ---- */
 
 /* Until the running kernel's time is over; -1: no limit. */

@@ -6,7 +6,7 @@
  *   client                      device process
  *     HELLO ──────────────────►   joins gmemd as a context
  *           ◄────────────────── READY
- *     RUN ────────────────────►   queued by the socket; one after the other:
+ *     RUN, MAP, UNMAP ────────►   queued by the socket; one after the other:
  *           ◄────────────────── SAID started
  *           ◄────────────────── SAID done | no_library | no_symbol
  *
@@ -36,8 +36,15 @@ struct gmem_launch_ready {
 	char message[GMEM_LAUNCH_MESSAGE_BYTES];
 };
 
+enum gmem_launch_kind {
+	GMEM_LAUNCH_RUN = 0,
+	GMEM_LAUNCH_MAP = 1,   /* args: va, bytes, offset in the small file; the value is 0 or -errno */
+	GMEM_LAUNCH_UNMAP = 2, /* args: va, bytes */
+};
+
 struct gmem_launch_run {
 	uint64_t id;
+	uint64_t kind;
 	uint64_t arg_count;
 	uint64_t args[GMEM_ARGS_MAX];
 	char library[GMEM_LAUNCH_LIBRARY_BYTES];

@@ -16,6 +16,7 @@
 
 #include "agent.h"
 #include "atfork.h"
+#include "copies.h"
 #include "link.h"
 #include "ring.h"
 
@@ -29,22 +30,33 @@ static void before_fork(void)
 {
 	pthread_mutex_lock(&links_lock);
 	for (struct gmem_link *link = links; link; link = link->next) {
+		gmem_copies_freeze(link, true);
 		pthread_mutex_lock(&link->lock);
 		if (link->ring)
 			gmem_ring_lock(link->ring);
 		/* fork() waits until gmemd has read its event for each mapping that the child gets. */
-		if (gmem_link_is_lost(link))
+		if (gmem_link_is_lost(link)) {
 			gmem_link_withhold_locked(link);
+			gmem_copies_withhold(link);
+		}
 	}
 	if (links && pipe2(joined, O_CLOEXEC))
 		joined[0] = joined[1] = -1;
 }
 
-static void unlock_all(void)
+static bool any_copies(void)
+{
+	bool any = false;
+
+	for (struct gmem_link *link = links; link; link = link->next)
+		any = any || link->copies;
+	return any;
+}
+
+static void unlock_links(void)
 {
 	for (struct gmem_link *link = links; link; link = link->next)
 		pthread_mutex_unlock(&link->lock);
-	pthread_mutex_unlock(&links_lock);
 }
 
 static void after_fork_parent(void)
@@ -53,14 +65,19 @@ static void after_fork_parent(void)
 
 	if (joined[0] >= 0) {
 		close(joined[1]);
-		poll(&wait, 1, CHILD_MS); /* a byte, or the end of a child that died */
+		/* a byte, or the end of a child that died; while it copies, nothing may be written here */
+		while (poll(&wait, 1, any_copies() ? -1 : CHILD_MS) < 0 && errno == EINTR)
+			;
 		close(joined[0]);
 		joined[0] = joined[1] = -1;
 	}
 	for (struct gmem_link *link = links; link; link = link->next)
 		if (link->ring)
 			gmem_ring_unlock(link->ring);
-	unlock_all();
+	unlock_links();
+	for (struct gmem_link *link = links; link; link = link->next)
+		gmem_copies_freeze(link, false);
+	pthread_mutex_unlock(&links_lock);
 }
 
 /* In the child, single-threaded: what the parent left is closed, and the child becomes a session of its own. */
@@ -91,8 +108,12 @@ static void rejoin(struct gmem_link *link)
 	}
 	link->status = gmem_link_handshake(link, GMEM_WIRE_FORK_CHILD, token, NULL);
 	pthread_mutex_unlock(&link->lock);
-	if (link->status)
+	if (link->status) {
 		gmem_link_unmap_all(link);
+		gmem_copies_unmap(link);
+	} else {
+		gmem_copies_take(link);
+	}
 	pthread_mutex_lock(&link->lock);
 }
 
@@ -108,7 +129,8 @@ static void after_fork_child(void)
 		close(joined[1]);
 		joined[0] = joined[1] = -1;
 	}
-	unlock_all();
+	unlock_links();
+	pthread_mutex_unlock(&links_lock);
 }
 
 static void install_handlers(void)

@@ -33,6 +33,8 @@ struct gmem_link {
 	int uffd_dev;                   /* an open /dev/userfaultfd, -1: user mode only */
 	int uffd;                       /* our dup: while it is open, a lost daemon leaves us blocked, not reading zeros */
 	int files[GMEM_FILES];          /* -1 where there is none */
+	uint64_t inodes[GMEM_FILES];    /* of files; 0 where there is none */
+	bool copies;                    /* it has had regions that forked children get a copy of */
 	struct gmem_ring *ring;         /* NULL: requests go over the control plane only */
 	struct gmem_agent *agent;       /* NULL: gmemd has not asked for one */
 	struct gmem_wire_welcome hello; /* what the daemon said */
@@ -95,6 +97,8 @@ void gmem_link_withhold_locked(struct gmem_link *link);
 void gmem_link_unmap_all(struct gmem_link *link);
 /* Maps a REGION message's file over its range (context overlays, regions of a forked child). Closes fd. */
 int gmem_link_map_region(struct gmem_link *link, const struct gmem_wire_region *region, int fd, bool inherit);
+/* In a context's process: memory that its client has adopted, at its address. -EEXIST: something is mapped there. */
+int gmem_link_map_beside(struct gmem_link *link, uint64_t va, uint64_t bytes, uint64_t offset);
 /* Both parts of the window, whole, in a context's process. */
 int gmem_link_map_window(struct gmem_link *link);
 void gmem_link_unmap_window(struct gmem_link *link);

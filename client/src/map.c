@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -8,6 +9,7 @@
 
 #include "link.h"
 #include "syscalls.h"
+#include "vma.h"
 
 #ifndef MAP_FIXED_NOREPLACE
 #define MAP_FIXED_NOREPLACE 0x100000
@@ -194,14 +196,50 @@ void gmem_link_unmap_all(struct gmem_link *link)
 	}
 }
 
+static bool in_window(const struct gmem_link *link, uint64_t va)
+{
+	return va - link->hello.window_base < link->hello.window_bytes;
+}
+
+static int check_ours(const struct gmem_vma *vma, void *arg)
+{
+	const struct gmem_link *link = arg;
+
+	for (int i = 0; i < GMEM_FILES; i++)
+		if (vma->inode && vma->inode == link->inodes[i])
+			return 0;
+	return 1;
+}
+
+/* What its client had adopted there once, and has freed, may be mapped there still. */
+static int map_beside(struct gmem_link *link, uint64_t va, uint64_t bytes, int fd, uint64_t offset)
+{
+	int err = map_at(va, bytes, fd, offset, MAP_FIXED_NOREPLACE, false);
+
+	if (err == -EEXIST && !gmem_vma_each(va, va + bytes, check_ours, link))
+		err = map_at(va, bytes, fd, offset, MAP_FIXED, false);
+	return err;
+}
+
 int gmem_link_map_region(struct gmem_link *link, const struct gmem_wire_region *region, int fd, bool inherit)
 {
-	/* What stands there is ours to replace: the window of a context, or what a fork left. */
-	int err = map_at(region->va, region->bytes, fd, region->offset, MAP_FIXED, inherit);
+	/* What stands there is ours to replace: the window of a context, or what a fork left. But a context has things of its
+	 * own where its client has adopted memory. */
+	bool beside = link->context && !in_window(link, region->va);
+	int err = beside ? map_beside(link, region->va, region->bytes, fd, region->offset) :
+			   map_at(region->va, region->bytes, fd, region->offset, MAP_FIXED, inherit);
 
-	(void)link;
 	close(fd);
+	if (err == -EEXIST)
+		snprintf(link->message, sizeof(link->message),
+			 "adopted memory [0x%llx, 0x%llx) can't be mapped in the context: the address is in use there",
+			 (unsigned long long)region->va, (unsigned long long)(region->va + region->bytes));
 	return err;
+}
+
+int gmem_link_map_beside(struct gmem_link *link, uint64_t va, uint64_t bytes, uint64_t offset)
+{
+	return link->files[0] < 0 ? -ENOTCONN : map_beside(link, va, bytes, link->files[0], offset);
 }
 
 void gmem_link_unmap_window(struct gmem_link *link)

@@ -6,6 +6,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "adopt.h"
 #include "atfork.h"
 #include "error.h"
 #include "session.h"
@@ -227,6 +228,7 @@ int gmem_close(struct gmem *session)
 	delist(session);
 	if (session->heap.heap)
 		session->heap.destroy(session->heap.heap);
+	gmem_link_give_back(session->link);
 	gmem_rpc_destroy(session->rpc);
 	/* munmap(2) waits until the userfaultfd's reader has heard of it. If gmemd is dead, that would be for ever, unless
 	 * its last descriptor is closed; if it lives, it has one of its own. */

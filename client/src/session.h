@@ -27,6 +27,7 @@ struct gmem {
 	pthread_mutex_t lock;           /* guards what follows */
 	size_t context_count;           /* open ones of process context_pid */
 	pid_t context_pid;
+	struct gmem_context *contexts;  /* open ones */
 	struct gmem_heap_slot heap;
 	struct gmem *next;              /* all of this process */
 };
@@ -43,6 +44,8 @@ int gmem_check_bytes(size_t bytes);
 int gmem_check_options(size_t size, size_t least, const char *what);
 /* -ECONNRESET if gmemd is gone. */
 int gmem_session_check(const struct gmem *session);
+/* As gmem_munmap(); may_keep: the addresses may stay mapped (GMEM_RING_KEEP). A program's own munmap(2) leaves none. */
+int gmem_session_munmap(struct gmem *session, void *va, size_t bytes, bool may_keep);
 /* Counts an open context, or with -1 a closed one. */
 void gmem_session_count_contexts(struct gmem *session, int change);
 

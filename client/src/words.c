@@ -29,7 +29,7 @@ static const char *name_of(uint32_t op)
 		[GMEM_RING_DISCARD] = "discard", [GMEM_RING_HMEMCPY] = "hmemcpy", [GMEM_RING_MMAP] = "mmap",
 		[GMEM_RING_MMAP_COMMIT] = "mmap_commit", [GMEM_RING_MUNMAP] = "munmap",
 		[GMEM_RING_ACQUIRE] = "acquire", [GMEM_RING_RELEASE] = "release",
-		[GMEM_RING_REGION] = "region",
+		[GMEM_RING_REGION] = "region", [GMEM_RING_ADOPT] = "adopt",
 	};
 
 	return op < GMEM_RING_OP_COUNT ? names[op] : "request";
@@ -52,6 +52,8 @@ static const char *of_invalid(uint32_t op, uint32_t blame)
 	case GMEM_RING_BLAME_FLAGS:
 		return "gmemd does not know it";
 	default:
+		if (op == GMEM_RING_ADOPT)
+			return "not whole pages of 4096 bytes outside the window";
 		return op == GMEM_RING_MMAP_COMMIT ?
 			       "not the start of a region that waits for its commit, or not mapped there" :
 			       "the range is not mapped by this session";
@@ -67,12 +69,14 @@ static const char *meaning(uint32_t op, const struct gmem_ring_cqe *cqe)
 		return "there is no such hnode";
 	case -ENOMEM:
 	case -ENOSPC:
-		if (op == GMEM_RING_MMAP)
+		if (op == GMEM_RING_MMAP || op == GMEM_RING_ADOPT)
 			return "more than the host and all devices together could hold, or the window has room for";
 		return "there is no room: what is there is pinned or acquired, or too much was asked for";
 	case -EOPNOTSUPP:
 		return op == GMEM_RING_HMEMCPY ? "this device can't be copied to directly" :
 						 "this advice is not supported yet";
+	case -EEXIST:
+		return "some of it is managed already";
 	case -EAGAIN:
 		return "it stayed busy; another context may have acquired it";
 	case -EIO:

@@ -224,6 +224,9 @@ class FakeCore:
         known["regions"].append(region)
         return region
 
+    def do_adopt(self, session: int, va: int, size: int, *, page_bytes: int, fork: str) -> dict[str, Any]:
+        return self.do_mmap(session, size, page_bytes=page_bytes, fork=fork, small=True)
+
     def do_mmap_commit(self, session: int, va: int) -> None:
         self._known(session)
 

@@ -21,6 +21,7 @@ VA = 0x660000000000
 GOOD = {
     "ping": {},
     "mmap": {"bytes": 4096, "page_bytes": 65536, "fork": "none", "small": True},
+    "adopt": {"va": VA, "bytes": 4096},
     "mmap_commit": {"va": VA},
     "munmap": {"va": VA, "bytes": 4096},
     "advise": {"hnid": 1, "va": VA, "bytes": 5, "advice": "cold"},
@@ -126,7 +127,8 @@ def test_an_unknown_field_is_named(op):
         ("mmap", {"bytes": 1 << 63}, "bytes"),
         ("mmap", {"bytes": True}, "bytes"),
         ("mmap", {"bytes": 4096, "page_bytes": 8192}, "page_bytes"),
-        ("mmap", {"bytes": 4096, "fork": "copy"}, "fork"),
+        ("mmap", {"bytes": 4096, "fork": "move"}, "fork"),
+        ("adopt", {"va": VA + 1, "bytes": 4096}, "va"),
         ("mmap_commit", {"va": VA + 1}, "va"),
         ("munmap", {"va": VA + 4095, "bytes": 1}, "va"),
         ("munmap", {"va": (1 << 64) - 4096, "bytes": 4096}, "bytes"),

@@ -67,6 +67,7 @@ struct gmem_place {
 	uint64_t index;      /* logical page in the object */
 	struct gmem_range range; /* the part of that page this region maps, in the as's addresses */
 	uint64_t region_va, region_bytes, region_offset;
+	enum gmem_fork fork;
 	bool committed;
 	struct gmem_hint hint;
 };

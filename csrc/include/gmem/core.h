@@ -131,6 +131,12 @@ struct gmem_mmap_args {
 int gmem_mmap(struct gmem_core *core, uint64_t session, const struct gmem_mmap_args *args,
 	      struct gmem_region_info *ret);
 int gmem_mmap_commit(struct gmem_core *core, uint64_t session, uint64_t va);
+/* The same, for memory that the client has at another address already, outside the window: [at, at + args->bytes) is made
+ * known as a second region on the same pages. The client fills the first one piece by piece and moves each piece there
+ * (mremap), over what it was; the last move commits it. Then it gives back the rest of the first one. -EEXIST: something
+ * there is managed; -EINVAL: not whole pages, or in the window. */
+int gmem_adopt(struct gmem_core *core, uint64_t session, uint64_t at, const struct gmem_mmap_args *args,
+	       struct gmem_region_info *ret);
 /* The client has unmapped [va, va + bytes) already (its UNMAP event may or may not have been seen). */
 int gmem_munmap(struct gmem_core *core, uint64_t session, uint64_t va, uint64_t bytes);
 /* A whole region, which stays mapped for a later one of its size (kept.h). -EAGAIN: this one does not; nothing is done. */

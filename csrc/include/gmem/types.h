@@ -46,8 +46,8 @@ struct gmem_range {
 	uint64_t bytes;
 };
 
-/* What a forked child gets of a region. */
-enum gmem_fork { GMEM_FORK_SHARE = 0, GMEM_FORK_NONE = 1 };
+/* What a forked child gets of a region. COPY: it shares it until its own fork handler has put a copy in its place. */
+enum gmem_fork { GMEM_FORK_SHARE = 0, GMEM_FORK_NONE = 1, GMEM_FORK_COPY = 2 };
 
 /* Advice of hmadvise; values of openEuler where it has them. */
 enum gmem_advice {

@@ -12,6 +12,7 @@
 #include <gmem.h>
 
 gmem_kernel answer, add, double_list, crash, crash_outside, spin, leave, hold_still, take_channel, read_zero, pid_of;
+gmem_kernel add_in_pages, read_byte;
 
 int answer(void *const *args, size_t arg_count)
 {
@@ -110,4 +111,26 @@ int pid_of(void *const *args, size_t arg_count)
 	(void)args;
 	(void)arg_count;
 	return getpid();
+}
+
+int read_byte(void *const *args, size_t arg_count)
+{
+	return arg_count == 1 ? *(uint8_t *)args[0] : -EINVAL;
+}
+
+/* args: memory, its bytes, which word of each page of 4 KiB, what it was, addend. Gives how many were something else. */
+int add_in_pages(void *const *args, size_t arg_count)
+{
+	uint8_t *at = args[0], *end = at + (uintptr_t)args[1];
+	int wrong = 0;
+
+	if (arg_count != 5)
+		return -EINVAL;
+	for (at += 8 * (uintptr_t)args[2]; at < end; at += 4096) {
+		volatile uint64_t *word = (volatile uint64_t *)(void *)at;
+
+		wrong += *word != (uintptr_t)args[3];
+		*word += (uintptr_t)args[4];
+	}
+	return wrong;
 }
