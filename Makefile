@@ -44,15 +44,15 @@ $(VENV)/.run: pyproject.toml setup.py | $(BIN)/python
 
 $(VENV)/.test: $(VENV)/.run
 	@.ci/require $(BIN)/python test
-	@$(PIP) install --no-build-isolation -e '.[demo,test]'
+	@$(PIP) install --no-build-isolation -e '.[demo,remote,test]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test
-	@$(PIP) install --no-build-isolation -e '.[demo,test,dev]'
+	@$(PIP) install --no-build-isolation -e '.[demo,remote,test,dev]'
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.test
-	@$(PIP) install --no-build-isolation -e '.[demo,test,bench]'
+	@$(PIP) install --no-build-isolation -e '.[demo,remote,test,bench]'
 	@touch $@
 
 # ---- Python extensions ----
@@ -199,7 +199,7 @@ install: lib ## below PREFIX=/usr/local, configuration in SYSCONFDIR=/etc, all o
 uninstall: ## what install put there; the configuration stays
 	rm -rf $(INSTALLED)/lib/gmem
 	cd $(INSTALLED) && rm -f bin/gmemd bin/gmemctl libexec/gmem-context include/gmem.h include/libgmem.h \
-		lib/libgmem.so* lib/libgmem-heap.so* lib/libgmem-preload.so lib/pkgconfig/gmem.pc lib/pkgconfig/gmem-heap.pc \
+		lib/libgmem.so* lib/libgmem-heap.so* lib/libgmem-preload.so lib/libgmem-any.so lib/pkgconfig/gmem.pc lib/pkgconfig/gmem-heap.pc \
 		lib/systemd/system/gmemd.service lib/systemd/system/gmemd.socket \
 		lib/sysusers.d/gmem.conf lib/tmpfiles.d/gmem.conf lib/udev/rules.d/60-gmem.rules lib/sysctl.d/60-gmem.conf
 
