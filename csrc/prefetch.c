@@ -201,13 +201,16 @@ static bool is_to_spare(struct gmem_hnode *hnode, const struct gmem_object *obje
 static uint64_t fetch_missing(struct gmem_core *core, struct gmem_view *view, uint64_t va, uint64_t count, bool write)
 {
 	struct gmem_hnode *hnode = gmem_core_hnode(core, view->hnid);
-	struct gmem_run_args args = { .hnid = view->hnid, .view = view, .own = write, .why = GMEM_WHY_PREFETCH, .cool = true };
+	struct gmem_run_args args = { .hnid = view->hnid, .view = view, .why = GMEM_WHY_PREFETCH, .cool = true };
 	struct gmem_place place;
 	uint64_t index, missing, left, done = 0;
 	int moved;
 
 	if (!hnode || gmem_as_lookup(view->as, va, &place))
 		return 0;
+	write = write && !place.read_only;
+	args.own = write;
+	args.private_view = place.read_only;
 	left = (place.region_va + place.region_bytes - va) >> place.object->shift;
 	count = count < left ? count : left;
 	if (place.range.va != va || !gmem_density_missing(core, place.object, place.index, count, view->hnid, write, &index,
@@ -262,7 +265,7 @@ static bool claim(struct gmem_stream *stream, int64_t stride, uint64_t page_byte
 static bool fetch_ahead(struct gmem_core *core, struct gmem_view *view, struct gmem_range range, bool write)
 {
 	while (range.bytes) {
-		struct gmem_run_args args = { .hnid = view->hnid, .view = view, .va = range.va, .own = write,
+		struct gmem_run_args args = { .hnid = view->hnid, .view = view, .va = range.va,
 					      .why = GMEM_WHY_PREFETCH };
 		struct gmem_place place;
 		uint64_t page_bytes, moved;
@@ -274,6 +277,8 @@ static bool fetch_ahead(struct gmem_core *core, struct gmem_view *view, struct g
 		args.object = place.object;
 		args.hint = place.hint;
 		args.index = place.index;
+		args.own = write && !place.read_only;
+		args.private_view = place.read_only;
 		args.count = range.bytes >> place.object->shift;
 		/* pieces begin and end with whole pages, unless the region was cut meanwhile */
 		count = place.range.va == range.va && place.range.bytes == page_bytes &&

@@ -323,6 +323,8 @@ int gmem_session_munmap(struct gmem *session, void *va, size_t bytes, bool may_k
 	err = in_window(session, address(va)) ? round_end(session, address(va), bytes, &whole) : 0;
 	if (!err)
 		err = gmem_session_check(session); /* without gmemd, munmap(2) would not return */
+	if (!err && session->cover && gmem_link_is_pooled(session->link, address(va), whole))
+		err = session->cover(session, address(va), whole);
 	if (!err && !(may_keep && keep(session, address(va), whole)))
 		err = unmap(session, address(va), whole);
 	pthread_rwlock_unlock(&session->mapping);
