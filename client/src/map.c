@@ -171,7 +171,7 @@ bool gmem_link_may_keep(struct gmem_link *link, uint64_t va, uint64_t bytes)
 		oldest = take_kept(link, 0);
 	pthread_mutex_unlock(&link->lock);
 	if (oldest.bytes)
-		gmem_sys_munmap((void *)(uintptr_t)oldest.va, oldest.bytes); /* gmemd forgets it by the event */
+		unmap_at(oldest.va, oldest.bytes); /* gmemd forgets it by the event */
 	return known;
 }
 
