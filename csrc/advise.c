@@ -16,7 +16,7 @@
 static int prefetch_page(struct gmem_request *request, struct gmem_page *page, struct gmem_range range)
 {
 	struct gmem_hnode *hnode = gmem_core_hnode(request->core, request->hnid);
-	bool read_mostly = gmem_word_flags(page->word) & GMEM_PAGE_READ_MOSTLY, mapped;
+	bool read_mostly = gmem_word_flags(page->word) & GMEM_PAGE_READ_MOSTLY || page->object->source, mapped;
 	const struct gmem_use use = { GMEM_ACCESS_PREFETCH, request->hnid, request->session->id, range.va, page->word, false };
 	int err;
 
@@ -52,7 +52,7 @@ static bool is_there(const struct gmem_place *place, int hnid)
 static int prefetch_run(struct gmem_request *request, const struct gmem_place *place, uint64_t va, uint64_t end)
 {
 	struct gmem_run_args args = { .object = place->object, .index = place->index, .hnid = request->hnid,
-				      .view = request->view, .va = va, .own = !place->hint.read_mostly, .hint = place->hint,
+				      .view = request->view, .va = va, .own = !place->hint.read_mostly && !place->object->source, .hint = place->hint,
 				      .why = GMEM_WHY_PREFETCH, .wanted = true };
 	struct gmem_hnode *hnode = gmem_core_hnode(request->core, request->hnid);
 	uint64_t page_bytes = 1ull << place->object->shift, region_end = place->region_va + place->region_bytes;

@@ -78,6 +78,24 @@ static bool is_clean(const struct gmem_hnode *hnode, const struct gmem_page *pag
 	return gmem_word_valid(page->word) != 1u << hnode->hnid;
 }
 
+/* Its source has it. */
+static bool can_be_read_again(const struct gmem_page *page)
+{
+	return page->object->source && !(gmem_word_flags(page->word) & (GMEM_PAGE_CHANGED | GMEM_PAGE_PINNED));
+}
+
+static int forget_page(struct gmem_hnode *hnode, struct gmem_page *page)
+{
+	int err;
+
+	gmem_hnode_frame(hnode, page->object, page->index)->evicted = true;
+	err = gmem_page_discard(page);
+	gmem_crash(GMEM_CRASH_DROP);
+	if (!err)
+		count_eviction(hnode, true);
+	return err;
+}
+
 /* Where it would rather be, if there is room; -1: nowhere in particular. */
 static int preferred_target(struct gmem_hnode *hnode, const struct gmem_page *page)
 {
@@ -179,7 +197,9 @@ int gmem_evict(struct gmem_hnode *hnode, struct gmem_page *pages, size_t count, 
 
 	for (size_t i = 0; i < count; i++) {
 		result = may_go(hnode, &pages[i], forced);
-		if (result > 0 && (is_clean(hnode, &pages[i]) || preferred_target(hnode, &pages[i]) >= 0))
+		if (result > 0 && can_be_read_again(&pages[i]) && !is_clean(hnode, &pages[i]))
+			result = forget_page(hnode, &pages[i]);
+		else if (result > 0 && (is_clean(hnode, &pages[i]) || preferred_target(hnode, &pages[i]) >= 0))
 			result = evict_one(hnode, &pages[i], forced);
 		else if (result > 0)
 			leaving[leaving_count++] = &pages[i];

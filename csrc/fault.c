@@ -93,6 +93,8 @@ bool gmem_fault_is_slow(struct gmem_core *core, const struct gmem_place *place, 
 
 	if (valid >> hnid & 1)
 		return false;
+	if (!valid && place->object->source)
+		return true;
 	if (is_slow(core, hnid, bytes) || slow_to_make_room(core, hnid, bytes))
 		return true;
 	for (int h = 0; valid >> h; h++)
@@ -132,7 +134,7 @@ static int resolve_locked(struct gmem_page *page, struct gmem_view *view, struct
 	/* A sole copy is mapped writable at once: that saves the second fault of read-then-write. */
 	if (write || !core->features.continue_wp ||
 	    (gmem_word_valid(page->word) == here && !(gmem_word_flags(page->word) & GMEM_PAGE_READ_MOSTLY) &&
-	     !gmem_object_frozen(page->object)))
+	     !gmem_object_frozen(page->object) && !page->object->source))
 		err = gmem_page_own(page, view->hnid);
 	if (!err)
 		err = gmem_page_map(page, view, range, mapped || (flags & GMEM_UFFD_FAULT_WP));

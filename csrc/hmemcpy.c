@@ -48,9 +48,9 @@ static int readable(struct gmem_page *page, int *ret_hnid)
 {
 	const struct gmem_range nowhere = { 0, 0 };
 	uint32_t valid = gmem_word_valid(page->word);
-	bool mapped;
+	bool content = valid || page->object->source, mapped;
 
-	*ret_hnid = valid ? GMEM_HOST : -1;
+	*ret_hnid = content ? GMEM_HOST : -1;
 	for (int h = 0; valid >> h; h++) {
 		struct gmem_hnode *hnode = valid >> h & 1 ? gmem_core_hnode(page->core, h) : NULL;
 
@@ -59,7 +59,7 @@ static int readable(struct gmem_page *page, int *ret_hnid)
 			return 0;
 		}
 	}
-	return valid ? gmem_page_fetch(page, GMEM_HOST, NULL, nowhere, GMEM_WHY_HMEMCPY, &mapped) : 0;
+	return content ? gmem_page_fetch(page, GMEM_HOST, NULL, nowhere, GMEM_WHY_HMEMCPY, &mapped) : 0;
 }
 
 static int copy_locked(struct end *dst, struct end *src, bool same, int hnid, uint64_t bytes)

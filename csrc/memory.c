@@ -133,7 +133,9 @@ static bool reserved_before(struct gmem_session *session, const struct gmem_mmap
 	return true;
 }
 
-int gmem_mmap(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args *args, struct gmem_region_info *ret)
+/* *ret_taken: the source has become an object's. */
+static int map(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args *args, struct gmem_region_info *ret,
+	       bool *ret_taken)
 {
 	int shift = shift_of(args->page_bytes, args->bytes), err;
 	uint64_t bytes = args->bytes, align, va;
@@ -172,7 +174,11 @@ int gmem_mmap(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args *
 		gmem_range_free(&core->va[class_], va, bytes);
 		goto uncharge;
 	}
-	err = gmem_as_insert(&session->as, object, va, 0, bytes, args->fork, false);
+	*ret_taken = args->source;
+	if (args->source)
+		err = gmem_object_set_source(object, args->source);
+	if (!err)
+		err = gmem_as_insert(&session->as, object, va, 0, bytes, args->fork, false);
 	gmem_object_unref(object); /* on failure the last one: gives back range and charge */
 	if (!err && args->asked && gmem_keeps(&core->keep))
 		gmem_as_asked(&session->as, va, args->asked);
@@ -185,6 +191,16 @@ uncharge:
 	atomic_fetch_sub(&core->committed_bytes[class_], bytes);
 out:
 	gmem_session_unref(session);
+	return err;
+}
+
+int gmem_mmap(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args *args, struct gmem_region_info *ret)
+{
+	bool taken = false;
+	int err = map(core, id, args, ret, &taken);
+
+	if (err && args->source && !taken)
+		args->source->ops->destroy(args->source);
 	return err;
 }
 

@@ -239,6 +239,7 @@ static int drop_all_but(struct gmem_page *page, uint32_t keep, enum gmem_dir dir
 int gmem_page_own(struct gmem_page *page, int hnid)
 {
 	uint32_t mine = 1u << hnid;
+	gmem_word_t before;
 	int err;
 
 	if (gmem_word_writer(page->word) == hnid)
@@ -254,10 +255,15 @@ int gmem_page_own(struct gmem_page *page, int hnid)
 		gmem_count(&page->core->stats.invalidations, 1);
 	}
 	page->word = gmem_word_set_writer(page->word, hnid) | GMEM_WORD_FLAG(GMEM_PAGE_DIRTY);
+	if (page->object->source)
+		page->word |= GMEM_WORD_FLAG(GMEM_PAGE_CHANGED);
+	before = atomic_load_explicit(word_of(page), memory_order_relaxed);
 	/* What was filled just now is nothing to a successor before the word says that it is valid; and once it is mapped
 	 * writable, it is all there is. */
-	if (gmem_word_valid(atomic_load_explicit(word_of(page), memory_order_relaxed)) != mine)
+	if (gmem_word_valid(before) != mine)
 		gmem_page_mark(page, GMEM_DIR_UPGRADE, hnid);
+	else if ((before ^ page->word) & GMEM_WORD_FLAG(GMEM_PAGE_CHANGED)) /* nor may he drop it for one not changed */
+		gmem_page_mark(page, GMEM_DIR_MAP, 0);
 	gmem_crash(GMEM_CRASH_OWN);
 	return 0;
 }
@@ -500,7 +506,9 @@ static int first_touch(struct gmem_page *page, struct gmem_hnode *to)
 		return -EOPNOTSUPP; /* there is nothing to store yet */
 	gmem_page_mark(page, GMEM_DIR_FILL, to->hnid);
 	err = gmem_object_file(page->object, to->hnid, &file);
-	if (!err)
+	if (!err && page->object->source)
+		err = gmem_source_fill(page->object, to->hnid, page->offset, page->bytes);
+	else if (!err)
 		err = gmem_file_populate(file, page->object->offset + page->offset, page->bytes);
 	gmem_count(&page->core->stats.first_touches, !err);
 	return err;

@@ -164,6 +164,19 @@ static int load_sessions(struct gmem_core *core, struct gmem_recovery *recovery)
 	return err;
 }
 
+/* One whose descriptor was not kept is lost: its reads fail. */
+static int load_source(struct gmem_core *core, struct gmem_object *object, const struct gmem_record *record)
+{
+	struct gmem_file_args args = { .offset = record->object.source_offset,
+				       .bytes = record->object.bytes - record->object.source_tail,
+				       .write = record->object.source == GMEM_RECORD_FILE_WRITE };
+
+	if (record->object.source == GMEM_RECORD_NO_SOURCE)
+		return 0;
+	return gmem_filesource_create(gmem_keep_take(&core->keep, "source.%llu", (unsigned long long)object->pn), &args,
+				      &object->source);
+}
+
 static int load_object(struct gmem_core *core, struct gmem_recovery *recovery, const struct numbered *one)
 {
 	struct gmem_account *account = find_account(recovery, one->record.object.account);
@@ -182,8 +195,8 @@ static int load_object(struct gmem_core *core, struct gmem_recovery *recovery, c
 	if (err)
 		return err == -EEXIST ? -EPROTO : err;
 	atomic_fetch_add(&core->committed_bytes[r->object.class_], r->object.bytes);
-	recovery->object_count++;
-	return 0;
+	err = load_source(core, recovery->objects[recovery->object_count++], r);
+	return err;
 }
 
 static int load_objects(struct gmem_core *core, struct gmem_recovery *recovery)

@@ -157,6 +157,8 @@ static int fill(struct run *run, struct gmem_hnode *from, struct gmem_hnode *to)
 	int err = gmem_object_file(object, to->hnid, &file);
 
 	mark_all(run, GMEM_DIR_FILL, to->hnid);
+	if (!err && !from && object->source)
+		return gmem_source_fill(object, to->hnid, run->pages[0].offset, run_bytes(run));
 	if (err || !from)
 		return err ? err : gmem_file_populate(file, file_offset(run), run_bytes(run));
 	err = gmem_object_alias(object, to->hnid, &dst);
@@ -257,6 +259,8 @@ static int own(struct run *run)
 
 		page->word = gmem_word_set_valid(page->word, 1u << hnid);
 		page->word = gmem_word_set_writer(page->word, hnid) | GMEM_WORD_FLAG(GMEM_PAGE_DIRTY);
+		if (run->args->object->source)
+			page->word |= GMEM_WORD_FLAG(GMEM_PAGE_CHANGED);
 	}
 	/* First touches, too: what is mapped writable must be valid in the words that a successor finds. */
 	mark_all(run, GMEM_DIR_UPGRADE, hnid);
@@ -314,7 +318,8 @@ int gmem_run_move(const struct gmem_run_args *args)
 	if (!err && run.count) {
 		gmem_word_t word = run.pages[0].word;
 
-		sole = gmem_word_valid(word) == 1u << args->hnid && !(gmem_word_flags(word) & GMEM_PAGE_READ_MOSTLY);
+		sole = gmem_word_valid(word) == 1u << args->hnid && !(gmem_word_flags(word) & GMEM_PAGE_READ_MOSTLY) &&
+		       !args->object->source;
 		if ((args->own || sole || !run.core->features.continue_wp) && !frozen)
 			err = own(&run);
 	}

@@ -58,6 +58,49 @@ int gmem_object_adopt(struct gmem_core *core, struct gmem_account *account, cons
 	return 0;
 }
 
+/* The descriptor first: a record without it is a file that is lost. */
+static int keep_source(struct gmem_object *object, struct gmem_record *record)
+{
+	struct gmem_keep *keep = &object->core->keep;
+	const struct gmem_file_args *args;
+	int fd;
+
+	args = gmem_filesource_args(object->source, &fd);
+	if (!args || !gmem_keeps(keep))
+		return 0;
+	record->object.source = args->write ? GMEM_RECORD_FILE_WRITE : GMEM_RECORD_FILE;
+	record->object.source_offset = args->offset;
+	record->object.source_tail = (uint32_t)(object->bytes - args->bytes);
+	return gmem_keep_fd(keep, fd, "source.%llu", (unsigned long long)object->pn);
+}
+
+int gmem_object_set_source(struct gmem_object *object, struct gmem_source *source)
+{
+	struct gmem_record record = { .kind = GMEM_RECORD_OBJECT, .id = object->pn };
+	int err;
+
+	object->source = source;
+	record.object.account = object->account->session_id;
+	record.object.pages = object->pages;
+	record.object.offset = object->offset;
+	record.object.bytes = object->bytes;
+	record.object.shift = object->shift;
+	record.object.class_ = (uint8_t)object->class_;
+	err = keep_source(object, &record);
+	return err ? err : gmem_record_put(&object->core->keep, &record, &object->record);
+}
+
+static void drop_source(struct gmem_object *object)
+{
+	int fd;
+
+	if (!object->source)
+		return;
+	if (gmem_filesource_args(object->source, &fd))
+		gmem_keep_forget(&object->core->keep, "source.%llu", (unsigned long long)object->pn);
+	object->source->ops->destroy(object->source);
+}
+
 struct gmem_object *gmem_object_ref(struct gmem_object *object)
 {
 	atomic_fetch_add(&object->refs, 1);
@@ -126,6 +169,7 @@ void gmem_object_unref(struct gmem_object *object)
 	gmem_crash(GMEM_CRASH_OBJECT_FREED);
 	gmem_record_drop(&core->keep, &object->record); /* before its ranges may come to be another's */
 	gmem_crash(GMEM_CRASH_OBJECT_FORGOTTEN);
+	drop_source(object);
 	gmem_lpt_extent_free(&core->lpt, object->pn, object->pages);
 	gmem_account_map(object->account, -(int64_t)object->bytes);
 	atomic_fetch_sub(&core->committed_bytes[object->class_], object->bytes);

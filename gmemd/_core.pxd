@@ -127,6 +127,11 @@ cdef extern from "gmem/keep.h" nogil:
         int fd
 
 
+cdef extern from "gmem/source.h" nogil:
+    struct gmem_file_args:
+        uint64_t offset, bytes
+        c_bool write
+
 cdef extern from "gmem/core.h" nogil:
     struct gmem_core:
         pass
@@ -236,6 +241,9 @@ cdef extern from "gmem/core.h" nogil:
     int gmem_context_overlay(gmem_core *, uint64_t, uint64_t, uint64_t)
     int gmem_context_detach(gmem_core *, uint64_t)
     int gmem_mmap(gmem_core *, uint64_t, const gmem_mmap_args *, gmem_region_info *)
+    int gmem_map_file(
+        gmem_core *, uint64_t, int, const gmem_file_args *, const gmem_mmap_args *, gmem_region_info *, const char **)
+    int gmem_flush(gmem_core *, uint64_t, uint64_t, uint64_t)
     int gmem_adopt(gmem_core *, uint64_t, uint64_t, const gmem_mmap_args *, gmem_region_info *)
     int gmem_mmap_commit(gmem_core *, uint64_t, uint64_t)
     int gmem_munmap(gmem_core *, uint64_t, uint64_t, uint64_t)

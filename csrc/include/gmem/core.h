@@ -15,6 +15,8 @@
 
 struct gmem_core;
 struct gmem_kept_fd;
+struct gmem_source;
+struct gmem_file_args;
 
 struct gmem_core_config {
 	uint64_t window_base;       /* 2 MiB aligned; 0: default */
@@ -122,6 +124,7 @@ struct gmem_mmap_args {
 	uint64_t page_bytes; /* 4096, 65536, 2 MiB, or 0: 2 MiB for 2 MiB and more, else 4 KiB */
 	enum gmem_fork fork;
 	bool small_only;     /* never hugetlb */
+	struct gmem_source *source; /* of fresh pages, taken over in every case; NULL: they are zero */
 	uint64_t asked;      /* a number of the request's, 0: none */
 	bool again;          /* a predecessor may have reserved it for the request of that number: then that range */
 };
@@ -135,6 +138,13 @@ int gmem_mmap_commit(struct gmem_core *core, uint64_t session, uint64_t va);
  * there is managed; -EINVAL: not whole pages, or in the window. */
 int gmem_adopt(struct gmem_core *core, uint64_t session, uint64_t at, const struct gmem_mmap_args *args,
 	       struct gmem_region_info *ret);
+/* A region over a client's file (source.h), whose pages are read when they are touched. Takes fd in every case; *ret_why says
+ * why it was refused, NULL: for no reason of the file's. */
+int gmem_map_file(struct gmem_core *core, uint64_t session, int fd, const struct gmem_file_args *file,
+		  const struct gmem_mmap_args *args, struct gmem_region_info *ret, const char **ret_why);
+/* Writes what was changed back to the sources of the range's objects, and returns when it would survive the machine's end;
+ * what is not changed, and memory without a source that is written to, is passed over. -EBUSY: a device holds a page. (blocks) */
+int gmem_flush(struct gmem_core *core, uint64_t session, uint64_t va, uint64_t bytes);
 /* The client has unmapped [va, va + bytes) already (its UNMAP event may or may not have been seen). */
 int gmem_munmap(struct gmem_core *core, uint64_t session, uint64_t va, uint64_t bytes);
 

@@ -9,7 +9,7 @@
  * reader that comes at any instant finds the one or the other.
  *
  * Names of descriptors: state, lpt; file.SESSION.HNID.CLASS; uffd.SESSION.CONTEXT, pid.SESSION.CONTEXT,
- * agent.SESSION.CONTEXT (context 0: the process itself); ring.SESSION, bell.SESSION, jobs.SESSION; driver.HNID.NAME.
+ * source.PN (of an object); agent.SESSION.CONTEXT (context 0: the process itself); ring.SESSION, bell.SESSION, jobs.SESSION; driver.HNID.NAME.
  */
 #ifndef GMEM_KEEP_H
 #define GMEM_KEEP_H
@@ -36,6 +36,8 @@ enum gmem_record_kind {
 	GMEM_RECORD_KINDS,
 };
 
+enum gmem_record_source { GMEM_RECORD_NO_SOURCE, GMEM_RECORD_FILE, GMEM_RECORD_FILE_WRITE };
+
 struct gmem_record {
 	_Atomic uint32_t kind;
 	uint32_t replaces; /* number of a record, 0: none */
@@ -52,8 +54,9 @@ struct gmem_record {
 			uint8_t stored, bound;
 		} session;
 		struct {
-			uint64_t account, pages, offset, bytes;
-			uint8_t shift, class_;
+			uint64_t account, pages, offset, bytes, source_offset;
+			uint32_t source_tail; /* so much less than bytes is the file's */
+			uint8_t shift, class_, source; /* enum gmem_record_source */
 		} object;
 		struct {
 			uint64_t session, va, bytes, offset, asked;
