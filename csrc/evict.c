@@ -7,6 +7,7 @@
 
 #include <gmem/crash.h>
 #include <gmem/evict.h>
+#include <gmem/freeze.h>
 #include <gmem/internal.h>
 #include <gmem/migrate.h>
 #include <gmem/tier.h>
@@ -78,10 +79,27 @@ static bool is_clean(const struct gmem_hnode *hnode, const struct gmem_page *pag
 	return gmem_word_valid(page->word) != 1u << hnode->hnid;
 }
 
-/* Its source has it. */
-static bool can_be_read_again(const struct gmem_page *page)
+static int write_back(struct gmem_hnode *hnode, struct gmem_page *page)
 {
-	return page->object->source && !(gmem_word_flags(page->word) & (GMEM_PAGE_CHANGED | GMEM_PAGE_PINNED));
+	struct gmem_source *source = page->object->source;
+	uint8_t *alias;
+	int err = source->ops->write && !gmem_hnode_is_peer(hnode) ? gmem_page_downgrade(page) : -EOPNOTSUPP;
+
+	if (!err)
+		err = gmem_object_alias(page->object, hnode->hnid, &alias);
+	if (!err)
+		err = source->ops->write(source, page->offset, alias + page->offset, page->bytes);
+	if (!err)
+		page->word &= ~GMEM_WORD_FLAG(GMEM_PAGE_CHANGED);
+	return err;
+}
+
+/* Its source has it, or takes it back. */
+static bool can_be_read_again(struct gmem_hnode *hnode, struct gmem_page *page)
+{
+	if (!page->object->source || gmem_word_flags(page->word) & GMEM_PAGE_PINNED || gmem_object_frozen(page->object))
+		return false;
+	return !(gmem_word_flags(page->word) & GMEM_PAGE_CHANGED) || !write_back(hnode, page);
 }
 
 static int forget_page(struct gmem_hnode *hnode, struct gmem_page *page)
@@ -197,7 +215,7 @@ int gmem_evict(struct gmem_hnode *hnode, struct gmem_page *pages, size_t count, 
 
 	for (size_t i = 0; i < count; i++) {
 		result = may_go(hnode, &pages[i], forced);
-		if (result > 0 && can_be_read_again(&pages[i]) && !is_clean(hnode, &pages[i]))
+		if (result > 0 && !is_clean(hnode, &pages[i]) && can_be_read_again(hnode, &pages[i]))
 			result = forget_page(hnode, &pages[i]);
 		else if (result > 0 && (is_clean(hnode, &pages[i]) || preferred_target(hnode, &pages[i]) >= 0))
 			result = evict_one(hnode, &pages[i], forced);

@@ -9,7 +9,20 @@
 #include <gmem/pages.h>
 #include <gmem/source.h>
 
+#define FILES_MAX 512 /* of one session: each is a descriptor of the daemon's */
 #define FILE_PAGE_BYTES (64ull << 10)
+
+/* Near enough: two at a time may make it one more. */
+static int check_count(struct gmem_core *core, uint64_t id, const char **ret_why)
+{
+	struct gmem_session *session = gmem_session_get(core, id);
+	bool full = session && atomic_load(&session->account->sources) >= FILES_MAX;
+
+	gmem_session_unref(session);
+	if (full)
+		*ret_why = "this session has as many files mapped as it may";
+	return full ? -EMFILE : 0;
+}
 
 int gmem_map_file(struct gmem_core *core, uint64_t session, int fd, const struct gmem_file_args *file,
 		  const struct gmem_mmap_args *args, struct gmem_region_info *ret, const char **ret_why)
@@ -18,7 +31,9 @@ int gmem_map_file(struct gmem_core *core, uint64_t session, int fd, const struct
 	int err;
 
 	*ret_why = NULL;
-	err = gmem_file_check(fd, file, ret_why);
+	err = check_count(core, session, ret_why);
+	if (!err)
+		err = gmem_file_check(fd, file, ret_why);
 	if (!err)
 		err = gmem_filesource_create(fd, file, &known.source);
 	if (err) {
@@ -28,6 +43,7 @@ int gmem_map_file(struct gmem_core *core, uint64_t session, int fd, const struct
 	/* read(2) fills small pages, and a page that is read whole should be no larger than a disk's request */
 	known.small_only = true;
 	known.bytes = file->bytes;
+	known.uncharged = !file->private_;
 	if (!known.page_bytes)
 		known.page_bytes = file->bytes < FILE_PAGE_BYTES ? 4096 : FILE_PAGE_BYTES;
 	return gmem_mmap(core, session, &known, ret);

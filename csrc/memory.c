@@ -143,6 +143,7 @@ static int map(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args 
 	struct gmem_object *object;
 	struct gmem_file *file;
 	enum gmem_class class_;
+	bool uncharged = args->source && args->uncharged;
 
 	if (shift < 0 || !bytes || bytes > INT64_MAX || args->fork > GMEM_FORK_COPY)
 		return -EINVAL;
@@ -157,10 +158,10 @@ static int map(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args 
 		gmem_session_unref(session);
 		return 0;
 	}
-	err = commit_charge(core, class_, bytes);
+	err = uncharged ? 0 : commit_charge(core, class_, bytes);
 	if (err)
 		goto out;
-	err = check_quotas(core, session->account, bytes);
+	err = uncharged ? 0 : check_quotas(core, session->account, bytes);
 	if (err)
 		goto uncharge;
 	err = take_range(core, &session->as, class_, bytes, align, &va);
@@ -176,7 +177,7 @@ static int map(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args 
 	}
 	*ret_taken = args->source;
 	if (args->source)
-		err = gmem_object_set_source(object, args->source);
+		err = gmem_object_set_source(object, args->source, uncharged);
 	if (!err)
 		err = gmem_as_insert(&session->as, object, va, 0, bytes, args->fork, false);
 	gmem_object_unref(object); /* on failure the last one: gives back range and charge */
@@ -188,7 +189,8 @@ static int map(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args 
 						  .fork = args->fork, .fd = file->fd };
 	goto out;
 uncharge:
-	atomic_fetch_sub(&core->committed_bytes[class_], bytes);
+	if (!uncharged)
+		atomic_fetch_sub(&core->committed_bytes[class_], bytes);
 out:
 	gmem_session_unref(session);
 	return err;

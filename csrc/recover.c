@@ -169,10 +169,12 @@ static int load_source(struct gmem_core *core, struct gmem_object *object, const
 {
 	struct gmem_file_args args = { .offset = record->object.source_offset,
 				       .bytes = record->object.bytes - record->object.source_tail,
-				       .write = record->object.source == GMEM_RECORD_FILE_WRITE };
+				       .write = record->object.source == GMEM_RECORD_FILE_WRITE,
+				       .private_ = record->object.source == GMEM_RECORD_FILE_PRIVATE };
 
 	if (record->object.source == GMEM_RECORD_NO_SOURCE)
 		return 0;
+	atomic_fetch_add(&object->account->sources, 1);
 	return gmem_filesource_create(gmem_keep_take(&core->keep, "source.%llu", (unsigned long long)object->pn), &args,
 				      &object->source);
 }
@@ -194,7 +196,10 @@ static int load_object(struct gmem_core *core, struct gmem_recovery *recovery, c
 		err = gmem_object_adopt(core, account, r, one->number, &recovery->objects[recovery->object_count]);
 	if (err)
 		return err == -EEXIST ? -EPROTO : err;
-	atomic_fetch_add(&core->committed_bytes[r->object.class_], r->object.bytes);
+	if (r->object.source == GMEM_RECORD_FILE || r->object.source == GMEM_RECORD_FILE_WRITE)
+		gmem_object_uncharge(recovery->objects[recovery->object_count]);
+	else
+		atomic_fetch_add(&core->committed_bytes[r->object.class_], r->object.bytes);
 	err = load_source(core, recovery->objects[recovery->object_count++], r);
 	return err;
 }

@@ -68,18 +68,27 @@ static int keep_source(struct gmem_object *object, struct gmem_record *record)
 	args = gmem_filesource_args(object->source, &fd);
 	if (!args || !gmem_keeps(keep))
 		return 0;
-	record->object.source = args->write ? GMEM_RECORD_FILE_WRITE : GMEM_RECORD_FILE;
+	record->object.source = args->write ? GMEM_RECORD_FILE_WRITE : args->private_ ? GMEM_RECORD_FILE_PRIVATE : GMEM_RECORD_FILE;
 	record->object.source_offset = args->offset;
 	record->object.source_tail = (uint32_t)(object->bytes - args->bytes);
 	return gmem_keep_fd(keep, fd, "source.%llu", (unsigned long long)object->pn);
 }
 
-int gmem_object_set_source(struct gmem_object *object, struct gmem_source *source)
+void gmem_object_uncharge(struct gmem_object *object)
+{
+	object->uncharged = true;
+	gmem_account_map(object->account, -(int64_t)object->bytes);
+}
+
+int gmem_object_set_source(struct gmem_object *object, struct gmem_source *source, bool uncharged)
 {
 	struct gmem_record record = { .kind = GMEM_RECORD_OBJECT, .id = object->pn };
 	int err;
 
 	object->source = source;
+	atomic_fetch_add(&object->account->sources, 1);
+	if (uncharged)
+		gmem_object_uncharge(object);
 	record.object.account = object->account->session_id;
 	record.object.pages = object->pages;
 	record.object.offset = object->offset;
@@ -99,6 +108,7 @@ static void drop_source(struct gmem_object *object)
 	if (gmem_filesource_args(object->source, &fd))
 		gmem_keep_forget(&object->core->keep, "source.%llu", (unsigned long long)object->pn);
 	object->source->ops->destroy(object->source);
+	atomic_fetch_sub(&object->account->sources, 1);
 }
 
 struct gmem_object *gmem_object_ref(struct gmem_object *object)
@@ -171,8 +181,10 @@ void gmem_object_unref(struct gmem_object *object)
 	gmem_crash(GMEM_CRASH_OBJECT_FORGOTTEN);
 	drop_source(object);
 	gmem_lpt_extent_free(&core->lpt, object->pn, object->pages);
-	gmem_account_map(object->account, -(int64_t)object->bytes);
-	atomic_fetch_sub(&core->committed_bytes[object->class_], object->bytes);
+	if (!object->uncharged) {
+		gmem_account_map(object->account, -(int64_t)object->bytes);
+		atomic_fetch_sub(&core->committed_bytes[object->class_], object->bytes);
+	}
 	atomic_fetch_sub(&core->object_count, 1);
 	gmem_range_free(&core->va[object->class_], core->window.base + object->offset, object->bytes);
 	gmem_account_unref(object->account);

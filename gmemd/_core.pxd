@@ -130,7 +130,7 @@ cdef extern from "gmem/keep.h" nogil:
 cdef extern from "gmem/source.h" nogil:
     struct gmem_file_args:
         uint64_t offset, bytes
-        c_bool write
+        c_bool write, private_
 
 cdef extern from "gmem/core.h" nogil:
     struct gmem_core:

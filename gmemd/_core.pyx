@@ -506,7 +506,7 @@ cdef class Core:
 
     def map_file(
         self, uint64_t session, int fd, uint64_t offset, uint64_t size, *, uint64_t page_bytes=0, bint write=False,
-        str fork="share",
+        bint private=False, str fork="share",
     ):
         """Takes the descriptor in every case. The OSError of a file that will not do says why."""
         cdef int fork_number = _FORK[fork]
@@ -520,6 +520,7 @@ cdef class Core:
         file.offset = offset
         file.bytes = size
         file.write = write
+        file.private_ = private
         args.page_bytes = page_bytes
         args.fork = <gmem_fork>fork_number
         with nogil:

@@ -56,6 +56,7 @@ class Admission:
     close: Close = _nothing
     find_agent: Callable[[], int] | None = None
     keep: Callable[[bool], tuple[int, int]] | None = None  # (blocks) SessionTable.note(), or note_context()
+    map_file: Callable[[wire.File, int], bytes] | None = None  # (blocks) takes the descriptor; REGION
 
     def agent(self) -> int | None:
         """(blocks) The descriptor for the process's agent, once it is attached; None where there is no use for one."""
@@ -75,7 +76,7 @@ class Admission:
 
 
 class Admissions:
-    """The four kinds of HELLO."""
+    """The kinds of HELLO."""
 
     def __init__(
         self, core: Any, sessions: SessionTable, devices: DeviceTable, *, control: str, events: str,
@@ -92,6 +93,7 @@ class Admissions:
             wire.FORK_CHILD: self._fork_child,
             wire.CONTEXT: self._context,
             wire.ADMIN: self._admin,
+            wire.MAP_FILE: self._file,
         }
 
     def admit(self, claimant: Claimant, hello: wire.Hello) -> Admission:
@@ -196,6 +198,25 @@ class Admissions:
         admission.finish = finish
         admission.welcome = self._welcome(session.core_id, flags, hello.token, len(admission.regions), hnid)
         return admission
+
+    def _file(self, who: Claimant, hello: wire.Hello) -> Admission:
+        """A file is opened by the client, never here: what may be read or written was decided when it did."""
+        session = self._owned(who, hello)
+
+        def map_file(file: wire.File, fd: int) -> bytes:
+            try:
+                region = self._core.map_file(
+                    session.core_id, fd, file.offset, file.size, page_bytes=file.page_bytes, write=file.write,
+                    private=file.private, fork=file.fork,
+                )  # fmt: skip
+            except OSError as error:
+                number = error.errno or errno.EIO
+                if number in (errno.ENOMEM, errno.EDQUOT):
+                    raise as_request_error(error, "bytes: can't be held", "bytes") from None
+                raise RequestError(number, f"fd: {error.strerror}", "fd") from None
+            return wire.pack_region(region["va"], region["bytes"], region["offset"], 0, region["page_bytes"])
+
+        return Admission(self._welcome(session.core_id, 0, hello.token, 0), map_file=map_file)
 
     def _lend(self, admission: Admission, huge: int | None, small: int | None) -> int:
         """The flags of the descriptors that go with WELCOME, in the order of gmem_wire.h."""

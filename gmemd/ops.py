@@ -40,6 +40,7 @@ _BLAME: dict[str, dict[int, str]] = {
     "advise": _RANGE,
     "prefetch": _RANGE,
     "discard": {errno.EINVAL: "va"},
+    "flush": {errno.EINVAL: "va"},
     "hmemcpy": {errno.EINVAL: "dst", errno.ENODEV: "hnid", errno.EOPNOTSUPP: "hnid", errno.ENOMEM: "bytes"},
     "query": {errno.EINVAL: "va"},
     "acquire": _RANGES,
@@ -64,6 +65,9 @@ _MEANING: dict[tuple[str, int], str] = {
     ("quota", errno.EDQUOT): "there is nowhere for the rest to go within its other quotas; nothing has changed",
     ("quota", errno.EAGAIN): "the rest is in use just now; nothing has changed",
     ("quota", errno.ENOENT): "there is no such session, or no session of that user",
+    ("flush", errno.EIO): "the file can't be written, or has become shorter",
+    ("flush", errno.ENOSPC): "there is no room in the file system",
+    ("flush", errno.EBUSY): "a page is held on a device",
     ("mmap_commit", errno.EINVAL): "not the start of a region, or not mapped there",
     ("mmap_commit", errno.ENOTCONN): "the session's userfaultfd has not been attached",
     ("trace_start", errno.ENOMEM): "there is not so much memory",
@@ -186,6 +190,11 @@ class Operations:
     def _op_discard(self, session: Session, args: Args) -> Reply:
         self._check_window(session, "va", args["va"], args["bytes"])
         self._core.discard(session.core_id, args["va"], args["bytes"])
+        return {}
+
+    def _op_flush(self, session: Session, args: Args) -> Reply:
+        self._check_window(session, "va", args["va"], args["bytes"])
+        self._core.flush(session.core_id, args["va"], args["bytes"])
         return {}
 
     def _op_hmemcpy(self, session: Session, args: Args) -> Reply:

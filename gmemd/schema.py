@@ -215,6 +215,7 @@ OPS: dict[str, Op] = {
     "advise": Op(SESSION, {"hnid": _HNID, "va": _VA, "bytes": _BYTES, "advice": Field(choice(*ADVICE))}),
     "prefetch": Op(SESSION, {"hnid": _HNID, "va": _VA, "bytes": _BYTES}),
     "discard": Op(SESSION, {"va": _VA, "bytes": _BYTES}),
+    "flush": Op(SESSION, {"va": _VA, "bytes": _BYTES}),
     "hmemcpy": Op(SESSION, {"hnid": _HNID, "dst": _VA, "src": _VA, "bytes": _BYTES}),
     "query": Op(SESSION, {"va": _VA, "bytes": _BYTES}),
     "acquire": Op(SESSION, {"context": _CONTEXT, "ranges": Field(ranges), "write": Field(boolean)}),

@@ -17,9 +17,9 @@ PATH_BYTES = 108
 NAME_BYTES = 32
 MESSAGE_BYTES = 160
 
-HELLO, WELCOME, REGION, UFFD, READY = 1, 2, 3, 4, 5
-CLIENT, FORK_CHILD, CONTEXT, ADMIN = 1, 2, 3, 4
-KIND_NAMES = {CLIENT: "client", FORK_CHILD: "fork child", CONTEXT: "context", ADMIN: "admin"}
+HELLO, WELCOME, REGION, UFFD, READY, FILE = 1, 2, 3, 4, 5, 6
+CLIENT, FORK_CHILD, CONTEXT, ADMIN, MAP_FILE = 1, 2, 3, 4, 5
+KIND_NAMES = {CLIENT: "client", FORK_CHILD: "fork child", CONTEXT: "context", ADMIN: "admin", MAP_FILE: "file"}
 
 WANT_RING = 1 << 0
 WANT_AGENT = 1 << 1
@@ -35,6 +35,10 @@ HAS_AGENT = 1 << 0  # of READY
 
 REGION_HUGE = 1 << 0
 
+FILE_WRITE = 1 << 0
+FILE_NO_INHERIT = 1 << 1
+FILE_PRIVATE = 1 << 2
+
 # A message longer than this is truncated by the kernel, and so refused; an honest one is at most WELCOME's size.
 RECEIVE_BYTES = 1024
 
@@ -43,6 +47,7 @@ _HELLO = struct.Struct("=IHHII32s32s")
 _WELCOME = struct.Struct("=IHHiIQQQQQQQIi32s108s108s160s")
 _REGION = struct.Struct("=IHHQQQII")
 _UFFD = struct.Struct("=IHHII")
+_FILE = struct.Struct("=IHHQQII")
 _READY = struct.Struct("=IHHiI160s")
 
 SIZES = {
@@ -51,6 +56,7 @@ SIZES = {
     "region": _REGION.size,
     "uffd": _UFFD.size,
     "ready": _READY.size,
+    "file": _FILE.size,
 }
 
 
@@ -167,6 +173,37 @@ def unpack_uffd(data: bytes) -> bool:
     if user_mode_only > 1 or reserved:
         raise _malformed("UFFD: a field is out of range")
     return bool(user_mode_only)
+
+
+@dataclass(frozen=True)
+class File:
+    """A range of a file, to be a region."""
+
+    offset: int
+    size: int
+    page_bytes: int
+    write: bool
+    private: bool
+    fork: str
+
+
+def pack_file(offset: int, size: int, page_bytes: int = 0, flags: int = 0) -> bytes:
+    return _FILE.pack(MAGIC, VERSION, FILE, offset, size, page_bytes, flags)
+
+
+def unpack_file(data: bytes) -> File:
+    _check_header(data, FILE, _FILE, "FILE")
+    offset, size, page_bytes, flags = _FILE.unpack(data)[3:]
+    if flags & ~(FILE_WRITE | FILE_NO_INHERIT | FILE_PRIVATE) or flags & FILE_WRITE and flags & FILE_PRIVATE:
+        raise _malformed(f"FILE: unknown flags 0x{flags:x}")
+    if offset % 4096 or offset >= 1 << 63:
+        raise RequestError(errno.EINVAL, f"offset: {offset} is not a multiple of 4096 below 2^63", "offset")
+    if not 0 < size < 1 << 63 or offset + size >= 1 << 63:
+        raise RequestError(errno.EINVAL, f"bytes: {size} is out of range", "bytes")
+    if page_bytes not in (0, 4096, 65536, 2 << 20):
+        raise RequestError(errno.EINVAL, f"page_bytes: {page_bytes} is not a page size", "page_bytes")
+    fork = "none" if flags & FILE_NO_INHERIT else "share"
+    return File(offset, size, page_bytes, bool(flags & FILE_WRITE), bool(flags & FILE_PRIVATE), fork)
 
 
 def pack_ready(status: int = 0, message: str = "", flags: int = 0) -> bytes:

@@ -38,7 +38,7 @@ from gmem._errors import (
     QuotaExceeded,
 )  # fmt: skip
 from gmem._fence import Fence
-from gmem._file import from_file
+from gmem._file import flush, from_file, memmap
 from gmem._launch import cfunc
 from gmem._memory import array, empty, full, zeros
 from gmem._session import Session, connect, default
@@ -48,6 +48,6 @@ __all__ = [
     "Context", "ContextLost", "Device", "Fence", "GmemError", "InvalidArgument", "KernelError", "KernelTimeout",
     "MemoryResource", "NotFound", "NotSupported", "OutOfMemory", "PermissionDenied", "Poisoned", "QuotaExceeded",
     "Session", "acquire", "adopt", "advise", "advise_async", "alloc", "array", "cfunc", "connect", "default", "device",
-    "devices", "discard", "empty", "from_file", "full", "memcpy", "memcpy_async", "prefetch",
-    "prefetch_async", "stats", "where", "zeros",
+    "devices", "discard", "empty", "flush", "from_file", "full", "memcpy", "memcpy_async", "memmap",
+    "prefetch", "prefetch_async", "stats", "where", "zeros",
 ]  # fmt: skip

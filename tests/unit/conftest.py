@@ -224,6 +224,15 @@ class FakeCore:
         known["regions"].append(region)
         return region
 
+    def do_map_file(
+        self, session: int, fd: int, offset: int, size: int, *, page_bytes: int, write: bool, private: bool, fork: str
+    ) -> dict[str, Any]:
+        os.close(fd)
+        return self.do_mmap(session, size, page_bytes=page_bytes, fork=fork, small=True)
+
+    def do_flush(self, session: int, va: int, size: int) -> None:
+        self._known(session)
+
     def do_adopt(self, session: int, va: int, size: int, *, page_bytes: int, fork: str) -> dict[str, Any]:
         return self.do_mmap(session, size, page_bytes=page_bytes, fork=fork, small=True)
 

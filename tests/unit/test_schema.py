@@ -22,6 +22,7 @@ GOOD = {
     "ping": {},
     "mmap": {"bytes": 4096, "page_bytes": 65536, "fork": "none", "small": True},
     "adopt": {"va": VA, "bytes": 4096},
+    "flush": {"va": VA, "bytes": 4096},
     "mmap_commit": {"va": VA},
     "munmap": {"va": VA, "bytes": 4096},
     "advise": {"hnid": 1, "va": VA, "bytes": 5, "advice": "cold"},

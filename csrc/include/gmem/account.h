@@ -46,6 +46,7 @@ struct gmem_account {
 	uint64_t pressure_ns[GMEM_HNODE_MAX];            /* (H) when it last reached its quota; 0: never, or long ago */
 	_Atomic uint64_t mapped_bytes;                   /* (A) */
 	_Atomic uint64_t host_faults, device_faults;     /* (A) */
+	_Atomic uint32_t sources;                        /* (A) objects with a source: each may be a descriptor */
 };
 
 /* A predecessor's account has its record already: number, else 0. */

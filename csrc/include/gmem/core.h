@@ -125,6 +125,7 @@ struct gmem_mmap_args {
 	enum gmem_fork fork;
 	bool small_only;     /* never hugetlb */
 	struct gmem_source *source; /* of fresh pages, taken over in every case; NULL: they are zero */
+	bool uncharged;      /* with a source: its pages can always go back there */
 	uint64_t asked;      /* a number of the request's, 0: none */
 	bool again;          /* a predecessor may have reserved it for the request of that number: then that range */
 };

@@ -36,7 +36,7 @@ enum gmem_record_kind {
 	GMEM_RECORD_KINDS,
 };
 
-enum gmem_record_source { GMEM_RECORD_NO_SOURCE, GMEM_RECORD_FILE, GMEM_RECORD_FILE_WRITE };
+enum gmem_record_source { GMEM_RECORD_NO_SOURCE, GMEM_RECORD_FILE, GMEM_RECORD_FILE_WRITE, GMEM_RECORD_FILE_PRIVATE };
 
 struct gmem_record {
 	_Atomic uint32_t kind;

@@ -38,7 +38,8 @@ int gmem_source_fill(struct gmem_object *object, int hnid, uint64_t offset, uint
 
 struct gmem_file_args {
 	uint64_t offset, bytes; /* of the file: what is mapped; offset is a multiple of 4096 */
-	bool write;             /* gmem_flush() writes back */
+	bool write;             /* gmem_flush() writes back, and so does reclaim */
+	bool private_;          /* may be changed, and is kept as other memory then: room for all of it is promised */
 };
 
 /* -EBADF: not a descriptor that can be read (and written); -EINVAL: not a regular file, or one opened with O_APPEND or O_DIRECT, or

@@ -28,6 +28,7 @@ struct gmem_object {
 	struct gmem_account *account; /* (C) */
 	uint32_t record;          /* (C) */
 	struct gmem_source *source; /* (C) once it has regions; NULL: fresh pages are zero */
+	bool uncharged;           /* (C) once it has regions; its pages can always go where they came from */
 	_Atomic uint64_t frozen_by; /* (A) a session; 0: none (freeze.h) */
 	struct gmem_mutex lock;
 	struct gmem_region *regions;  /* (O) */
@@ -41,8 +42,9 @@ int gmem_object_create(struct gmem_core *core, struct gmem_account *account, enu
 /* One of a predecessor's, whose extent and VA range have been taken. */
 int gmem_object_adopt(struct gmem_core *core, struct gmem_account *account, const struct gmem_record *known,
 		      uint32_t record, struct gmem_object **ret);
-/* Before anybody knows the object. Takes the source over, also on failure. */
-int gmem_object_set_source(struct gmem_object *object, struct gmem_source *source);
+/* Before anybody knows the object. Takes the source over, also on failure. uncharged: no room is promised for it. */
+int gmem_object_set_source(struct gmem_object *object, struct gmem_source *source, bool uncharged);
+void gmem_object_uncharge(struct gmem_object *object); /* a predecessor's, that was so */
 struct gmem_object *gmem_object_ref(struct gmem_object *object);
 /* False if it is being destroyed. */
 bool gmem_object_tryref(struct gmem_object *object);
