@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 import os
 import weakref
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -59,8 +59,9 @@ def _extents(left: int, dtype: np.dtype[Any], shape: Shape | None, may_grow: boo
 
 
 def flush(array: Any, session: Session | None = None) -> None:
-    """Writes what was changed in the array's pages back to its file (modes "r+" and "w+"), and returns when it is on the
-    disk. Memory of other kinds is passed over. What could not be written is still there, and goes with the next one."""
+    """Writes what was changed in the array's pages back to its file (modes "r+" and "w+"), and returns when it is on
+    the disk. Memory of other kinds is passed over. What could not be written is still there, and goes with the next
+    one."""
     session = session if session is not None else default()
     va, nbytes = managed_extent(array, session)
     if nbytes:
@@ -97,14 +98,15 @@ def _map(
 
 
 class memmap(np.ndarray[Any, Any]):  # noqa: N801 (as NumPy spells it)
-    """An array over a file's bytes, as numpy.memmap has it, in unified memory: memmap(path, dtype, mode, offset, shape).
+    """An array over a file's bytes, as numpy.memmap has it, in unified memory: memmap(path, dtype, mode, offset,
+    shape).
 
-    Pages are read when the CPU or a kernel touches them, and those not changed are dropped without a copy when memory is
-    short. mode: "r" read-only; "c" may be changed, the file stays as it is; "r+" flush() writes back, and so does the end
-    of the last array over it, of the session and of the program (not a crash of it); "w+" creates or empties the
-    file first. A shape beyond the file's end makes it longer ("r+"). path: or an open file. What others write to the file
-    meanwhile is seen in pages that are read later. A page that can't be read, because the file was cut short or its disk
-    fails, is SIGBUS at the touch.
+    Pages are read when the CPU or a kernel touches them, and those not changed are dropped without a copy when memory
+    is short. mode: "r" read-only; "c" may be changed, the file stays as it is; "r+" flush() writes back, and so does
+    the end of the last array over it, of the session and of the program (not a crash of it); "w+" creates or empties
+    the file first. A shape beyond the file's end makes it longer ("r+"). path: or an open file. What others write to
+    the file meanwhile is seen in pages that are read later. A page that can't be read, because the file was cut short
+    or its disk fails, is SIGBUS at the touch.
 
     NotSupported: not a regular file of a local file system."""
 
@@ -116,8 +118,8 @@ class memmap(np.ndarray[Any, Any]):  # noqa: N801 (as NumPy spells it)
 
     def __new__(
         cls, filename: Any, dtype: npt.DTypeLike = np.uint8, mode: str = "r+", offset: int = 0,
-        shape: Shape | None = None, order: str = "C", *, page_size: str | int | None = None, fork: str = "share",
-        session: Session | None = None,
+        shape: Shape | None = None, order: Literal["C", "F"] = "C", *, page_size: str | int | None = None,
+        fork: str = "share", session: Session | None = None,
     ) -> memmap:  # fmt: skip
         mode = _ALSO.get(mode, mode)
         if mode not in MODES:
@@ -173,9 +175,9 @@ def from_file(
     path: Path, dtype: npt.DTypeLike = np.uint8, shape: Shape | None = None, *, offset: int = 0,
     page_size: str | int | None = None, fork: str = "share", session: Session | None = None,
 ) -> np.ndarray[Any, Any]:  # fmt: skip
-    """A file's content, or `shape` elements of it from byte `offset` on, as an array that may be changed; the file stays as
-    it is. It is read where and when it is touched (memmap(mode="c")); a file that can't be, of another machine or
-    of a program, is read at once."""
+    """A file's content, or `shape` elements of it from byte `offset` on, as an array that may be changed; the file
+    stays as it is. It is read where and when it is touched (memmap(mode="c")); a file that can't be, of another machine
+    or of a program, is read at once."""
     offset = _checked_offset(offset)
     checked, page_bytes = _checked_dtype(dtype), page_bytes_of(page_size)
     _check_fork(fork)
@@ -195,8 +197,8 @@ def from_file(
 
 
 def _fill(fd: int, offset: int, target: np.ndarray[Any, Any], path: str) -> None:
-    """Through a bounce buffer: read(2) straight into unified memory fails with EFAULT where userfaultfd serves user mode
-    only."""
+    """Through a bounce buffer: read(2) straight into unified memory fails with EFAULT where userfaultfd serves user
+    mode only."""
     bounce = np.empty(min(_CHUNK, target.nbytes), np.uint8)
     done = 0
     while done < target.nbytes:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files as unified memory: read when they are touched, dropped when there is no room, written back when asked; numpy.memmap
-is the oracle."""
+"""Files as unified memory: read when they are touched, dropped when there is no room, written back when asked;
+numpy.memmap is the oracle."""
 
 import errno
 import os
@@ -78,7 +78,7 @@ def test_only_what_is_touched_is_read(session: gmem.Session, words: Path) -> Non
 
 
 def test_more_than_there_is_room_for(connect, tmp_path: Path) -> None:
-    """No tier, and room for a quarter: what is not changed is dropped and read again, what is changed is written back."""
+    """No tier, and room for a quarter: what is not changed is dropped, what is changed is written back."""
     session = connect("simgpu0:capacity=8M", settings=["host.limit=8M"])
     path = tmp_path / "large"
     np.arange(4 * MIB, dtype=np.int64).tofile(path)  # 32 MiB
