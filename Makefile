@@ -44,15 +44,15 @@ $(VENV)/.run: pyproject.toml setup.py | $(BIN)/python
 
 $(VENV)/.test: $(VENV)/.run
 	@.ci/require $(BIN)/python test
-	@$(PIP) install --no-build-isolation -e '.[demo,test]'
+	@$(PIP) install --no-build-isolation -e '.[demo,remote,test]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test
-	@$(PIP) install --no-build-isolation -e '.[demo,test,dev]'
+	@$(PIP) install --no-build-isolation -e '.[demo,remote,test,dev]'
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.test
-	@$(PIP) install --no-build-isolation -e '.[demo,test,bench]'
+	@$(PIP) install --no-build-isolation -e '.[demo,remote,test,bench]'
 	@touch $@
 
 # ---- Python extensions ----
@@ -135,6 +135,14 @@ N ?= 100
 test-kill: $(VENV)/.test build ## kills the daemon N=100 times under load; every word is checked
 	$(BIN)/python tests/fault/kill.py --seconds 86400 --kills $(N)
 
+SEED := $(if $(SEED),$(SEED),$(shell od -An -N2 -tu2 /dev/urandom | tr -d ' '))
+EXAMPLES ?= 200
+model: $(VENV)/.test build ## a state machine over the core, with kills, and faults planted into it that it must find; SEED=N EXAMPLES=200
+	@echo "SEED=$(SEED)"
+	GMEM_MODEL_SEED=$(SEED) GMEM_MODEL_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest --timeout 7200 \
+		-o faulthandler_timeout=7500 --hypothesis-seed=$(SEED) tests/model/test_core_machine.py
+	$(BIN)/python tests/model/mutants.py --seed $(SEED)
+
 SPIN_FLAGS ?= --crashes 2 --evictions 1 --accesses 1
 spin: $(VENV)/.test ## checks the model of the page protocol, and that each of its guards is needed; some minutes
 	$(BIN)/python tests/model/page.py $(SPIN_FLAGS)
@@ -166,31 +174,41 @@ dist: $(VENV)/.run ## source distribution and wheel, below dist/
 
 # The daemon in an environment of its own, the C library, and the files of the service. Packagers: `make dist` and
 # `make -C client install DESTDIR=...`.
-install: lib ## below PREFIX=/usr/local, configuration in SYSCONFDIR=/etc
+INSTALLED := $(DESTDIR)$(PREFIX)
+install: lib ## below PREFIX=/usr/local, configuration in SYSCONFDIR=/etc, all of it below DESTDIR
 	@.ci/require $(PYTHON) run
-	$(PYTHON) -m venv --clear $(PREFIX)/lib/gmem
-	$(PREFIX)/lib/gmem/bin/python -m pip --disable-pip-version-check -q install .
-	install -d $(PREFIX)/bin
-	ln -sf $(PREFIX)/lib/gmem/bin/gmemd $(PREFIX)/lib/gmem/bin/gmemctl $(PREFIX)/bin/
-	$(MAKE) -C client install PREFIX=$(PREFIX)
-	install -d $(PREFIX)/lib/systemd/system
+	$(PYTHON) -m venv --clear $(INSTALLED)/lib/gmem
+	$(INSTALLED)/lib/gmem/bin/python -m pip --disable-pip-version-check -q install .
+	@# scripts and bytecode name the place where they are to be, not where they were put for the moment
+	[ -z "$(DESTDIR)" ] || grep -rlIF '$(INSTALLED)' $(INSTALLED)/lib/gmem/bin $(INSTALLED)/lib/gmem/pyvenv.cfg | \
+		xargs sed -i 's|$(INSTALLED)|$(PREFIX)|g'
+	install -d $(INSTALLED)/bin
+	ln -sf $(PREFIX)/lib/gmem/bin/gmemd $(PREFIX)/lib/gmem/bin/gmemctl $(INSTALLED)/bin/
+	$(MAKE) -C client install PREFIX=$(PREFIX) DESTDIR=$(DESTDIR)
+	install -d $(INSTALLED)/lib/systemd/system
 	sed 's|/usr/bin/gmemd|$(PREFIX)/bin/gmemd|; s|/etc/gmem|$(SYSCONFDIR)/gmem|' systemd/gmemd.service \
-		>$(PREFIX)/lib/systemd/system/gmemd.service
-	install -m 644 -t $(PREFIX)/lib/systemd/system systemd/gmemd.socket
-	install -D -m 644 systemd/gmem.sysusers $(PREFIX)/lib/sysusers.d/gmem.conf
-	install -D -m 644 systemd/gmem.tmpfiles $(PREFIX)/lib/tmpfiles.d/gmem.conf
-	install -D -m 644 systemd/60-gmem.rules $(PREFIX)/lib/udev/rules.d/60-gmem.rules
-	[ -e $(SYSCONFDIR)/gmem/gmemd.toml ] || install -D -m 644 systemd/gmemd.toml $(SYSCONFDIR)/gmem/gmemd.toml
+		>$(INSTALLED)/lib/systemd/system/gmemd.service
+	install -m 644 -t $(INSTALLED)/lib/systemd/system systemd/gmemd.socket
+	install -D -m 644 systemd/gmem.sysusers $(INSTALLED)/lib/sysusers.d/gmem.conf
+	install -D -m 644 systemd/gmem.tmpfiles $(INSTALLED)/lib/tmpfiles.d/gmem.conf
+	install -D -m 644 systemd/60-gmem.rules $(INSTALLED)/lib/udev/rules.d/60-gmem.rules
+	install -D -m 644 systemd/60-gmem.conf $(INSTALLED)/lib/sysctl.d/60-gmem.conf
+	[ -e $(DESTDIR)$(SYSCONFDIR)/gmem/gmemd.toml ] || \
+		install -D -m 644 systemd/gmemd.toml $(DESTDIR)$(SYSCONFDIR)/gmem/gmemd.toml
 
 uninstall: ## what install put there; the configuration stays
-	rm -rf $(PREFIX)/lib/gmem
-	cd $(PREFIX) && rm -f bin/gmemd bin/gmemctl libexec/gmem-context include/gmem.h include/libgmem.h \
-		lib/libgmem.so* lib/libgmem-heap.so* lib/libgmem-preload.so lib/pkgconfig/gmem.pc lib/pkgconfig/gmem-heap.pc \
+	rm -rf $(INSTALLED)/lib/gmem
+	cd $(INSTALLED) && rm -f bin/gmemd bin/gmemctl libexec/gmem-context include/gmem.h include/libgmem.h \
+		lib/libgmem.so* lib/libgmem-heap.so* lib/libgmem-preload.so lib/libgmem-any.so lib/pkgconfig/gmem.pc lib/pkgconfig/gmem-heap.pc \
 		lib/systemd/system/gmemd.service lib/systemd/system/gmemd.socket \
-		lib/sysusers.d/gmem.conf lib/tmpfiles.d/gmem.conf lib/udev/rules.d/60-gmem.rules
+		lib/sysusers.d/gmem.conf lib/tmpfiles.d/gmem.conf lib/udev/rules.d/60-gmem.rules lib/sysctl.d/60-gmem.conf
+
+# Debian's systemd as it comes, in a container that boots: some minutes the first time.
+test-systemd: lib ## gmemd under a booted systemd, in a container; as root; needs systemd-container and debootstrap
+	PYTHON=/usr/bin/python3 $(PYTHON) tests/systemd/boot.py
 
 clean: ## remove everything that was built, the environment as well
 	rm -rf build dist *.egg-info $(VENV) client/gmem/_*.so client/gmem/_client.c gmemd/_*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help run test test-kill check build lib c-plain c-asan c-tsan asan tsan bench bench-workloads soak lint fmt dist install uninstall clean
+.PHONY: help run test test-kill test-systemd model check build lib c-plain c-asan c-tsan asan tsan bench bench-workloads soak lint fmt dist install uninstall clean

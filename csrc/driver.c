@@ -9,9 +9,10 @@
 #include <gmem/driver.h>
 #include <gmem/keep.h>
 
-extern const struct gmem_driver_ops gmem_simgpu_ops, gmem_zstd_ops, gmem_file_ops;
+extern const struct gmem_driver_ops gmem_simgpu_ops, gmem_zstd_ops, gmem_file_ops, gmem_remote_ops;
 
-static const struct gmem_driver_ops *const builtin[] = { &gmem_simgpu_ops, &gmem_zstd_ops, &gmem_file_ops };
+static const struct gmem_driver_ops *const builtin[] = { &gmem_simgpu_ops, &gmem_zstd_ops, &gmem_file_ops,
+							&gmem_remote_ops };
 
 const struct gmem_driver_ops *gmem_driver_builtin(const char *name)
 {

@@ -9,6 +9,7 @@
 #include <gmem/sparse.h>
 
 #define SLOW_NS 150000 /* what a fault thread may wait for a driver: some wake-ups' time */
+#define REMOTE_FULL_NS 1000000000ull
 #define FRAMES_MAX (1ull << 28) /* 1 TiB of 4 KiB pages */
 
 int gmem_hnode_create(struct gmem_core *core, int hnid, const char *name, uint64_t capacity_bytes,
@@ -78,12 +79,17 @@ static uint32_t take_descriptor(struct gmem_hnode *hnode)
 	return frame;
 }
 
-/* How many bytes it may hold; a tier that compresses learns that as it fills. */
+/* How many bytes it may hold; a tier that compresses learns that as it fills. One that is elsewhere is shared with others:
+ * that it was full some time ago says little. */
 static uint64_t limit_locked(const struct gmem_hnode *hnode)
 {
 	uint64_t limit = gmem_counter(&hnode->limit_bytes);
 
-	return hnode->full_at_bytes && hnode->full_at_bytes < limit ? hnode->full_at_bytes : limit;
+	if (!hnode->full_at_bytes || hnode->full_at_bytes >= limit)
+		return limit;
+	if (hnode->info.caps & GMEM_CAP_REMOTE && gmem_now_ns() - hnode->full_at_ns > REMOTE_FULL_NS)
+		return limit;
+	return hnode->full_at_bytes;
 }
 
 uint64_t gmem_hnode_free_locked(const struct gmem_hnode *hnode)
@@ -120,6 +126,7 @@ void gmem_hnode_full(struct gmem_hnode *hnode, uint64_t bytes)
 	gmem_mutex_lock(&hnode->lock);
 	/* never 0, which means unknown: a tier that takes not one page has room for one byte */
 	hnode->full_at_bytes = hnode->used_bytes > bytes ? hnode->used_bytes - bytes : 1;
+	hnode->full_at_ns = gmem_now_ns();
 	press_locked(hnode);
 	gmem_mutex_unlock(&hnode->lock);
 }

@@ -300,7 +300,15 @@ static void resume_agent(struct gmem_core *core, struct gmem_view *view)
 		atomic_store(&view->agent, agent);
 }
 
-/* NULL: its descriptors are not there, as it had not come far enough. */
+static void give_up(struct gmem_core *core, const char *kind, unsigned long long session, unsigned long long context, int fd)
+{
+	if (fd < 0)
+		return;
+	gmem_keep_forget(&core->keep, "%s.%llu.%llu", kind, session, context);
+	close(fd);
+}
+
+/* NULL: its descriptors are not there, as it had not come far enough; or its device is not. */
 static struct gmem_view *resume_view(struct gmem_session *session, int hnid, uint64_t context, pid_t pid)
 {
 	struct gmem_core *core = session->core;
@@ -309,13 +317,13 @@ static struct gmem_view *resume_view(struct gmem_session *session, int hnid, uin
 	int pidfd = gmem_keep_take(&core->keep, "pid.%llu.%llu", id, number);
 	struct gmem_view *view = NULL;
 
-	if (uffd < 0 || gmem_session_view(session, hnid, context, uffd, pidfd, pid, !context, &view)) {
+	/* Nobody would watch what a context touches, and it would read zeros: it is ended before its userfaultfd is closed. */
+	if (uffd < 0 || !gmem_core_hnode(core, hnid) ||
+	    gmem_session_view(session, hnid, context, uffd, pidfd, pid, !context, &view)) {
 		if (context && pidfd >= 0)
 			syscall(SYS_pidfd_send_signal, pidfd, SIGKILL, NULL, 0);
-		if (uffd >= 0)
-			close(uffd);
-		if (pidfd >= 0)
-			close(pidfd);
+		give_up(core, "uffd", id, number, uffd);
+		give_up(core, "pid", id, number, pidfd);
 		return NULL;
 	}
 	resume_agent(core, view);
@@ -334,15 +342,14 @@ static int resume_contexts(struct gmem_core *core)
 	for (size_t i = 0; i < count; i++) {
 		struct gmem_session *session = gmem_session_get(core, all[i].record.context.session);
 		int hnid = all[i].record.context.hnid;
-		struct gmem_hnode *hnode = gmem_core_hnode(core, hnid);
 		struct gmem_view *view = NULL;
 
-		if (session && hnode)
+		if (session)
 			view = resume_view(session, hnid, all[i].record.id, all[i].record.context.pid);
 		if (view) {
 			view->record = all[i].number;
 			atomic_fetch_add(&core->context_count, 1);
-			atomic_fetch_add(&hnode->contexts, 1);
+			atomic_fetch_add(&gmem_core_hnode(core, hnid)->contexts, 1);
 		} else {
 			gmem_record_drop(&core->keep, &all[i].number);
 		}
@@ -597,6 +604,13 @@ static void look_at_process(struct gmem_session *session, struct gmem_recovery *
 	gmem_view_unref(view);
 }
 
+/* A predecessor that was killed between the cut of a region and the end of its pages has left those behind. */
+static void release_unmapped(struct gmem_recovery *recovery)
+{
+	for (size_t i = 0; i < recovery->object_count; i++)
+		gmem_session_release_piece(recovery->objects[i], 0, recovery->objects[i]->bytes, NULL);
+}
+
 /* ---- going on ---- */
 
 /* A fault that the predecessor has read is not told again; who waits for it has to ask once more. */
@@ -655,6 +669,7 @@ int gmem_core_resume(struct gmem_core *core)
 	clear_between(core, core->recovery);
 	gmem_crash(GMEM_CRASH_RECOVER_MAPS);
 	for_sessions(core, look_at_process);
+	release_unmapped(core->recovery);
 	core->recovering = false;
 	gmem_crash(GMEM_CRASH_RECOVER_DONE);
 	for_sessions(core, go_on);

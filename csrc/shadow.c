@@ -8,8 +8,10 @@
 
 int gmem_shadow_init(struct gmem_shadow *shadow, const struct gmem_policy_ops *ops)
 {
-	int err = gmem_policy_init(&shadow->policy, ops, GMEM_SHADOW_FRAMES + 1);
+	int err;
 
+	*shadow = (struct gmem_shadow){ 0 };
+	err = gmem_policy_init(&shadow->policy, ops, GMEM_SHADOW_FRAMES + 1);
 	if (err)
 		return err;
 	shadow->keys = calloc(GMEM_SHADOW_FRAMES + 1, sizeof(*shadow->keys));

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gmemd import __version__, cli_trace
+from gmemd import __version__, cli_run, cli_trace
 from gmemd.config import LOG_LEVELS, Config, ConfigError, load, override
 from gmemd.control import Control, socket_path
 from gmemd.errors import RequestError
@@ -202,6 +202,7 @@ def gmemctl_parser() -> argparse.ArgumentParser:
     regions = command("map", "mapped regions")
     regions.add_argument("--session", type=int, metavar="ID", help="only of this session")
     regions.add_argument("--limit", type=int, default=4096, help="at most so many regions (default 4096)")
+    cli_run.add_parser(command("run", "run an unmodified program on managed memory"))
     cli_trace.add_parser(command("trace", "record which pages are used, and replay that with other policies"))
     top = command("top", "devices and sessions, refreshed")
     top.add_argument("--interval", type=float, default=1.0, metavar="SECONDS")
@@ -310,6 +311,8 @@ def _top(control: Control, args: argparse.Namespace) -> int:
 def _gmemctl(args: argparse.Namespace) -> int:
     if args.command == "trace":
         return cli_trace.run(args)
+    if args.command == "run":
+        return cli_run.run(args)
     path = socket_path(args.socket)
     with Control(path) as control:
         if args.command == "top":

@@ -249,7 +249,9 @@ def _option(value: Any, where: str) -> str:
         return "on" if value else "off"
     if isinstance(value, (int, float, str)) and "\0" not in str(value):
         return str(value)
-    raise ConfigError(f"{where}: must be a string, a number or a boolean")
+    if isinstance(value, list) and value and all(isinstance(item, str) and item for item in value):
+        return ";".join(_option(item, where) for item in value)
+    raise ConfigError(f"{where}: must be a string, a number, a boolean or a list of strings")
 
 
 def parse_device(text: str) -> Device:

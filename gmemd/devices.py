@@ -13,7 +13,7 @@ from typing import Any
 import structlog
 
 from gmemd.caps import cap_names, page_sizes
-from gmemd.drivers.registry import Registry
+from gmemd.drivers.registry import Found, Registry
 from gmemd.errors import RequestError, as_request_error
 from gmemd.notes import Notes
 from gmemd.sessions import SessionTable
@@ -46,6 +46,7 @@ class DeviceTable:
         self._changed = threading.Condition()
         self._hnids: dict[str, int] = {}
         self._busy: set[str] = set()
+        self._companions: dict[str, Any] = {}
         self._holds: dict[int, int] = {}
         self._quotas = quotas or {}
         self._notes = notes or Notes()
@@ -53,8 +54,10 @@ class DeviceTable:
         if self._quotas:
             self._set_quotas("host", HOST)
 
-    def attach(self, driver: str, name: str, config: Mapping[str, str], at: int = 0) -> int:
-        """(blocks) hnid of the new device; at, if that is not 0."""
+    def attach(
+        self, driver: str, name: str, config: Mapping[str, str], at: int = 0, state: Mapping[str, Any] | None = None
+    ) -> int:
+        """(blocks) hnid of the new device; at, if that is not 0. state: what a predecessor's device has left."""
         found = self._drivers.find(driver)
         with self._changed:
             if name == "host" or name in self._hnids:
@@ -63,11 +66,10 @@ class DeviceTable:
         try:
             options = dict(config)
             tier = _place(options.pop(_TIER)) if _TIER in options else None
-            instance = found.load()
-            hnid = self._core.device_attach(found.name, name, options, instance, at)
+            hnid, left = self._attach(found, name, options, at, state)
             self._take_place(name, hnid, tier)
             self._set_quotas(name, hnid)
-            self._notes.put("devices", name, {"driver": driver, "config": dict(config), "hnid": hnid})
+            self._notes.put("devices", name, {"driver": driver, "config": dict(config), "hnid": hnid, "state": left})
             with self._changed:
                 self._hnids[name] = hnid
         except RequestError:
@@ -87,11 +89,26 @@ class DeviceTable:
         )
         return hnid
 
+    def _attach(
+        self, found: Found, name: str, options: dict[str, str], at: int, state: Mapping[str, Any] | None
+    ) -> tuple[int, dict[str, Any]]:
+        companion = found.companion(name, state)
+        if companion is None:
+            return self._core.device_attach(found.name, name, options, found.load(), at), {}
+        try:
+            hnid = self._core.device_attach(found.name, name, companion.prepare(options), None, at)
+            left = companion.attached()
+        except BaseException:
+            companion.close()
+            raise
+        self._companions[name] = companion
+        return hnid, left
+
     def attach_again(self) -> None:
         """(blocks) A predecessor's devices, at their numbers. One that can't be attached is lost, and told of."""
         for name, note in sorted(self._notes.table("devices").items(), key=lambda item: item[1]["hnid"]):
             try:
-                self.attach(note["driver"], name, note["config"], note["hnid"])
+                self.attach(note["driver"], name, note["config"], note["hnid"], note.get("state"))
             except RequestError as error:
                 log.error("device lost: it can't be attached again", name=name, error=error.message)
                 self._notes.drop("devices", name)
@@ -124,6 +141,7 @@ class DeviceTable:
                 raise
             if tier is not None:
                 self._core.device_detach(hnid, True)
+                self._let_companion_go(name)
                 raise RequestError(errno.EINVAL, f"config: tier: {name} is no tier", "config") from None
 
     def _set_quotas(self, name: str, hnid: int) -> None:
@@ -143,6 +161,7 @@ class DeviceTable:
             if contexts and not force:
                 raise RequestError(errno.EBUSY, f"name: {name} has open contexts ({len(contexts)})", "name")
             self._core.device_detach(hnid, force)
+            self._let_companion_go(name)
             self._notes.drop("devices", name)
             with self._changed:
                 del self._hnids[name]
@@ -157,6 +176,11 @@ class DeviceTable:
             self._finish(name)
         log.info("device detached", name=name, hnid=hnid)
         self._publish("device.detached", {"hnid": hnid, "name": name})
+
+    def _let_companion_go(self, name: str) -> None:
+        companion = self._companions.pop(name, None)
+        if companion is not None:
+            companion.close()
 
     def _begin_locked(self, name: str) -> None:
         if name in self._busy:

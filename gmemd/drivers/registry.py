@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import importlib
 import importlib.metadata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ GROUP = "gmem.drivers"
 # In the order in which they come to exist; those that the core at hand does not have are left out.
 BUILTIN_NAMES = ("simgpu", "zstd", "file", "remote", "cuda", "numa")
 _REQUIRED = ("probe", "info")
+_COMPANIONS = {"remote": "remote"}  # modules of this package
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,14 @@ class Found:
     builtin: bool
     origin: str
     _load: Callable[[], Any]
+
+    def companion(self, name: str, state: Mapping[str, Any] | None = None) -> Any:
+        """For a driver of the core's that needs something done in Python: who does it, for a device of that name. state
+        is what the companion of a predecessor's device had left."""
+        if not self.builtin or self.name not in _COMPANIONS:
+            return None
+        module = importlib.import_module(f"gmemd.drivers.{_COMPANIONS[self.name]}")
+        return module.Companion(name, state)
 
     def load(self) -> Any:
         if self.builtin:

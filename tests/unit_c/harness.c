@@ -537,8 +537,9 @@ static pid_t overcommit_owner;
 
 static bool set_overcommit(long pages)
 {
-	int fd = open(OVERCOMMIT, O_WRONLY | O_CLOEXEC);
-	bool done = fd >= 0 && dprintf(fd, "%ld", pages) > 0;
+	char text[24]; /* no stdio stream: a signal handler comes here, too */
+	int fd = open(OVERCOMMIT, O_WRONLY | O_CLOEXEC), length = snprintf(text, sizeof(text), "%ld", pages);
+	bool done = fd >= 0 && write(fd, text, (size_t)length) == length;
 
 	if (fd >= 0)
 		close(fd);

@@ -43,6 +43,7 @@ struct gmem_hnode {
 	struct gmem_mutex lock;
 	uint64_t used_bytes, peak_bytes, pinned_bytes; /* (H) */
 	uint64_t full_at_bytes;                  /* (H) tiers: its driver had no room for more than so much; 0: unknown */
+	uint64_t full_at_ns;                     /* (H) when it said so */
 	uint64_t pressure_ns;                    /* (H) when an allocation last found it full; 0: never, or long ago */
 	struct gmem_frame *frames;               /* (C) array, mapped sparse; [0] is unused */
 	uint32_t frame_count, frames_bumped, free_head; /* (C), (H), (H) */

@@ -1,0 +1,342 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <gmem/stats.h>
+#include <gmem/types.h>
+
+#include "wire.h"
+
+#define SECRET_MAX 512
+#define KEEPALIVE_IDLE_S 30
+#define KEEPALIVE_INTERVAL_S 5
+#define KEEPALIVE_PROBES 3
+
+/* ---- addresses ---- */
+
+static int parse_inet(const char *text, struct gmem_address *made)
+{
+	char host[64];
+	const char *colon = strrchr(text, ':'), *begin = text, *end = colon;
+	char *rest;
+	unsigned long port;
+
+	if (!colon || !colon[1])
+		return -EINVAL;
+	port = strtoul(colon + 1, &rest, 10);
+	if (*rest || !port || port > 65535)
+		return -EINVAL;
+	if (*text == '[') {
+		begin++;
+		end--;
+		if (*end != ']')
+			return -EINVAL;
+	}
+	if (end <= begin || (size_t)(end - begin) >= sizeof(host))
+		return -EINVAL;
+	memcpy(host, begin, (size_t)(end - begin));
+	host[end - begin] = '\0';
+	if (inet_pton(AF_INET, host, &made->in.sin_addr) == 1) {
+		made->in.sin_family = AF_INET;
+		made->in.sin_port = htons((uint16_t)port);
+		made->bytes = sizeof(made->in);
+	} else if (inet_pton(AF_INET6, host, &made->in6.sin6_addr) == 1) {
+		made->in6.sin6_family = AF_INET6;
+		made->in6.sin6_port = htons((uint16_t)port);
+		made->bytes = sizeof(made->in6);
+	} else {
+		return -EINVAL;
+	}
+	return 0;
+}
+
+int gmem_address_parse(const char *text, const char *name, struct gmem_address *ret)
+{
+	struct gmem_address made = { .bytes = 0 };
+	int err = 0;
+
+	if (!strncmp(text, "unix:", 5)) {
+		if (text[5] != '/' || strlen(text + 5) >= sizeof(made.un.sun_path))
+			return -EINVAL;
+		made.un.sun_family = AF_UNIX;
+		strcpy(made.un.sun_path, text + 5);
+		made.bytes = sizeof(made.un);
+	} else {
+		err = parse_inet(text, &made);
+	}
+	if (!err && (size_t)snprintf(made.name, sizeof(made.name), "%s", name ? name : text) >= sizeof(made.name))
+		err = -EINVAL;
+	if (!err)
+		*ret = made;
+	return err;
+}
+
+bool gmem_address_equal(const struct gmem_address *a, const struct gmem_address *b)
+{
+	return a->bytes == b->bytes && !memcmp(&a->any, &b->any, a->bytes);
+}
+
+/* ---- commands ---- */
+
+void gmem_wire_bytes(struct gmem_wire *wire, const void *data, size_t bytes)
+{
+	memcpy(wire->tx + wire->tx_end, data, bytes);
+	wire->tx_end += bytes;
+}
+
+static void put_line(struct gmem_wire *wire, char type, size_t number)
+{
+	wire->tx_end += (size_t)sprintf((char *)wire->tx + wire->tx_end, "%c%zu\r\n", type, number);
+}
+
+void gmem_wire_command(struct gmem_wire *wire, unsigned count)
+{
+	put_line(wire, '*', count);
+}
+
+void gmem_wire_head(struct gmem_wire *wire, size_t bytes)
+{
+	put_line(wire, '$', bytes);
+}
+
+void gmem_wire_argument(struct gmem_wire *wire, const void *data, size_t bytes)
+{
+	gmem_wire_head(wire, bytes);
+	gmem_wire_bytes(wire, data, bytes);
+	gmem_wire_bytes(wire, "\r\n", 2);
+}
+
+void gmem_wire_text(struct gmem_wire *wire, const char *text)
+{
+	gmem_wire_argument(wire, text, strlen(text));
+}
+
+void gmem_wire_number(struct gmem_wire *wire, uint64_t number)
+{
+	char text[24];
+
+	gmem_wire_argument(wire, text, (size_t)sprintf(text, "%llu", (unsigned long long)number));
+}
+
+/* ---- in and out ---- */
+
+int gmem_wire_send(struct gmem_wire *wire)
+{
+	while (wire->tx_begin < wire->tx_end) {
+		ssize_t n = send(wire->fd, wire->tx + wire->tx_begin, wire->tx_end - wire->tx_begin, MSG_NOSIGNAL);
+
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n < 0)
+			return -errno;
+		wire->tx_begin += (size_t)n;
+	}
+	wire->tx_begin = wire->tx_end = 0;
+	return 0;
+}
+
+int gmem_wire_receive(struct gmem_wire *wire)
+{
+	ssize_t n;
+
+	if (wire->rx_begin) { /* a line that has not come as a whole: it is short */
+		memmove(wire->rx, wire->rx + wire->rx_begin, wire->rx_end - wire->rx_begin);
+		wire->rx_end -= wire->rx_begin;
+		wire->rx_begin = 0;
+	}
+	do {
+		n = recv(wire->fd, wire->rx + wire->rx_end, GMEM_WIRE_BUFFER - wire->rx_end, 0);
+	} while (n < 0 && errno == EINTR);
+	if (n <= 0)
+		return n ? -errno : -ECONNRESET;
+	wire->rx_end += (size_t)n;
+	return 0;
+}
+
+short gmem_wire_events(const struct gmem_wire *wire, bool wants_reply)
+{
+	return (short)((wire->tx_begin < wire->tx_end ? POLLOUT : 0) | (wants_reply ? POLLIN : 0));
+}
+
+static int await(struct gmem_wire *wire, short events, uint64_t deadline_ns)
+{
+	uint64_t now = gmem_now_ns();
+	struct pollfd p = { .fd = wire->fd, .events = events };
+	int n = poll(&p, 1, now < deadline_ns ? (int)((deadline_ns - now) / 1000000 + 1) : 0);
+
+	return n > 0 || (n < 0 && errno == EINTR) ? 0 : n ? -errno : -ETIMEDOUT;
+}
+
+/* ---- opening ---- */
+
+static int connect_to(struct gmem_wire *wire, const struct gmem_address *address, uint64_t deadline_ns)
+{
+	socklen_t bytes = sizeof(int);
+	int err = 0;
+
+	if (!connect(wire->fd, &address->any, address->bytes))
+		return 0;
+	if (errno != EINPROGRESS)
+		return -errno;
+	err = await(wire, POLLOUT, deadline_ns);
+	if (!err && (getsockopt(wire->fd, SOL_SOCKET, SO_ERROR, &err, &bytes) || err))
+		err = err ? -err : -errno;
+	return err;
+}
+
+static void set_options(int fd, bool inet)
+{
+	int one = 1, idle = KEEPALIVE_IDLE_S, interval = KEEPALIVE_INTERVAL_S, probes = KEEPALIVE_PROBES;
+
+	if (!inet)
+		return;
+	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+	setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof(one));
+	setsockopt(fd, IPPROTO_TCP, TCP_KEEPIDLE, &idle, sizeof(idle));
+	setsockopt(fd, IPPROTO_TCP, TCP_KEEPINTVL, &interval, sizeof(interval));
+	setsockopt(fd, IPPROTO_TCP, TCP_KEEPCNT, &probes, sizeof(probes));
+}
+
+/* The first line of the file; the caller wipes it. */
+static int read_secret(const char *path, char *ret, size_t *ret_bytes)
+{
+	int fd = open(path, O_RDONLY | O_CLOEXEC);
+	ssize_t n = fd < 0 ? -1 : read(fd, ret, SECRET_MAX);
+	int err = n < 0 ? -errno : n ? 0 : -ENODATA;
+	char *end;
+
+	if (fd >= 0)
+		close(fd);
+	if (n <= 0)
+		return err;
+	end = memchr(ret, '\n', (size_t)n);
+	if (!end && n == SECRET_MAX)
+		return -E2BIG;
+	*ret_bytes = end ? (size_t)(end - ret) : (size_t)n;
+	return *ret_bytes ? 0 : -ENODATA;
+}
+
+static int send_auth(struct gmem_wire *wire, const struct gmem_identity *identity, uint64_t deadline_ns, char *why)
+{
+	char secret[SECRET_MAX];
+	size_t bytes = 0;
+	int err = read_secret(identity->password_file, secret, &bytes);
+
+	if (err) {
+		snprintf(why, GMEM_MESSAGE_MAX, "password_file: can't be read: %s", strerror(-err));
+		return -EACCES;
+	}
+	gmem_wire_command(wire, identity->user[0] ? 3 : 2);
+	gmem_wire_text(wire, "AUTH");
+	if (identity->user[0])
+		gmem_wire_text(wire, identity->user);
+	gmem_wire_argument(wire, secret, bytes);
+	explicit_bzero(secret, sizeof(secret));
+	err = gmem_wire_send(wire);
+	if (err == -EAGAIN) { /* a few bytes on a new connection: it takes them, or it is none */
+		err = await(wire, POLLOUT, deadline_ns);
+		err = err ? err : gmem_wire_send(wire);
+	}
+	explicit_bzero(wire->tx, SECRET_MAX + 256);
+	return err;
+}
+
+/* A line that is no body. The text points into the buffer. */
+static int read_line(struct gmem_wire *wire, uint64_t deadline_ns, struct gmem_resp *ret)
+{
+	for (;;) {
+		ssize_t n = gmem_resp_parse((char *)wire->rx + wire->rx_begin, wire->rx_end - wire->rx_begin, ret);
+		int err;
+
+		if (n < 0)
+			return (int)n;
+		if (n) {
+			wire->rx_begin += (size_t)n;
+			return 0;
+		}
+		err = gmem_wire_receive(wire);
+		if (err == -EAGAIN)
+			err = await(wire, POLLIN, deadline_ns);
+		if (err)
+			return err;
+	}
+}
+
+static int authenticate(struct gmem_wire *wire, const struct gmem_identity *identity, uint64_t deadline_ns, char *why)
+{
+	struct gmem_resp reply;
+	int err;
+
+	if (!identity->password_file[0])
+		return 0;
+	err = send_auth(wire, identity, deadline_ns, why);
+	if (!err)
+		err = read_line(wire, deadline_ns, &reply);
+	if (!err && reply.type == GMEM_RESP_ERROR) {
+		snprintf(why, GMEM_MESSAGE_MAX, "the server refuses user or password: %.*s",
+			 (int)(reply.text_bytes < 100 ? reply.text_bytes : 100), reply.text);
+		return -EACCES;
+	}
+	return err || reply.type == GMEM_RESP_STATUS ? err : -EPROTO;
+}
+
+static struct gmem_wire *new_wire(void)
+{
+	struct gmem_wire *wire = calloc(1, sizeof(*wire));
+
+	if (!wire)
+		return NULL;
+	wire->fd = -1;
+	wire->tx = mmap(NULL, 2 * GMEM_WIRE_BUFFER, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (wire->tx == MAP_FAILED) {
+		free(wire);
+		return NULL;
+	}
+	wire->rx = wire->tx + GMEM_WIRE_BUFFER;
+	return wire;
+}
+
+int gmem_wire_open(const struct gmem_address *address, const struct gmem_identity *identity, uint64_t deadline_ns,
+		   char *why, struct gmem_wire **ret)
+{
+	struct gmem_wire *wire = new_wire();
+	int err = 0;
+
+	if (!wire)
+		return -ENOMEM;
+	why[0] = '\0';
+	wire->fd = socket(address->any.sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+	if (wire->fd < 0)
+		err = -errno;
+	if (!err) {
+		set_options(wire->fd, address->any.sa_family != AF_UNIX);
+		err = connect_to(wire, address, deadline_ns);
+	}
+	if (!err)
+		err = authenticate(wire, identity, deadline_ns, why);
+	if (err) {
+		if (!why[0])
+			snprintf(why, GMEM_MESSAGE_MAX, "%.80s: %s", address->name, strerror(-err));
+		gmem_wire_close(wire);
+		return err;
+	}
+	*ret = wire;
+	return 0;
+}
+
+void gmem_wire_close(struct gmem_wire *wire)
+{
+	if (wire->fd >= 0)
+		close(wire->fd);
+	munmap(wire->tx, 2 * GMEM_WIRE_BUFFER);
+	free(wire);
+}

@@ -1,0 +1,78 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Wire: one connection to a server, non-blocking, with a buffer for each direction. A wire belongs to one thread at a
+ * time (nodes.h lends them). Pages pass through the buffers in pieces that stay in the CPU's cache.
+ */
+#ifndef GMEM_DRIVERS_WIRE_H
+#define GMEM_DRIVERS_WIRE_H
+
+#include <netinet/in.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+
+#include "resp.h"
+
+#define GMEM_WIRE_BUFFER (256u << 10)
+
+struct gmem_address {
+	socklen_t bytes;
+	union {
+		struct sockaddr any;
+		struct sockaddr_in in;
+		struct sockaddr_in6 in6;
+		struct sockaddr_un un;
+	};
+	char name[128]; /* the server's name, for its certificate and for people */
+};
+
+/* "unix:/PATH", "1.2.3.4:6379", "[::1]:6379": numbers only, since a look-up of names blocks. name: NULL: as text. */
+int gmem_address_parse(const char *text, const char *name, struct gmem_address *ret);
+bool gmem_address_equal(const struct gmem_address *a, const struct gmem_address *b);
+
+/* Who we are to the servers. Files are read at each connect, so that they can be changed. */
+struct gmem_identity {
+	char user[64];
+	char password_file[256]; /* "": no AUTH */
+	struct gmem_tls *tls;    /* NULL: none */
+};
+
+struct gmem_wire {
+	int fd;
+	bool reused;                /* it has been lent before: that the server has closed it meanwhile is no failure */
+	bool wants_read;            /* TLS: what it has to do before it can write; and to write before it can read */
+	bool wants_write;
+	void *session;              /* TLS */
+	size_t tx_begin, tx_end, rx_begin, rx_end;
+	uint8_t *tx, *rx;
+};
+
+/* Connects and authenticates. -EACCES: refused by name or password; -ETIMEDOUT, -ECONNREFUSED, ...; why is a sentence
+ * (GMEM_MESSAGE_MAX). */
+int gmem_wire_open(const struct gmem_address *address, const struct gmem_identity *identity, uint64_t deadline_ns,
+		   char *why, struct gmem_wire **ret);
+void gmem_wire_close(struct gmem_wire *wire);
+
+/* Moves what is there between buffer and socket. -EAGAIN: not now; -EPIPE, -ECONNRESET, ...: it is over. */
+int gmem_wire_send(struct gmem_wire *wire);
+int gmem_wire_receive(struct gmem_wire *wire);
+/* What poll() is to wait for. */
+short gmem_wire_events(const struct gmem_wire *wire, bool wants_reply);
+
+static inline size_t gmem_wire_room(const struct gmem_wire *wire)
+{
+	return GMEM_WIRE_BUFFER - wire->tx_end;
+}
+
+/* One argument after the other of a command of count arguments. The caller has looked for room. */
+void gmem_wire_command(struct gmem_wire *wire, unsigned count);
+void gmem_wire_argument(struct gmem_wire *wire, const void *data, size_t bytes);
+void gmem_wire_text(struct gmem_wire *wire, const char *text);
+void gmem_wire_number(struct gmem_wire *wire, uint64_t number);
+/* The head of an argument whose bytes, and "\r\n" behind them, follow by gmem_wire_bytes(). */
+void gmem_wire_head(struct gmem_wire *wire, size_t bytes);
+void gmem_wire_bytes(struct gmem_wire *wire, const void *data, size_t bytes);
+
+#endif
