@@ -79,41 +79,6 @@ static bool is_clean(const struct gmem_hnode *hnode, const struct gmem_page *pag
 	return gmem_word_valid(page->word) != 1u << hnode->hnid;
 }
 
-static int write_back(struct gmem_hnode *hnode, struct gmem_page *page)
-{
-	struct gmem_source *source = page->object->source;
-	uint8_t *alias;
-	int err = source->ops->write && !gmem_hnode_is_peer(hnode) ? gmem_page_downgrade(page) : -EOPNOTSUPP;
-
-	if (!err)
-		err = gmem_object_alias(page->object, hnode->hnid, &alias);
-	if (!err)
-		err = source->ops->write(source, page->offset, alias + page->offset, page->bytes);
-	if (!err)
-		page->word &= ~GMEM_WORD_FLAG(GMEM_PAGE_CHANGED);
-	return err;
-}
-
-/* Its source has it, or takes it back. */
-static bool can_be_read_again(struct gmem_hnode *hnode, struct gmem_page *page)
-{
-	if (!page->object->source || gmem_word_flags(page->word) & GMEM_PAGE_PINNED || gmem_object_frozen(page->object))
-		return false;
-	return !(gmem_word_flags(page->word) & GMEM_PAGE_CHANGED) || !write_back(hnode, page);
-}
-
-static int forget_page(struct gmem_hnode *hnode, struct gmem_page *page)
-{
-	int err;
-
-	gmem_hnode_frame(hnode, page->object, page->index)->evicted = true;
-	err = gmem_page_discard(page);
-	gmem_crash(GMEM_CRASH_DROP);
-	if (!err)
-		count_eviction(hnode, true);
-	return err;
-}
-
 /* Where it would rather be, if there is room; -1: nowhere in particular. */
 static int preferred_target(struct gmem_hnode *hnode, const struct gmem_page *page)
 {
@@ -123,6 +88,48 @@ static int preferred_target(struct gmem_hnode *hnode, const struct gmem_page *pa
 	return to && !atomic_load(&to->draining) && gmem_hnode_free_bytes(to) >= page->bytes ? preferred : -1;
 }
 
+static int write_back(struct gmem_hnode *hnode, struct gmem_page *page)
+{
+	struct gmem_source *source = atomic_load(&page->object->source);
+	uint8_t *alias;
+	int err = source->ops->push && !gmem_hnode_is_peer(hnode) ? gmem_page_downgrade(page) : -EOPNOTSUPP;
+
+	if (!err)
+		err = gmem_object_alias(page->object, hnode->hnid, &alias);
+	if (!err)
+		err = source->ops->push(source, page->index, alias + page->offset, page->bytes);
+	if (!err)
+		page->word &= ~GMEM_WORD_FLAG(GMEM_PAGE_CHANGED);
+	return err;
+}
+
+/* A copy of what its source has, or takes back now. */
+static bool is_copy(struct gmem_hnode *hnode, struct gmem_page *page)
+{
+	if (atomic_load(&page->object->source) && gmem_object_sealed(page->object))
+		return true;
+	if (!gmem_object_tracks(page->object) || gmem_word_flags(page->word) & GMEM_PAGE_PINNED ||
+	    gmem_object_frozen(page->object))
+		return false;
+	return !(gmem_word_flags(page->word) & GMEM_PAGE_CHANGED) || !write_back(hnode, page);
+}
+
+static int give_back(struct gmem_hnode *hnode, struct gmem_page *page, bool forced)
+{
+	struct gmem_frame *frame = gmem_hnode_frame(hnode, page->object, page->index);
+	int err;
+
+	if (is_wanted(hnode, frame, forced))
+		return -EBUSY;
+	frame->evicted = true;
+	err = gmem_page_give_back(page);
+	if (err)
+		frame->evicted = false;
+	else
+		count_eviction(hnode, true);
+	return err;
+}
+
 /* To where it would rather be, or to the nearest place that takes it. */
 static int evict_one(struct gmem_hnode *hnode, struct gmem_page *page, bool forced)
 {
@@ -130,6 +137,9 @@ static int evict_one(struct gmem_hnode *hnode, struct gmem_page *page, bool forc
 	bool clean = is_clean(hnode, page), mapped;
 	uint32_t refused = 0;
 	int err = 0;
+
+	if (!clean && is_copy(hnode, page))
+		return give_back(hnode, page, forced);
 
 	while (!clean) {
 		int target = preferred >= 0 ? preferred : gmem_tier_next(hnode, page->bytes, refused);
@@ -215,9 +225,7 @@ int gmem_evict(struct gmem_hnode *hnode, struct gmem_page *pages, size_t count, 
 
 	for (size_t i = 0; i < count; i++) {
 		result = may_go(hnode, &pages[i], forced);
-		if (result > 0 && !is_clean(hnode, &pages[i]) && can_be_read_again(hnode, &pages[i]))
-			result = forget_page(hnode, &pages[i]);
-		else if (result > 0 && (is_clean(hnode, &pages[i]) || preferred_target(hnode, &pages[i]) >= 0))
+		if (result > 0 && (is_clean(hnode, &pages[i]) || is_copy(hnode, &pages[i]) || preferred_target(hnode, &pages[i]) >= 0))
 			result = evict_one(hnode, &pages[i], forced);
 		else if (result > 0)
 			leaving[leaving_count++] = &pages[i];

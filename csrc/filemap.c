@@ -68,17 +68,17 @@ static int readable(struct gmem_page *page, const uint8_t **ret)
 
 static int write_back(struct gmem_request *request, struct gmem_page *page, struct gmem_range range)
 {
-	struct gmem_source *source = page->object->source;
+	struct gmem_source *source = atomic_load(&page->object->source);
 	const uint8_t *src;
 	int err;
 
 	(void)request;
 	(void)range;
-	if (!source || !source->ops->write || !(gmem_word_flags(page->word) & GMEM_PAGE_CHANGED))
+	if (!source || !source->ops->push || !(gmem_word_flags(page->word) & GMEM_PAGE_CHANGED))
 		return 0;
 	err = readable(page, &src);
 	if (!err)
-		err = source->ops->write(source, page->offset, src, page->bytes);
+		err = source->ops->push(source, page->index, src, page->bytes);
 	if (!err)
 		page->word &= ~GMEM_WORD_FLAG(GMEM_PAGE_CHANGED);
 	return err;
@@ -92,10 +92,10 @@ static int sync_range(struct gmem_session *session, uint64_t va, uint64_t end)
 	int err = 0;
 
 	for (; !err && va < end && !gmem_as_lookup(&session->as, va, &place); va = place.region_va + place.region_bytes) {
-		const struct gmem_source *source = place.object->source;
+		struct gmem_source *source = atomic_load(&place.object->source);
 
 		if (place.object != last && source && source->ops->sync)
-			err = source->ops->sync(place.object->source);
+			err = source->ops->sync(source);
 		gmem_object_unref(last);
 		last = place.object;
 	}

@@ -22,9 +22,8 @@ struct filesource {
 	struct gmem_file_args args; /* (C) */
 };
 
-static int read_all(struct gmem_source *source, uint64_t offset, uint8_t *dst, uint64_t bytes)
+static int read_all(const struct filesource *file, uint64_t offset, uint8_t *dst, uint64_t bytes)
 {
-	struct filesource *file = (struct filesource *)source;
 	uint64_t end = offset + bytes < file->args.bytes ? offset + bytes : file->args.bytes;
 
 	if (file->fd < 0)
@@ -42,9 +41,16 @@ static int read_all(struct gmem_source *source, uint64_t offset, uint8_t *dst, u
 	return 0;
 }
 
-static int write_all(struct gmem_source *source, uint64_t offset, const uint8_t *src, uint64_t bytes)
+static void pull(struct gmem_source *source, struct gmem_peer_io *io, size_t count)
+{
+	for (size_t i = 0; i < count; i++)
+		io[i].result = read_all((struct filesource *)source, io[i].key * io[i].bytes, io[i].memory, io[i].bytes);
+}
+
+static int push(struct gmem_source *source, uint64_t index, const uint8_t *src, uint64_t bytes)
 {
 	struct filesource *file = (struct filesource *)source;
+	uint64_t offset = index * bytes;
 	uint64_t end = offset + bytes < file->args.bytes ? offset + bytes : file->args.bytes;
 	struct stat st;
 
@@ -72,7 +78,7 @@ static int sync_file(struct gmem_source *source)
 	return file->fd < 0 || fdatasync(file->fd) ? -EIO : 0;
 }
 
-static void destroy(struct gmem_source *source)
+static void release(struct gmem_source *source)
 {
 	struct filesource *file = (struct filesource *)source;
 
@@ -81,9 +87,8 @@ static void destroy(struct gmem_source *source)
 	free(file);
 }
 
-static const struct gmem_source_ops read_only = { .name = "file", .read = read_all, .destroy = destroy };
-static const struct gmem_source_ops read_write = { .name = "file", .read = read_all, .write = write_all,
-						   .sync = sync_file, .destroy = destroy };
+static const struct gmem_source_ops read_only = { .pull = pull, .release = release };
+static const struct gmem_source_ops read_write = { .pull = pull, .push = push, .sync = sync_file, .release = release };
 
 int gmem_filesource_create(int fd, const struct gmem_file_args *args, struct gmem_source **ret)
 {
@@ -91,7 +96,7 @@ int gmem_filesource_create(int fd, const struct gmem_file_args *args, struct gme
 
 	if (!file)
 		return -ENOMEM;
-	*file = (struct filesource){ { args->write ? &read_write : &read_only }, fd, *args };
+	*file = (struct filesource){ { args->write ? &read_write : &read_only, .tracks = true, .slow = true }, fd, *args };
 	*ret = &file->source;
 	return 0;
 }
@@ -100,7 +105,7 @@ const struct gmem_file_args *gmem_filesource_args(const struct gmem_source *sour
 {
 	const struct filesource *file = (const struct filesource *)source;
 
-	if (!source || source->ops->destroy != destroy)
+	if (!source || source->ops->release != release)
 		return NULL;
 	*ret_fd = file->fd;
 	return &file->args;
@@ -150,17 +155,4 @@ int gmem_file_check(int fd, const struct gmem_file_args *args, const char **ret_
 	    (uint64_t)st.st_size < args->offset + args->bytes)
 		return refuse(-EINVAL, "it ends before the end of the range", ret_why);
 	return 0;
-}
-
-int gmem_source_fill(struct gmem_object *object, int hnid, uint64_t offset, uint64_t bytes)
-{
-	struct gmem_file *file;
-	uint8_t *alias;
-	int err = gmem_object_file(object, hnid, &file);
-
-	if (!err)
-		err = gmem_object_alias(object, hnid, &alias);
-	if (!err)
-		err = gmem_file_populate(file, object->offset + offset, bytes);
-	return err ? err : object->source->ops->read(object->source, offset, alias + offset, bytes);
 }

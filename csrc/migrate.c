@@ -10,6 +10,7 @@
 #include <gmem/migrate.h>
 #include <gmem/pmap.h>
 #include <gmem/reclaim.h>
+#include <gmem/source.h>
 #include <gmem/tier.h>
 #include <gmem/uffd.h>
 
@@ -244,6 +245,8 @@ int gmem_page_own(struct gmem_page *page, int hnid)
 
 	if (gmem_word_writer(page->word) == hnid)
 		return 0;
+	if (gmem_object_sealed(page->object))
+		return -EPERM;
 	if (gmem_object_frozen(page->object)) {
 		page->park = true;
 		return -EBUSY;
@@ -255,7 +258,7 @@ int gmem_page_own(struct gmem_page *page, int hnid)
 		gmem_count(&page->core->stats.invalidations, 1);
 	}
 	page->word = gmem_word_set_writer(page->word, hnid) | GMEM_WORD_FLAG(GMEM_PAGE_DIRTY);
-	if (page->object->source)
+	if (gmem_object_tracks(page->object))
 		page->word |= GMEM_WORD_FLAG(GMEM_PAGE_CHANGED);
 	before = atomic_load_explicit(word_of(page), memory_order_relaxed);
 	/* What was filled just now is nothing to a successor before the word says that it is valid; and once it is mapped
@@ -280,6 +283,11 @@ int gmem_page_drop(struct gmem_page *page, int hnid)
 }
 
 int gmem_page_discard(struct gmem_page *page)
+{
+	return gmem_object_sealed(page->object) ? -EPERM : gmem_page_give_back(page);
+}
+
+int gmem_page_give_back(struct gmem_page *page)
 {
 	bool had_content = gmem_word_valid(page->word);
 	int err = -EAGAIN;
@@ -473,7 +481,7 @@ void gmem_page_arrived(struct gmem_page *page, struct gmem_hnode *from, struct g
 static int transfer(struct gmem_page *page, struct gmem_hnode *from, struct gmem_hnode *to, struct gmem_view *view,
 		    struct gmem_range range, bool *ret_mapped)
 {
-	bool direct = view && page->core->features.continue_wp && range.bytes == page->bytes &&
+	bool direct = view && !page->private_view && page->core->features.continue_wp && range.bytes == page->bytes &&
 		      !gmem_hnode_is_peer(from) && !gmem_copy_engine(from, to);
 	int err = -ESRCH;
 
@@ -497,6 +505,17 @@ static int transfer(struct gmem_page *page, struct gmem_hnode *from, struct gmem
 	return err;
 }
 
+int gmem_page_pull(struct gmem_page *page, int hnid)
+{
+	uint8_t *alias;
+	int err;
+
+	if (!atomic_load(&page->object->source))
+		return 0;
+	err = gmem_object_alias(page->object, hnid, &alias);
+	return err ? err : gmem_source_pull(page->object, page->index, 1, alias + page->offset);
+}
+
 static int first_touch(struct gmem_page *page, struct gmem_hnode *to)
 {
 	struct gmem_file *file;
@@ -506,10 +525,10 @@ static int first_touch(struct gmem_page *page, struct gmem_hnode *to)
 		return -EOPNOTSUPP; /* there is nothing to store yet */
 	gmem_page_mark(page, GMEM_DIR_FILL, to->hnid);
 	err = gmem_object_file(page->object, to->hnid, &file);
-	if (!err && page->object->source)
-		err = gmem_source_fill(page->object, to->hnid, page->offset, page->bytes);
-	else if (!err)
+	if (!err)
 		err = gmem_file_populate(file, page->object->offset + page->offset, page->bytes);
+	if (!err)
+		err = gmem_page_pull(page, to->hnid);
 	gmem_count(&page->core->stats.first_touches, !err);
 	return err;
 }
@@ -567,7 +586,7 @@ int gmem_page_fetch(struct gmem_page *page, int hnid, struct gmem_view *view, st
 
 int gmem_page_map(struct gmem_page *page, struct gmem_view *view, struct gmem_range range, bool was_protected)
 {
-	bool writable = gmem_word_writer(page->word) == view->hnid;
+	bool writable = gmem_word_writer(page->word) == view->hnid || page->private_view;
 	struct gmem_pmap *pmap = gmem_view_pmap(view);
 	int err;
 

@@ -198,6 +198,8 @@ def gmemctl_parser() -> argparse.ArgumentParser:
     command("upgrade", "start gmemd again on what is installed now; clients go on and lose nothing")
     command("drivers", "drivers that can be attached")
     command("sessions", "client processes")
+    pools = command("pools", "named memory that several processes share")
+    pools.add_argument("--unlink", metavar="NAME", help="end a pool: nobody can open it any more")
     command("stats", "counters")
     regions = command("map", "mapped regions")
     regions.add_argument("--session", type=int, metavar="ID", help="only of this session")
@@ -275,6 +277,12 @@ def _sessions(control: Control, args: argparse.Namespace) -> dict[str, Any]:
     return {**control.request("sessions"), "hnodes": control.request("devices")["devices"]}
 
 
+def _pools(control: Control, args: argparse.Namespace) -> dict[str, Any]:
+    if args.unlink is not None:
+        return control.request("pool_unlink", name=args.unlink)
+    return {**control.request("pools"), "hnodes": control.request("devices")["devices"]}
+
+
 def _map(control: Control, args: argparse.Namespace) -> dict[str, Any]:
     wanted = {} if args.session is None else {"session": args.session}
     return control.request("map", limit=args.limit, **wanted)
@@ -290,6 +298,7 @@ _COMMANDS: dict[str, Callable[[Control, argparse.Namespace], dict[str, Any]]] = 
     "upgrade": _upgrade,
     "drivers": lambda control, args: control.request("drivers"),
     "sessions": _sessions,
+    "pools": _pools,
     "stats": lambda control, args: control.request("stats"),
     "map": _map,
 }

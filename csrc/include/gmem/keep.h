@@ -9,7 +9,7 @@
  * reader that comes at any instant finds the one or the other.
  *
  * Names of descriptors: state, lpt; file.SESSION.HNID.CLASS; uffd.SESSION.CONTEXT, pid.SESSION.CONTEXT,
- * source.PN (of an object); agent.SESSION.CONTEXT (context 0: the process itself); ring.SESSION, bell.SESSION, jobs.SESSION; driver.HNID.NAME.
+ * agent.SESSION.CONTEXT (context 0: the process itself); ring.SESSION, bell.SESSION, jobs.SESSION; driver.HNID.NAME.
  */
 #ifndef GMEM_KEEP_H
 #define GMEM_KEEP_H
@@ -22,7 +22,7 @@
 
 #define GMEM_KEEP_NAME 64
 #define GMEM_STATE_MAGIC 0x45544154534d4547ull /* "GEMSTATE" */
-#define GMEM_STATE_VERSION 1                   /* of this file, and of the words of lpt.h */
+#define GMEM_STATE_VERSION 2                   /* of this file, and of the words of lpt.h */
 
 enum gmem_record_kind {
 	GMEM_RECORD_FREE,
@@ -33,15 +33,22 @@ enum gmem_record_kind {
 	GMEM_RECORD_CONTEXT,
 	GMEM_RECORD_HINT,
 	GMEM_RECORD_HOLD,
+	GMEM_RECORD_POOL,
+	GMEM_RECORD_OVERLAY,
 	GMEM_RECORD_KINDS,
 };
+
+/* Flags of an object's record. */
+#define GMEM_OBJECT_POOLED 1
+#define GMEM_OBJECT_SEALED 2
+#define GMEM_OBJECT_SUCCEEDED 4
 
 enum gmem_record_source { GMEM_RECORD_NO_SOURCE, GMEM_RECORD_FILE, GMEM_RECORD_FILE_WRITE, GMEM_RECORD_FILE_PRIVATE };
 
 struct gmem_record {
 	_Atomic uint32_t kind;
 	uint32_t replaces; /* number of a record, 0: none */
-	uint64_t id;       /* of the session, account or context; OBJECT, REGION: first page number (pn); HINT: session */
+	uint64_t id;       /* of the session, account, context or pool; OBJECT, REGION: first page number (pn); HINT: session; OVERLAY: context */
 	union {
 		struct {
 			uint64_t parent; /* 0: none */
@@ -54,13 +61,15 @@ struct gmem_record {
 			uint8_t stored, bound;
 		} session;
 		struct {
-			uint64_t account, pages, offset, bytes, source_offset;
+			uint64_t account, files, offset, bytes; /* files: the account whose they are */
+			uint64_t successor; /* first page number of the object that its pages are copies of; 0: none */
+			uint64_t source_offset;
 			uint32_t source_tail; /* so much less than bytes is the file's */
-			uint8_t shift, class_, source; /* enum gmem_record_source */
+			uint8_t shift, class_, flags, source; /* enum gmem_record_source */
 		} object;
 		struct {
 			uint64_t session, va, bytes, offset, asked;
-			uint8_t fork, committed;
+			uint8_t fork, committed, read_only;
 		} region;
 		struct {
 			uint64_t session;
@@ -75,6 +84,14 @@ struct gmem_record {
 		struct {
 			uint64_t va, bytes;
 		} hold;
+		struct {
+			uint64_t object, other; /* first page numbers; other: of the one that is to take its place, or, when
+						 * published, of the one whose place it has taken; 0: none */
+			uint8_t published;
+		} pool;
+		struct {
+			uint64_t va, bytes, object;
+		} overlay;
 	};
 };
 

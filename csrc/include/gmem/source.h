@@ -1,38 +1,50 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Source: where the content of an object's pages comes from that nobody has touched yet; without one they are zero. A page
- * that was not changed since (GMEM_PAGE_CHANGED) need not be kept anywhere: reclaim drops it, and it is read again.
+ * Source: where the content of an object's pages comes from that are nowhere here (NOMAP). Without one such a page reads
+ * zero. With one, the first touch pulls it, and what was pulled and not written since leaves again by being dropped. A
+ * pool's pages may so come from another object of this daemon (pool.h), or from another machine.
  *
- * A source is read and written with the page's BUSY held, from fillers and the control plane only, never from fault threads:
- * it may block. What it gives for the same bytes must be the same until the object is gone, or whoever dropped a page
- * sees another one. A failed read is SIGBUS at the touch, and is tried again at the next.
+ * A source is set before anybody can map the object, or with the object sealed, and stays for the object's life.
  */
 #ifndef GMEM_SOURCE_H
 #define GMEM_SOURCE_H
 
+#include <stdatomic.h>
+
+#include <gmem/driver.h>
 #include <gmem/types.h>
 
+struct gmem_object;
 struct gmem_source;
 
 struct gmem_source_ops {
-	const char *name;
-	/* All of [offset, offset + bytes), in the object's offsets, into memory that is the daemon's alias: 0 or -errno. */
-	int (*read)(struct gmem_source *source, uint64_t offset, uint8_t *dst, uint64_t bytes);
-	/* The other way; NULL: what was changed is never written back. */
-	int (*write)(struct gmem_source *source, uint64_t offset, const uint8_t *src, uint64_t bytes);
-	/* What was written is to survive. NULL: it does. */
+	/* Fills io[i].memory with page io[i].key (its index in the object) and sets io[i].result: 0; -ENODATA: nobody has
+	 * ever written to it, it is zeros (memory may be left as it was: it has been zeroed); -EAGAIN: not now, the access is
+	 * tried again; any other -errno: it can't be had, the access gets SIGBUS. On any thread, several at a time; the pages
+	 * are BUSY, no lock is held. It must not wait for another page of this daemon. */
+	void (*pull)(struct gmem_source *source, struct gmem_peer_io *io, size_t count);
+	/* The other way, NULL: what was changed is kept like other memory. */
+	int (*push)(struct gmem_source *source, uint64_t index, const uint8_t *memory, uint64_t bytes);
+	/* What was pushed is to survive the machine's end; NULL: it does. */
 	int (*sync)(struct gmem_source *source);
-	void (*destroy)(struct gmem_source *source);
+	/* The object is gone. */
+	void (*release)(struct gmem_source *source);
 };
 
-/* The first member of a source's own struct. Belongs to one object. */
 struct gmem_source {
-	const struct gmem_source_ops *ops; /* (C) */
+	const struct gmem_source_ops *ops;
+	bool tracks; /* (C) pages may be written to: GMEM_PAGE_CHANGED says that one is not what the source has */
+	bool slow; /* (C) for fillers, who may wait, and never for fault threads */
 };
 
-/* Reads into fresh pages of to's file. */
-struct gmem_object;
-int gmem_source_fill(struct gmem_object *object, int hnid, uint64_t offset, uint64_t bytes);
+/* Once, before anybody can map the object or with it sealed; takes the source over. */
+void gmem_source_set(struct gmem_object *object, struct gmem_source *source);
+void gmem_source_release(struct gmem_source *source); /* NULL is allowed */
+/* Pages [index, index + count) to memory; the first failure. -ENODATA is none. */
+int gmem_source_pull(struct gmem_object *object, uint64_t index, size_t count, uint8_t *memory);
+
+/* Whose pages are copies of another object's at the same offsets. References it. */
+int gmem_source_of_object(struct gmem_object *from, struct gmem_source **ret);
 
 /* ---- files (filesource.c) ---- */
 
