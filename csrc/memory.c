@@ -149,11 +149,8 @@ int gmem_object_reserve(struct gmem_session *session, const struct gmem_mmap_arg
 	uint64_t bytes = args->bytes, align, va;
 	struct gmem_file *file;
 	enum gmem_class class_;
-<<<<<<< HEAD
 	bool uncharged = args->source && args->uncharged;
-=======
 	bool kept = false;
->>>>>>> main
 
 	if (shift < 0 || !bytes || bytes > INT64_MAX || args->fork > GMEM_FORK_COPY)
 		return -EINVAL;
@@ -209,15 +206,11 @@ static int map(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args 
 	if (err)
 		goto out;
 	va = core->window.base + object->offset;
-<<<<<<< HEAD
 	*ret_taken = args->source;
 	if (args->source)
 		err = gmem_object_set_file(object, args->source, args->uncharged);
 	if (!err)
-		err = gmem_as_insert(&session->as, object, va, 0, object->bytes, args->fork, false);
-=======
-	err = gmem_as_insert(&session->as, object, va, 0, object->bytes, args->fork, object->reused);
->>>>>>> main
+		err = gmem_as_insert(&session->as, object, va, 0, object->bytes, args->fork, object->reused);
 	if (!err)
 		err = gmem_object_file(object, GMEM_HOST, &file);
 	if (!err && args->asked && gmem_keeps(&core->keep))

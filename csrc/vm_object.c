@@ -230,18 +230,12 @@ void gmem_object_unref(struct gmem_object *object)
 	gmem_crash(GMEM_CRASH_OBJECT_FORGOTTEN);
 	gmem_lpt_extent_free(&core->lpt, object->pn, object->pages);
 	if (!atomic_load(&object->succeeded)) {
-<<<<<<< HEAD
 		if (!object->uncharged) {
 			gmem_account_map(object->account, -(int64_t)object->bytes);
 			atomic_fetch_sub(&core->committed_bytes[object->class_], object->bytes);
 		}
-		gmem_range_free(&core->va[object->class_], core->window.base + object->offset, object->bytes);
-=======
-		gmem_account_map(object->account, -(int64_t)object->bytes);
-		atomic_fetch_sub(&core->committed_bytes[object->class_], object->bytes);
 		if (!atomic_load(&object->kept) || !gmem_kept_ready(object->account, core->window.base + object->offset))
 			gmem_range_free(&core->va[object->class_], core->window.base + object->offset, object->bytes);
->>>>>>> main
 	}
 	atomic_fetch_sub(&core->object_count, 1);
 	forget_file(object);

@@ -332,7 +332,11 @@ int gmem_session_munmap(struct gmem *session, void *va, size_t bytes, bool may_k
 	return err;
 }
 
-<<<<<<< HEAD
+int gmem_munmap(struct gmem *session, void *va, size_t bytes)
+{
+	return gmem_session_munmap(session, va, bytes, true);
+}
+
 /* ---- files ---- */
 
 static int check_map_file(struct gmem *session, uint64_t offset, size_t bytes,
@@ -386,7 +390,7 @@ static int give_and_map(struct gmem *session, int fd, uint64_t offset, size_t by
 		call_range(session, "munmap", GMEM_RING_MUNMAP, NULL, (void *)(uintptr_t)busy[i].va, busy[i].bytes);
 	if (err)
 		return gmem_fail(err, "%s", message);
-	*ret = (struct grant){ got.va, got.bytes, got.offset, false };
+	*ret = (struct grant){ .va = got.va, .bytes = got.bytes, .offset = got.offset };
 	return 0;
 }
 
@@ -429,11 +433,6 @@ int gmem_flush(struct gmem *session, void *va, size_t bytes)
 	gmem_request_uint(&request, "va", address(va));
 	gmem_request_uint(&request, "bytes", bytes);
 	return gmem_rpc_call(session->rpc, &request, NULL);
-=======
-int gmem_munmap(struct gmem *session, void *va, size_t bytes)
-{
-	return gmem_session_munmap(session, va, bytes, true);
->>>>>>> main
 }
 
 /* ---- adopting ---- */
