@@ -143,6 +143,10 @@ model: $(VENV)/.test build ## a state machine over the core, with kills, and fau
 		-o faulthandler_timeout=7500 --hypothesis-seed=$(SEED) tests/model/test_core_machine.py
 	$(BIN)/python tests/model/mutants.py --seed $(SEED)
 
+test-remote: $(VENV)/.test build c-plain ## a cluster of servers is killed, hung and cut off for SOAK_SECONDS=60 under load; every word is checked
+	$(BIN)/python -m pytest tests/unit_c/test_remote.c tests/integration/test_remote.py $(PYTEST_FLAGS)
+	$(BIN)/python tests/fault/remote.py --seconds $(SOAK_SECONDS)
+
 SPIN_FLAGS ?= --crashes 2 --evictions 1 --accesses 1
 spin: $(VENV)/.test ## checks the model of the page protocol, and that each of its guards is needed; some minutes
 	$(BIN)/python tests/model/page.py $(SPIN_FLAGS)
@@ -150,6 +154,7 @@ spin: $(VENV)/.test ## checks the model of the page protocol, and that each of i
 soak: $(VENV)/.test build c-plain ## the coherence tests for SOAK_SECONDS=60 each
 	build/c/test_coherence $(SOAK_SECONDS)
 	$(BIN)/python tests/fault/kill.py --seconds 86400 --kills 1000
+	$(BIN)/python tests/fault/remote.py --seconds $$((10 * $(SOAK_SECONDS)))
 	GMEM_KILL_ROUNDS=500 $(BIN)/python -m pytest --timeout 600 -o faulthandler_timeout=900 tests/adversity $(PYTEST_FLAGS)
 	GMEM_SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest --timeout $$((60 + 10 * $(SOAK_SECONDS))) \
 		-o faulthandler_timeout=$$((120 + 10 * $(SOAK_SECONDS))) tests/integration -k coherence $(PYTEST_FLAGS)
@@ -211,4 +216,4 @@ clean: ## remove everything that was built, the environment as well
 	rm -rf build dist *.egg-info $(VENV) client/gmem/_*.so client/gmem/_client.c gmemd/_*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help run test test-kill test-systemd model check build lib c-plain c-asan c-tsan asan tsan bench bench-workloads soak lint fmt dist install uninstall clean
+.PHONY: help run test test-kill test-remote test-systemd model check build lib c-plain c-asan c-tsan asan tsan bench bench-workloads soak lint fmt dist install uninstall clean
