@@ -204,7 +204,7 @@ install: lib ## below PREFIX=/usr/local, configuration in SYSCONFDIR=/etc, all o
 uninstall: ## what install put there; the configuration stays
 	rm -rf $(INSTALLED)/lib/gmem
 	cd $(INSTALLED) && rm -f bin/gmemd bin/gmemctl libexec/gmem-context include/gmem.h include/libgmem.h \
-		lib/libgmem.so* lib/libgmem-heap.so* lib/libgmem-preload.so lib/pkgconfig/gmem.pc lib/pkgconfig/gmem-heap.pc \
+		lib/libgmem.so* lib/libgmem-heap.so* lib/libgmem-preload.so lib/libgmem-any.so lib/pkgconfig/gmem.pc lib/pkgconfig/gmem-heap.pc \
 		lib/systemd/system/gmemd.service lib/systemd/system/gmemd.socket \
 		lib/sysusers.d/gmem.conf lib/tmpfiles.d/gmem.conf lib/udev/rules.d/60-gmem.rules lib/sysctl.d/60-gmem.conf
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from cffi import FFI
 
 SOURCES = (
-    "adopt.c", "agent.c", "copies.c", "handshake.c", "link.c", "map.c", "ring.c", "uffd.c", "vma.c", "words.c",
+    "adopt.c", "agent.c", "copies.c", "files.c", "handshake.c", "link.c", "map.c", "ring.c", "uffd.c", "vma.c",
+    "words.c",
 )  # fmt: skip
 
 ffibuilder = FFI()
@@ -29,6 +30,9 @@ ffibuilder.cdef(
     int gmem_link_socket(const struct gmem_link *link);
     const char *gmem_link_message(const struct gmem_link *link);
     int gmem_link_map(struct gmem_link *link, uint64_t va, uint64_t bytes, uint64_t offset, bool huge, bool inherit);
+    int gmem_link_map_file(struct gmem_link *link, uint64_t va, bool inherit);
+    int gmem_link_overlay(struct gmem_link *link, uint64_t va);
+    int gmem_link_uncover(struct gmem_link *link, uint64_t va, uint64_t bytes);
     int gmem_link_unmap(struct gmem_link *link, uint64_t va, uint64_t bytes);
     void gmem_link_touch(uint64_t va, uint64_t bytes, bool write);
     struct gmem_ring_sqe {

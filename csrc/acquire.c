@@ -21,7 +21,7 @@ static int acquire_page(struct gmem_request *request, struct gmem_page *page, st
 	bool mapped;
 	int err = gmem_page_fetch(page, request->hnid, request->view, range, GMEM_WHY_ACQUIRE, &mapped);
 
-	if (!err && (request->write || !request->core->features.continue_wp))
+	if (!err && (request->write || (!request->core->features.continue_wp && !gmem_object_sealed(page->object))))
 		err = gmem_page_own(page, request->hnid);
 	if (!err)
 		err = gmem_page_map(page, request->view, range, mapped);
@@ -99,8 +99,9 @@ static int acquire_range(struct gmem_request *request, struct gmem_range range, 
 		if (gmem_as_lookup(&request->session->as, va, &place))
 			return -EINVAL;
 		next = place.range.va + place.range.bytes;
-		request->hint = place.hint;
-		err = gmem_one_page(request, place.object, place.index, place.range, acquire_page);
+		gmem_request_at(request, &place);
+		err = !request->maps ? -EBUSY : /* its process is about to */
+		      gmem_one_page(request, place.object, place.index, place.range, acquire_page);
 		gmem_object_unref(place.object);
 		if (err)
 			return err;
@@ -178,6 +179,14 @@ static bool take_hold(struct gmem_view *view, const struct gmem_range *range, st
 	return hold != NULL;
 }
 
+/* What is held can't be written by others: only who may write himself may hold what is not sealed. */
+static int check_access(struct gmem_session *session, struct gmem_range range, bool write)
+{
+	int err = gmem_range_check_write(session, range.va, range.bytes);
+
+	return err == -EPERM && !write ? 0 : err;
+}
+
 static int acquire(struct gmem_core *core, uint64_t context, const struct gmem_range *ranges, size_t count, bool write,
 		   int tries)
 {
@@ -190,6 +199,12 @@ static int acquire(struct gmem_core *core, uint64_t context, const struct gmem_r
 		return err;
 	request.write = write;
 	request.tries = tries;
+	for (size_t i = 0; !err && i < count; i++)
+		err = check_access(request.session, ranges[i], write);
+	if (err) {
+		gmem_request_deinit(&request);
+		return err;
+	}
 	for (size_t i = 0; !err && i < count; i++) {
 		err = acquire_range(&request, ranges[i], &upto);
 		if (!err && (err = add_hold(request.view, ranges[i], 0)))
@@ -220,7 +235,7 @@ static void release_range(struct gmem_request *request, struct gmem_range range)
 			va = (va & ~4095ull) + 4096;
 			continue;
 		}
-		request->hint = place.hint;
+		gmem_request_at(request, &place);
 		gmem_one_page(request, place.object, place.index, place.range, release_page);
 		gmem_object_unref(place.object);
 		va = place.range.va + place.range.bytes;

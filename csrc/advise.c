@@ -16,6 +16,7 @@
 static int prefetch_page(struct gmem_request *request, struct gmem_page *page, struct gmem_range range)
 {
 	struct gmem_hnode *hnode = gmem_core_hnode(request->core, request->hnid);
+	struct gmem_view *view = gmem_request_view(request);
 	bool read_mostly = gmem_word_flags(page->word) & GMEM_PAGE_READ_MOSTLY, mapped;
 	const struct gmem_use use = { GMEM_ACCESS_PREFETCH, request->hnid, request->session->id, range.va, page->word, false };
 	int err;
@@ -24,12 +25,12 @@ static int prefetch_page(struct gmem_request *request, struct gmem_page *page, s
 		return -ENODEV;
 	if (gmem_hnode_is_peer(hnode) && !gmem_word_valid(page->word))
 		return 0; /* nothing to store */
-	err = gmem_page_fetch(page, request->hnid, request->view, range, GMEM_WHY_PREFETCH, &mapped);
+	err = gmem_page_fetch(page, request->hnid, view, range, GMEM_WHY_PREFETCH, &mapped);
 	/* moving a page to a tier is meant to free the memory it had, read mostly or not */
-	if (!err && (gmem_hnode_is_peer(hnode) || !read_mostly))
+	if (!err && !request->read_only && !gmem_object_sealed(page->object) && (gmem_hnode_is_peer(hnode) || !read_mostly))
 		err = gmem_page_own(page, request->hnid);
-	if (!err && request->view)
-		err = gmem_page_map(page, request->view, range, mapped);
+	if (!err && view)
+		err = gmem_page_map(page, view, range, mapped);
 	if (err == -ESRCH)
 		err = 0; /* the process is going: the page is where it was asked for */
 	if (!err) {
@@ -52,8 +53,8 @@ static bool is_there(const struct gmem_place *place, int hnid)
 static int prefetch_run(struct gmem_request *request, const struct gmem_place *place, uint64_t va, uint64_t end)
 {
 	struct gmem_run_args args = { .object = place->object, .index = place->index, .hnid = request->hnid,
-				      .view = request->view, .va = va, .own = !place->hint.read_mostly, .hint = place->hint,
-				      .why = GMEM_WHY_PREFETCH, .wanted = true };
+				      .view = gmem_request_view(request), .va = va, .own = !place->hint.read_mostly && !place->read_only,
+				      .private_view = place->read_only, .hint = place->hint, .why = GMEM_WHY_PREFETCH, .wanted = true };
 	struct gmem_hnode *hnode = gmem_core_hnode(request->core, request->hnid);
 	uint64_t page_bytes = 1ull << place->object->shift, region_end = place->region_va + place->region_bytes;
 	int count;
@@ -83,7 +84,7 @@ static int prefetch_range(struct gmem_request *request, uint64_t va, uint64_t en
 
 		if (gmem_as_lookup(&request->session->as, va, &place))
 			return -EINVAL;
-		request->hint = place.hint;
+		gmem_request_at(request, &place);
 		count = prefetch_run(request, &place, va, end);
 		if (count <= 0)
 			err = gmem_one_page(request, place.object, place.index, place.range, prefetch_page);
@@ -147,7 +148,9 @@ int gmem_discard(struct gmem_core *core, uint64_t session, uint64_t va, uint64_t
 
 	if (err)
 		return err;
-	err = gmem_for_pages(&request, va, bytes, true, true, discard_page);
+	err = gmem_range_check_write(request.session, va, bytes);
+	if (!err)
+		err = gmem_for_pages(&request, va, bytes, true, true, discard_page);
 	gmem_request_deinit(&request);
 	return err;
 }
@@ -204,11 +207,25 @@ bool gmem_advice_is_local(uint64_t advice)
 	       advice == GMEM_ADVISE_ACCESSED_BY || advice == GMEM_ADVISE_NOT_ACCESSED_BY;
 }
 
+/* What is about everybody's use of the pages, and not about one's own. */
+static bool is_for_writers(enum gmem_advice advice)
+{
+	return advice == GMEM_ADVISE_PINNED || advice == GMEM_ADVISE_UNPINNED || advice == GMEM_ADVISE_COLD;
+}
+
 static bool is_placement(enum gmem_advice advice)
 {
 	return advice == GMEM_ADVISE_READ_MOSTLY || advice == GMEM_ADVISE_NO_READ_MOSTLY ||
 	       advice == GMEM_ADVISE_PREFERRED || advice == GMEM_ADVISE_ACCESSED_BY ||
 	       advice == GMEM_ADVISE_NOT_ACCESSED_BY;
+}
+
+/* Who may write may pin, also what is sealed by now. */
+static int check_pins(struct gmem_session *session, uint64_t va, uint64_t bytes)
+{
+	int err = gmem_range_check_write(session, va, bytes);
+
+	return err == -EPERM ? 0 : err;
 }
 
 int gmem_advise(struct gmem_core *core, uint64_t session, int hnid, uint64_t va, uint64_t bytes,
@@ -229,7 +246,9 @@ int gmem_advise(struct gmem_core *core, uint64_t session, int hnid, uint64_t va,
 	if (err)
 		return err;
 	request.advice = advice;
-	if (is_placement(advice))
+	if (is_for_writers(advice))
+		err = check_pins(request.session, va, bytes);
+	if (!err && is_placement(advice))
 		err = gmem_as_advise(&request.session->as, va, bytes, advice, hnid);
 	/* pages that are in use already hear of it now, the others when they are first touched */
 	if (!err)

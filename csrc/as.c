@@ -72,6 +72,7 @@ static int write_record_locked(struct gmem_region *region)
 	record.region.offset = region->offset;
 	record.region.fork = (uint8_t)region->fork;
 	record.region.committed = region->committed;
+	record.region.read_only = region->read_only;
 	record.region.asked = region->asked;
 	return gmem_record_put(&region->object->core->keep, &record, &region->record);
 }
@@ -118,13 +119,12 @@ static void take_out_locked(struct gmem_as *as, size_t at)
 }
 
 /* known: the number of the record that it has already, or 0. */
-static int insert_locked(struct gmem_as *as, struct gmem_object *object, uint64_t va, uint64_t offset, uint64_t bytes,
-			 enum gmem_fork fork, bool committed, uint32_t known)
+static int insert_locked(struct gmem_as *as, const struct gmem_region *like, uint32_t known)
 {
 	struct gmem_region *region;
-	size_t at = find(as, va);
+	size_t at = find(as, like->va);
 
-	if (at < as->count && as->regions[at]->va < va + bytes)
+	if (at < as->count && as->regions[at]->va < like->va + like->bytes)
 		return -EEXIST;
 	if (as->count >= GMEM_REGIONS_MAX)
 		return -ENOMEM;
@@ -133,43 +133,53 @@ static int insert_locked(struct gmem_as *as, struct gmem_object *object, uint64_
 		free(region);
 		return -ENOMEM;
 	}
-	*region = (struct gmem_region){ .va = va, .bytes = bytes, .offset = offset, .as = as, .fork = fork,
-					.committed = committed, .record = known, .object = object };
+	*region = (struct gmem_region){ .va = like->va, .bytes = like->bytes, .offset = like->offset, .as = as,
+					.fork = like->fork, .read_only = like->read_only, .committed = like->committed,
+					.record = known, .object = like->object };
 	if (!known && write_record_locked(region)) {
 		free(region);
 		return -ENOMEM;
 	}
-	gmem_object_ref(object);
+	gmem_object_ref(region->object);
 	place_locked(as, region);
 	link_object(region);
 	gmem_crash(GMEM_CRASH_REGION_LINKED);
 	return 0;
 }
 
-int gmem_as_insert(struct gmem_as *as, struct gmem_object *object, uint64_t va, uint64_t offset, uint64_t bytes,
-		   enum gmem_fork fork, bool committed)
+int gmem_as_insert_like(struct gmem_as *as, const struct gmem_region *like)
 {
 	int err;
 
 	gmem_rwlock_write(&as->lock);
-	err = insert_locked(as, object, va, offset, bytes, fork, committed, 0);
+	err = insert_locked(as, like, 0);
 	gmem_rwlock_unlock(&as->lock);
 	return err;
 }
 
-int gmem_as_insert_private(struct gmem_as *as, struct gmem_object *object, uint64_t va, uint64_t offset, uint64_t bytes,
-			   enum gmem_fork fork, bool committed)
+int gmem_as_insert(struct gmem_as *as, struct gmem_object *object, uint64_t va, uint64_t offset, uint64_t bytes,
+		   enum gmem_fork fork, bool committed)
 {
-	return insert_locked(as, object, va, offset, bytes, fork, committed, 0);
+	const struct gmem_region like = { .va = va, .bytes = bytes, .offset = offset, .object = object, .fork = fork,
+					  .committed = committed };
+
+	return gmem_as_insert_like(as, &like);
+}
+
+int gmem_as_insert_private(struct gmem_as *as, const struct gmem_region *like)
+{
+	return insert_locked(as, like, 0);
 }
 
 int gmem_as_adopt(struct gmem_as *as, struct gmem_object *object, const struct gmem_record *known, uint32_t record)
 {
+	const struct gmem_region like = { .va = known->region.va, .bytes = known->region.bytes, .offset = known->region.offset,
+					  .object = object, .fork = (enum gmem_fork)known->region.fork,
+					  .committed = known->region.committed, .read_only = known->region.read_only };
 	int err;
 
 	gmem_rwlock_write(&as->lock);
-	err = insert_locked(as, object, known->region.va, known->region.offset, known->region.bytes,
-			    (enum gmem_fork)known->region.fork, known->region.committed, record);
+	err = insert_locked(as, &like, record);
 	if (!err)
 		as->regions[find(as, known->region.va)]->asked = known->region.asked;
 	gmem_rwlock_unlock(&as->lock);
@@ -266,14 +276,16 @@ static struct gmem_region cut_locked(struct gmem_as *as, size_t at, uint64_t sta
 	if (start == region->va) {
 		resize(region, end, region->offset + (end - region->va), region_end - end);
 	} else {
-		uint64_t tail_offset = region->offset + (end - region->va);
+		struct gmem_region tail = *region;
 
+		tail.va = end;
+		tail.offset += end - region->va;
+		tail.bytes = region_end - end;
 		resize(region, region->va, region->offset, start - region->va);
 		gmem_crash(GMEM_CRASH_REGION_CUT);
 		/* Out of memory: the tail is forgotten, and a touch of it is a clear SIGBUS. */
 		if (end < region_end)
-			insert_locked(as, region->object, end, tail_offset, region_end - end, region->fork,
-				      region->committed, 0);
+			insert_locked(as, &tail, 0);
 	}
 	return piece;
 }
@@ -316,14 +328,14 @@ void gmem_as_move(struct gmem_as *as, uint64_t from, uint64_t to, uint64_t bytes
 	gmem_rwlock_write(&as->lock);
 	for (;;) {
 		size_t at = find(as, from);
-		struct gmem_region piece;
+		struct gmem_region piece, moved;
 
 		if (at == as->count || as->regions[at]->va >= from + bytes)
 			break;
-		piece = cut_locked(as, at, from, from + bytes);
-		if (insert_locked(as, piece.object, to + (piece.va - from), piece.offset, piece.bytes, piece.fork,
-				  piece.committed, 0) == -EEXIST)
-			arrived_locked(as, &piece, to + (piece.va - from));
+		moved = piece = cut_locked(as, at, from, from + bytes);
+		moved.va = to + (piece.va - from);
+		if (insert_locked(as, &moved, 0) == -EEXIST)
+			arrived_locked(as, &piece, moved.va);
 		gmem_object_unref(piece.object); /* the inserted region has its own, or none could be made */
 	}
 	gmem_rwlock_unlock(&as->lock);
@@ -355,6 +367,7 @@ int gmem_as_lookup(struct gmem_as *as, uint64_t va, struct gmem_place *ret)
 	ret->region_offset = region->offset;
 	ret->fork = region->fork;
 	ret->committed = region->committed;
+	ret->read_only = region->read_only;
 	ret->hint = gmem_hints_at(&as->hints, va);
 	ret->object = gmem_object_ref(region->object);
 	gmem_rwlock_unlock(&as->lock);

@@ -6,6 +6,7 @@
 
 #include <gmem/crash.h>
 #include <gmem/internal.h>
+#include <gmem/pool.h>
 #include <gmem/reclaim.h>
 #include <gmem/recover.h>
 #include <gmem/ring.h>
@@ -176,6 +177,7 @@ int gmem_core_create(const struct gmem_core_config *config, struct gmem_core **r
 	gmem_trace_init(&core->trace);
 	gmem_mutex_init(&core->devices_lock, GMEM_RANK_DEVICES);
 	gmem_rwlock_init(&core->sessions_lock, GMEM_RANK_SESSIONS);
+	gmem_mutex_init(&core->pools_lock, GMEM_RANK_POOLS);
 	gmem_mutex_init(&core->tenants_lock, GMEM_RANK_TENANTS);
 	err = threads > GMEM_THREADS_MAX || !core->policy ? -EINVAL : gmem_copy_guard_init();
 	if (!err)
@@ -272,7 +274,9 @@ void gmem_core_destroy(struct gmem_core *core)
 	for (int h = 1; h < GMEM_HNODE_MAX; h++)
 		if (gmem_core_hnode(core, h) && gmem_device_detach(core, h, true))
 			gmem_core_post(core, GMEM_EVENT_DEVICE_LOST, 0, 0, 0, h, -EIO);
+	gmem_pools_complete(core);
 	atomic_store(&core->stopping, true);
+	gmem_pools_end(core);
 	while ((id = any_session(core)))
 		gmem_session_destroy(core, id);
 	gmem_watch_stop(core);
@@ -295,6 +299,7 @@ void gmem_core_destroy(struct gmem_core *core)
 	gmem_range_deinit(&core->va[GMEM_CLASS_HUGE]);
 	gmem_mutex_deinit(&core->devices_lock);
 	gmem_rwlock_deinit(&core->sessions_lock);
+	gmem_mutex_deinit(&core->pools_lock);
 	gmem_mutex_deinit(&core->tenants_lock);
 	gmem_watch_deinit(&core->watch);
 	gmem_trace_deinit(&core->trace);

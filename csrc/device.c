@@ -12,7 +12,6 @@
 #include <unistd.h>
 
 #include <gmem/internal.h>
-#include <gmem/pages.h>
 #include <gmem/reclaim.h>
 #include <gmem/tier.h>
 #include <gmem/uffd.h>
@@ -269,40 +268,6 @@ int gmem_context_files(struct gmem_core *core, uint64_t id, int hnid, int ret_fd
 	return err;
 }
 
-int gmem_context_overlays(struct gmem_core *core, uint64_t id, int hnid, struct gmem_region_info *regions,
-			  size_t capacity, size_t *ret_count)
-{
-	struct gmem_session *session = gmem_session_get(core, id);
-	size_t count = 0;
-	int err = 0;
-
-	if (!session)
-		return -ENOENT;
-	gmem_rwlock_read(&session->as.lock);
-	for (size_t i = 0; !err && i < session->as.count; i++) {
-		struct gmem_region *region = session->as.regions[i];
-		struct gmem_file *file;
-
-		if (region->object->account == session->account &&
-		    region->va - session->core->window.base == region->object->offset + region->offset)
-			continue;
-		err = gmem_object_file(region->object, hnid, &file);
-		if (!err && count < capacity)
-			regions[count] = (struct gmem_region_info){
-				.va = region->va, .bytes = region->bytes, .fork = region->fork,
-				.offset = region->object->offset + region->offset,
-				.page_bytes = 1ull << region->object->shift, .class_ = region->object->class_,
-				.fd = file->fd,
-			};
-		count++;
-	}
-	gmem_rwlock_unlock(&session->as.lock);
-	if (!err)
-		*ret_count = count;
-	gmem_session_unref(session);
-	return err;
-}
-
 /* The window, and what the process has mapped beside it. */
 static int register_all(struct gmem_session *session, int uffd)
 {
@@ -356,20 +321,6 @@ int gmem_context_attach(struct gmem_core *core, uint64_t id, int hnid, int uffd,
 		*ret_context = context;
 	}
 	gmem_session_unref(session);
-	return err;
-}
-
-int gmem_context_overlay(struct gmem_core *core, uint64_t context, uint64_t va, uint64_t bytes)
-{
-	struct gmem_view *view = gmem_context_find(core, context);
-	int err;
-
-	if (!view)
-		return -ENOENT;
-	err = va & 4095 || bytes & 4095 || !bytes ? -EINVAL : gmem_range_check(view->session, va, bytes);
-	if (!err)
-		err = gmem_uffd_register(view->uffd, va, bytes);
-	gmem_view_unref(view);
 	return err;
 }
 

@@ -87,6 +87,28 @@ static int preferred_target(struct gmem_hnode *hnode, const struct gmem_page *pa
 	return to && !atomic_load(&to->draining) && gmem_hnode_free_bytes(to) >= page->bytes ? preferred : -1;
 }
 
+/* A copy of what its source has. */
+static bool is_copy(const struct gmem_page *page)
+{
+	return atomic_load(&page->object->source) && gmem_object_sealed(page->object);
+}
+
+static int give_back(struct gmem_hnode *hnode, struct gmem_page *page, bool forced)
+{
+	struct gmem_frame *frame = gmem_hnode_frame(hnode, page->object, page->index);
+	int err;
+
+	if (is_wanted(hnode, frame, forced))
+		return -EBUSY;
+	frame->evicted = true;
+	err = gmem_page_give_back(page);
+	if (err)
+		frame->evicted = false;
+	else
+		count_eviction(hnode, true);
+	return err;
+}
+
 /* To where it would rather be, or to the nearest place that takes it. */
 static int evict_one(struct gmem_hnode *hnode, struct gmem_page *page, bool forced)
 {
@@ -94,6 +116,9 @@ static int evict_one(struct gmem_hnode *hnode, struct gmem_page *page, bool forc
 	bool clean = is_clean(hnode, page), mapped;
 	uint32_t refused = 0;
 	int err = 0;
+
+	if (!clean && is_copy(page))
+		return give_back(hnode, page, forced);
 
 	while (!clean) {
 		int target = preferred >= 0 ? preferred : gmem_tier_next(hnode, page->bytes, refused);
@@ -179,7 +204,7 @@ int gmem_evict(struct gmem_hnode *hnode, struct gmem_page *pages, size_t count, 
 
 	for (size_t i = 0; i < count; i++) {
 		result = may_go(hnode, &pages[i], forced);
-		if (result > 0 && (is_clean(hnode, &pages[i]) || preferred_target(hnode, &pages[i]) >= 0))
+		if (result > 0 && (is_clean(hnode, &pages[i]) || is_copy(&pages[i]) || preferred_target(hnode, &pages[i]) >= 0))
 			result = evict_one(hnode, &pages[i], forced);
 		else if (result > 0)
 			leaving[leaving_count++] = &pages[i];

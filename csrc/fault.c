@@ -5,16 +5,20 @@
 #include <poll.h>
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
 #include <gmem/freeze.h>
 #include <gmem/internal.h>
 #include <gmem/migrate.h>
+#include <gmem/overlay.h>
 #include <gmem/pmap.h>
 #include <gmem/prefetch.h>
+#include <gmem/source.h>
 #include <gmem/thrash.h>
 #include <gmem/tier.h>
 #include <gmem/uffd.h>
@@ -88,11 +92,14 @@ bool gmem_fault_is_slow(struct gmem_core *core, const struct gmem_place *place, 
 {
 	gmem_word_t word = atomic_load_explicit(&core->lpt.words[place->object->pn + place->index],
 						memory_order_relaxed);
+	struct gmem_source *source = atomic_load(&place->object->source);
 	uint64_t bytes = 1ull << place->object->shift;
 	uint32_t valid = gmem_word_valid(word);
 
 	if (valid >> hnid & 1)
 		return false;
+	if (!valid && source && source->slow)
+		return true;
 	if (is_slow(core, hnid, bytes) || slow_to_make_room(core, hnid, bytes))
 		return true;
 	for (int h = 0; valid >> h; h++)
@@ -101,7 +108,7 @@ bool gmem_fault_is_slow(struct gmem_core *core, const struct gmem_place *place, 
 	return valid != 0;
 }
 
-/* The content of a page that is recorded here is missing: the client punched it, and reads zero. */
+/* The content of a page that is recorded here is missing: the client punched it, and reads zero, or what its source has. */
 static int heal(struct gmem_page *page, int hnid)
 {
 	struct gmem_file *file;
@@ -109,13 +116,23 @@ static int heal(struct gmem_page *page, int hnid)
 
 	if (!err)
 		err = gmem_file_populate(file, page->object->offset + page->offset, page->bytes);
-	return err;
+	return err || !gmem_object_sealed(page->object) ? err : gmem_page_pull(page, hnid);
+}
+
+/* Whether a page that is not written to may become the hnode's alone, to save the second fault of read-then-write. */
+static bool may_own(struct gmem_page *page, uint32_t here)
+{
+	if (page->private_view || gmem_object_sealed(page->object))
+		return false;
+	if (!page->core->features.continue_wp)
+		return true;
+	return gmem_word_valid(page->word) == here && !(gmem_word_flags(page->word) & GMEM_PAGE_READ_MOSTLY) &&
+	       !gmem_object_frozen(page->object);
 }
 
 static int resolve_locked(struct gmem_page *page, struct gmem_view *view, struct gmem_range range, uint32_t flags)
 {
-	struct gmem_core *core = page->core;
-	bool write = flags & (GMEM_UFFD_FAULT_WRITE | GMEM_UFFD_FAULT_WP), mapped = false;
+	bool write = !page->private_view && flags & (GMEM_UFFD_FAULT_WRITE | GMEM_UFFD_FAULT_WP), mapped = false;
 	bool missing = !(flags & (GMEM_UFFD_FAULT_MINOR | GMEM_UFFD_FAULT_WP));
 	enum gmem_why why = view->hnid == GMEM_HOST ? GMEM_WHY_HOST_FAULT : GMEM_WHY_DEVICE_FAULT;
 	uint32_t here = 1u << view->hnid;
@@ -129,10 +146,7 @@ static int resolve_locked(struct gmem_page *page, struct gmem_view *view, struct
 		err = gmem_page_fetch(page, view->hnid, write && page->bytes == 4096 ? NULL : view, range, why, &mapped);
 	if (err)
 		return err;
-	/* A sole copy is mapped writable at once: that saves the second fault of read-then-write. */
-	if (write || !core->features.continue_wp ||
-	    (gmem_word_valid(page->word) == here && !(gmem_word_flags(page->word) & GMEM_PAGE_READ_MOSTLY) &&
-	     !gmem_object_frozen(page->object)))
+	if (write || may_own(page, here))
 		err = gmem_page_own(page, view->hnid);
 	if (!err)
 		err = gmem_page_map(page, view, range, mapped || (flags & GMEM_UFFD_FAULT_WP));
@@ -160,6 +174,7 @@ static int serve_locked(struct gmem_core *core, struct gmem_page *page, const st
 	int err;
 
 	count_fault(core, fault, page->object);
+	page->private_view = place->read_only;
 	page->awaited = is_write(fault) ? 0 : fault->va;
 	err = resolve_locked(page, fault->view, place->range, fault->flags);
 	if (!err && takes)
@@ -235,6 +250,23 @@ static void settle(struct gmem_core *core, struct gmem_page *page, const struct 
 	}
 }
 
+/* What the kernel does to a thread that writes to a page which is mapped read-only. The thread is waiting, so it is there;
+ * one that catches the signal and goes on finds the page as it was. False: it can't be told. */
+static bool refuse_write(struct gmem_core *core, const struct gmem_fault *fault)
+{
+	struct gmem_view *view = fault->view;
+	pid_t pid;
+
+	if (view->hnid != GMEM_HOST)
+		return gmem_devfault_refuse(core, view, fault->va, false);
+	gmem_core_post(core, GMEM_EVENT_SEGV, view->session_id, fault->va, 0, view->hnid, 0);
+	if (view->pidfd >= 0)
+		return !syscall(SYS_pidfd_send_signal, view->pidfd, SIGSEGV, NULL, 0) || errno == ESRCH;
+	pid = atomic_load(&view->session->pid);
+	/* as long as there is its mm, its number is no other's */
+	return pid && fault->thread && !gmem_uffd_alive(view->uffd) && !syscall(SYS_tgkill, pid, fault->thread, SIGSEGV);
+}
+
 void gmem_fault_resolve(struct gmem_core *core, const struct gmem_fault *fault, bool may_defer)
 {
 	struct gmem_view *view = fault->view;
@@ -247,6 +279,10 @@ void gmem_fault_resolve(struct gmem_core *core, const struct gmem_fault *fault, 
 		return;
 	}
 	if (view->hnid != GMEM_HOST && !view->replayable && gmem_devfault_refuse(core, view, fault->va, true))
+		goto out;
+	if (is_write(fault) && !place.read_only && gmem_object_sealed(place.object) && refuse_write(core, fault))
+		goto out;
+	if (!gmem_overlay_maps(view, &place) && gmem_devfault_refuse(core, view, fault->va, false))
 		goto out;
 	if (may_defer && gmem_fault_is_slow(core, &place, view->hnid) && defer(core, fault, 0))
 		goto out;
@@ -296,7 +332,8 @@ static void handle(struct gmem_core *core, struct gmem_view *view, const struct 
 {
 	switch (msg->event) {
 	case GMEM_UFFD_EVENT_PAGEFAULT: {
-		struct gmem_fault fault = { view, msg->arg.pagefault.address, (uint32_t)msg->arg.pagefault.flags };
+		struct gmem_fault fault = { view, msg->arg.pagefault.address, (uint32_t)msg->arg.pagefault.flags,
+					    (pid_t)msg->arg.pagefault.ptid };
 
 		gmem_duty_begin(GMEM_DOING_FAULT, view->session_id, fault.va);
 		gmem_fault_resolve(core, &fault, true);

@@ -43,6 +43,21 @@ static int thaw_page(struct gmem_request *request, struct gmem_page *page, struc
 	return 0;
 }
 
+/* A pool is shared with its other users' children as well: nobody is to stop its writers. */
+static int check_own(struct gmem_session *session, uint64_t va, uint64_t end)
+{
+	struct gmem_place place;
+
+	for (; va < end && !gmem_as_lookup(&session->as, va, &place); va = place.region_va + place.region_bytes) {
+		bool pooled = place.object->pooled;
+
+		gmem_object_unref(place.object);
+		if (pooled)
+			return -EOPNOTSUPP;
+	}
+	return 0;
+}
+
 int gmem_freeze(struct gmem_core *core, uint64_t session, uint64_t va, uint64_t bytes, bool frozen)
 {
 	struct gmem_request request;
@@ -50,7 +65,9 @@ int gmem_freeze(struct gmem_core *core, uint64_t session, uint64_t va, uint64_t 
 
 	if (err)
 		return err;
-	err = mark_objects(request.session, va, va + bytes, frozen);
+	err = check_own(request.session, va, va + bytes);
+	if (!err)
+		err = mark_objects(request.session, va, va + bytes, frozen);
 	request.poisoned = true;
 	if (!err)
 		err = gmem_for_pages(&request, va, bytes, false, true, frozen ? freeze_page : thaw_page);

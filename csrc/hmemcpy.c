@@ -50,7 +50,7 @@ static int readable(struct gmem_page *page, int *ret_hnid)
 	uint32_t valid = gmem_word_valid(page->word);
 	bool mapped;
 
-	*ret_hnid = valid ? GMEM_HOST : -1;
+	*ret_hnid = valid || atomic_load(&page->object->source) ? GMEM_HOST : -1;
 	for (int h = 0; valid >> h; h++) {
 		struct gmem_hnode *hnode = valid >> h & 1 ? gmem_core_hnode(page->core, h) : NULL;
 
@@ -59,7 +59,7 @@ static int readable(struct gmem_page *page, int *ret_hnid)
 			return 0;
 		}
 	}
-	return valid ? gmem_page_fetch(page, GMEM_HOST, NULL, nowhere, GMEM_WHY_HMEMCPY, &mapped) : 0;
+	return *ret_hnid < 0 ? 0 : gmem_page_fetch(page, GMEM_HOST, NULL, nowhere, GMEM_WHY_HMEMCPY, &mapped);
 }
 
 static int copy_locked(struct end *dst, struct end *src, bool same, int hnid, uint64_t bytes)
@@ -211,6 +211,8 @@ int gmem_hmemcpy(struct gmem_core *core, uint64_t id, int hnid, uint64_t dst, ui
 	err = gmem_range_check(session, dst, bytes);
 	if (!err)
 		err = gmem_range_check(session, src, bytes);
+	if (!err)
+		err = gmem_range_check_write(session, dst, bytes);
 	if (!err)
 		gmem_stream_cancel(core, &session->as, hnode->hnid, dst, bytes);
 	if (!err)

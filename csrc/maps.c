@@ -8,20 +8,44 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <gmem/account.h>
+#include <gmem/internal.h>
 #include <gmem/maps.h>
 
-static struct gmem_file *file_of(struct gmem_account *account, uint64_t inode)
+static bool has_inode(const struct gmem_file *file, uint64_t inode)
 {
+	struct stat st;
+
+	return file && !fstat(file->fd, &st) && st.st_ino == inode;
+}
+
+static struct gmem_file *pool_file_of(struct gmem_as *as, uint64_t inode)
+{
+	struct gmem_file *found = NULL;
+
+	gmem_rwlock_read(&as->lock);
+	for (size_t i = 0; !found && i < as->count; i++) {
+		struct gmem_object *object = as->regions[i]->object;
+		struct gmem_file *file = object->pooled ? atomic_load(&object->files->files[GMEM_HOST][object->class_]) : NULL;
+
+		if (has_inode(file, inode))
+			found = file;
+	}
+	gmem_rwlock_unlock(&as->lock);
+	return found;
+}
+
+static struct gmem_file *file_of(struct gmem_session *session, uint64_t inode)
+{
+	struct gmem_account *account = session->account;
+
 	for (; account; account = account->parent)
 		for (int c = 0; c < GMEM_CLASS_COUNT; c++) {
 			struct gmem_file *file = atomic_load(&account->files[GMEM_HOST][c]);
-			struct stat st;
 
-			if (file && !fstat(file->fd, &st) && st.st_ino == inode)
+			if (has_inode(file, inode))
 				return file;
 		}
-	return NULL;
+	return pool_file_of(&session->as, inode);
 }
 
 static int append(struct gmem_maps *maps, struct gmem_mapped piece)
@@ -37,7 +61,7 @@ static int append(struct gmem_maps *maps, struct gmem_mapped piece)
 	return 0;
 }
 
-int gmem_maps_read(struct gmem_account *account, pid_t pid, int pidfd, struct gmem_maps *ret)
+int gmem_maps_read(struct gmem_session *session, pid_t pid, int pidfd, struct gmem_maps *ret)
 {
 	struct gmem_maps maps = { 0 };
 	char path[64], line[512];
@@ -51,12 +75,13 @@ int gmem_maps_read(struct gmem_account *account, pid_t pid, int pidfd, struct gm
 	while (!err && fgets(line, sizeof(line), in)) {
 		uint64_t start, end, offset, inode;
 		struct gmem_file *file;
+		char perms[5];
 
-		if (sscanf(line, "%" SCNx64 "-%" SCNx64 " %*s %" SCNx64 " %*s %" SCNu64, &start, &end, &offset, &inode) != 4)
+		if (sscanf(line, "%" SCNx64 "-%" SCNx64 " %4s %" SCNx64 " %*s %" SCNu64, &start, &end, perms, &offset, &inode) != 5)
 			continue;
-		file = inode ? file_of(account, inode) : NULL;
+		file = inode ? file_of(session, inode) : NULL;
 		if (file)
-			err = append(&maps, (struct gmem_mapped){ start, end, offset, file });
+			err = append(&maps, (struct gmem_mapped){ start, end, offset, file, perms[3] == 'p' });
 	}
 	if (!err && ferror(in))
 		err = -ESRCH;
@@ -77,7 +102,8 @@ void gmem_maps_free(struct gmem_maps *maps)
 	*maps = (struct gmem_maps){ 0 };
 }
 
-bool gmem_maps_at(const struct gmem_maps *maps, uint64_t va, uint64_t offset, uint64_t *ret_end)
+bool gmem_maps_at(const struct gmem_maps *maps, uint64_t va, uint64_t offset, const struct gmem_file *file,
+		  uint64_t *ret_end)
 {
 	for (size_t i = 0; i < maps->count; i++) {
 		const struct gmem_mapped *piece = &maps->pieces[i];
@@ -91,7 +117,7 @@ bool gmem_maps_at(const struct gmem_maps *maps, uint64_t va, uint64_t offset, ui
 		}
 		if (piece->end < *ret_end)
 			*ret_end = piece->end;
-		return piece->offset + (va - piece->va) == offset;
+		return piece->file == file && piece->offset + (va - piece->va) == offset;
 	}
 	return false;
 }

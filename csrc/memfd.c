@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <gmem/memfd.h>
@@ -31,14 +32,16 @@ int gmem_file_create(const char *name, enum gmem_class class_, uint64_t bytes, u
 	if (!file)
 		return -ENOMEM;
 	fd = memfd_create(name, flags);
-	if (fd < 0 || ftruncate(fd, (off_t)bytes) || fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)) {
+	if (fd < 0 || fchmod(fd, 0600) || ftruncate(fd, (off_t)bytes) ||
+	    fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL)) {
 		err = -errno;
 		if (fd >= 0)
 			close(fd);
 		free(file);
 		return err;
 	}
-	*file = (struct gmem_file){ .refs = 1, .fd = fd, .class_ = class_, .bytes = bytes, .owner = owner };
+	*file = (struct gmem_file){ .refs = 1, .fd = fd, .class_ = class_, .bytes = bytes, .owner = owner,
+				    .lent = { -1, -1 } };
 	*ret = file;
 	return 0;
 }
@@ -49,7 +52,8 @@ int gmem_file_adopt(int fd, enum gmem_class class_, uint64_t bytes, uint64_t own
 
 	if (!file)
 		return -ENOMEM;
-	*file = (struct gmem_file){ .refs = 1, .fd = fd, .class_ = class_, .bytes = bytes, .owner = owner };
+	*file = (struct gmem_file){ .refs = 1, .fd = fd, .class_ = class_, .bytes = bytes, .owner = owner,
+				    .lent = { -1, -1 } };
 	*ret = file;
 	return 0;
 }
@@ -64,8 +68,30 @@ void gmem_file_unref(struct gmem_file *file)
 {
 	if (!file || atomic_fetch_sub(&file->refs, 1) != 1)
 		return;
+	for (int i = 0; i < 2; i++)
+		if (atomic_load(&file->lent[i]) >= 0)
+			close(atomic_load(&file->lent[i]));
 	close(file->fd);
 	free(file);
+}
+
+int gmem_file_lend(struct gmem_file *file, bool read_only, int *ret_fd)
+{
+	int fd = atomic_load(&file->lent[read_only]), none = -1;
+	char path[32];
+
+	if (fd < 0) {
+		snprintf(path, sizeof(path), "/proc/self/fd/%d", file->fd);
+		fd = open(path, (read_only ? O_RDONLY : O_RDWR) | O_CLOEXEC);
+		if (fd < 0)
+			return -errno;
+		if (!atomic_compare_exchange_strong(&file->lent[read_only], &none, fd)) {
+			close(fd);
+			fd = none;
+		}
+	}
+	*ret_fd = fd;
+	return 0;
 }
 
 static int file_fallocate(struct gmem_file *file, int mode, uint64_t offset, uint64_t bytes)

@@ -2,7 +2,9 @@
  *
  * Regions as the control plane sees them: making, committing, removing, looking at them.
  */
+#define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <string.h>
 
 #include <gmem/internal.h>
@@ -27,6 +29,11 @@ static int shift_of(uint64_t page_bytes, uint64_t bytes)
 	default:
 		return -EINVAL;
 	}
+}
+
+static uint64_t whole_pages(uint64_t bytes, int shift)
+{
+	return (bytes + (1ull << shift) - 1) & ~((1ull << shift) - 1);
 }
 
 /* What can be stored there for certain. */
@@ -90,7 +97,6 @@ static int commit_charge(struct gmem_core *core, enum gmem_class class_, uint64_
 	return -ENOMEM;
 }
 
-
 /* A range that is free here and in this address space: what was moved in it by mremap, as a forked child's copies are, may
  * lie where another session's range has become free. */
 static int take_range(struct gmem_core *core, struct gmem_as *as, enum gmem_class class_, uint64_t bytes, uint64_t align,
@@ -133,58 +139,102 @@ static bool reserved_before(struct gmem_session *session, const struct gmem_mmap
 	return true;
 }
 
-int gmem_mmap(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args *args, struct gmem_region_info *ret)
+int gmem_object_reserve(struct gmem_session *session, const struct gmem_mmap_args *args, struct gmem_account *account,
+			struct gmem_account *files, struct gmem_object **ret)
 {
 	int shift = shift_of(args->page_bytes, args->bytes), err;
+	struct gmem_core *core = session->core;
 	uint64_t bytes = args->bytes, align, va;
-	struct gmem_session *session;
-	struct gmem_object *object;
 	struct gmem_file *file;
 	enum gmem_class class_;
 
 	if (shift < 0 || !bytes || bytes > INT64_MAX || args->fork > GMEM_FORK_COPY)
 		return -EINVAL;
-	bytes = (bytes + (1ull << shift) - 1) & ~((1ull << shift) - 1);
+	bytes = whole_pages(bytes, shift);
 	class_ = shift == GMEM_SHIFT_2M && core->hugepages && !args->small_only && huge_fits(core, bytes) ?
 			 GMEM_CLASS_HUGE : GMEM_CLASS_SMALL;
 	align = bytes >= GMEM_HUGE_BYTES ? GMEM_HUGE_BYTES : 1ull << shift;
+	err = commit_charge(core, class_, bytes);
+	if (err)
+		return err;
+	err = check_quotas(core, account, bytes);
+	if (!err)
+		err = take_range(core, &session->as, class_, bytes, align, &va);
+	if (err)
+		goto uncharge;
+	err = gmem_account_file(files, GMEM_HOST, class_, &file);
+	if (!err)
+		err = gmem_object_create(core, account, files, class_, va - core->window.base, bytes, (uint8_t)shift,
+					 account == files && account == session->account ? 0 : GMEM_OBJECT_POOLED, ret);
+	if (!err)
+		return 0;
+	gmem_range_free(&core->va[class_], va, bytes);
+uncharge:
+	atomic_fetch_sub(&core->committed_bytes[class_], bytes);
+	return err;
+}
+
+int gmem_mmap(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args *args, struct gmem_region_info *ret)
+{
+	int shift = shift_of(args->page_bytes, args->bytes), err;
+	struct gmem_session *session;
+	struct gmem_object *object;
+	struct gmem_file *file;
+	uint64_t va;
+
+	if (shift < 0 || !args->bytes || args->bytes > INT64_MAX)
+		return -EINVAL;
 	session = gmem_session_get(core, id);
 	if (!session)
 		return -ENOENT;
-	if (reserved_before(session, args, bytes, ret)) {
+	if (reserved_before(session, args, whole_pages(args->bytes, shift), ret)) {
 		gmem_session_unref(session);
 		return 0;
 	}
-	err = commit_charge(core, class_, bytes);
+	err = gmem_object_reserve(session, args, session->account, session->account, &object);
 	if (err)
 		goto out;
-	err = check_quotas(core, session->account, bytes);
-	if (err)
-		goto uncharge;
-	err = take_range(core, &session->as, class_, bytes, align, &va);
-	if (err)
-		goto uncharge;
-	err = gmem_account_file(session->account, GMEM_HOST, class_, &file);
+	va = core->window.base + object->offset;
+	err = gmem_as_insert(&session->as, object, va, 0, object->bytes, args->fork, false);
 	if (!err)
-		err = gmem_object_create(core, session->account, class_, va - core->window.base, bytes,
-					 (uint8_t)shift, &object);
-	if (err) {
-		gmem_range_free(&core->va[class_], va, bytes);
-		goto uncharge;
-	}
-	err = gmem_as_insert(&session->as, object, va, 0, bytes, args->fork, false);
-	gmem_object_unref(object); /* on failure the last one: gives back range and charge */
+		err = gmem_object_file(object, GMEM_HOST, &file);
 	if (!err && args->asked && gmem_keeps(&core->keep))
 		gmem_as_asked(&session->as, va, args->asked);
 	if (!err)
-		*ret = (struct gmem_region_info){ .va = va, .bytes = bytes, .offset = va - core->window.base,
-						  .page_bytes = 1ull << shift, .class_ = class_,
+		*ret = (struct gmem_region_info){ .va = va, .bytes = object->bytes, .offset = object->offset,
+						  .page_bytes = 1ull << shift, .class_ = object->class_,
 						  .fork = args->fork, .fd = file->fd };
-	goto out;
-uncharge:
-	atomic_fetch_sub(&core->committed_bytes[class_], bytes);
+	gmem_object_unref(object); /* on failure the last one: gives back range and charge */
 out:
 	gmem_session_unref(session);
+	return err;
+}
+
+int gmem_region_file(struct gmem_core *core, uint64_t id, uint64_t va, int hnid, struct gmem_region_info *ret)
+{
+	struct gmem_session *session = gmem_session_get(core, id);
+	struct gmem_hnode *hnode = gmem_core_hnode(core, hnid);
+	struct gmem_place place;
+	struct gmem_file *file;
+	int fd, err;
+
+	if (!session)
+		return -ENOENT;
+	err = !hnode || gmem_hnode_is_peer(hnode) ? -ENODEV : gmem_as_lookup(&session->as, va, &place) ? -EINVAL : 0;
+	gmem_session_unref(session);
+	if (err)
+		return err;
+	err = place.region_va == va ? gmem_object_file(place.object, hnid, &file) : -EINVAL;
+	if (!err)
+		err = gmem_object_lend(place.object, file, place.read_only, &fd);
+	if (!err && (fd = fcntl(fd, F_DUPFD_CLOEXEC, 0)) < 0)
+		err = -errno;
+	if (!err)
+		*ret = (struct gmem_region_info){ .va = va, .bytes = place.region_bytes,
+						  .offset = place.object->offset + place.region_offset,
+						  .page_bytes = 1ull << place.object->shift, .class_ = place.object->class_,
+						  .committed = place.committed, .read_only = place.read_only, .fd = fd };
+	gmem_object_unref(place.object);
 	return err;
 }
 

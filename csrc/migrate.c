@@ -10,6 +10,7 @@
 #include <gmem/migrate.h>
 #include <gmem/pmap.h>
 #include <gmem/reclaim.h>
+#include <gmem/source.h>
 #include <gmem/tier.h>
 #include <gmem/uffd.h>
 
@@ -243,6 +244,8 @@ int gmem_page_own(struct gmem_page *page, int hnid)
 
 	if (gmem_word_writer(page->word) == hnid)
 		return 0;
+	if (gmem_object_sealed(page->object))
+		return -EPERM;
 	if (gmem_object_frozen(page->object)) {
 		page->park = true;
 		return -EBUSY;
@@ -274,6 +277,11 @@ int gmem_page_drop(struct gmem_page *page, int hnid)
 }
 
 int gmem_page_discard(struct gmem_page *page)
+{
+	return gmem_object_sealed(page->object) ? -EPERM : gmem_page_give_back(page);
+}
+
+int gmem_page_give_back(struct gmem_page *page)
 {
 	bool had_content = gmem_word_valid(page->word);
 	int err = -EAGAIN;
@@ -467,7 +475,7 @@ void gmem_page_arrived(struct gmem_page *page, struct gmem_hnode *from, struct g
 static int transfer(struct gmem_page *page, struct gmem_hnode *from, struct gmem_hnode *to, struct gmem_view *view,
 		    struct gmem_range range, bool *ret_mapped)
 {
-	bool direct = view && page->core->features.continue_wp && range.bytes == page->bytes &&
+	bool direct = view && !page->private_view && page->core->features.continue_wp && range.bytes == page->bytes &&
 		      !gmem_hnode_is_peer(from) && !gmem_copy_engine(from, to);
 	int err = -ESRCH;
 
@@ -491,6 +499,17 @@ static int transfer(struct gmem_page *page, struct gmem_hnode *from, struct gmem
 	return err;
 }
 
+int gmem_page_pull(struct gmem_page *page, int hnid)
+{
+	uint8_t *alias;
+	int err;
+
+	if (!atomic_load(&page->object->source))
+		return 0;
+	err = gmem_object_alias(page->object, hnid, &alias);
+	return err ? err : gmem_source_pull(page->object, page->index, 1, alias + page->offset);
+}
+
 static int first_touch(struct gmem_page *page, struct gmem_hnode *to)
 {
 	struct gmem_file *file;
@@ -502,6 +521,8 @@ static int first_touch(struct gmem_page *page, struct gmem_hnode *to)
 	err = gmem_object_file(page->object, to->hnid, &file);
 	if (!err)
 		err = gmem_file_populate(file, page->object->offset + page->offset, page->bytes);
+	if (!err)
+		err = gmem_page_pull(page, to->hnid);
 	gmem_count(&page->core->stats.first_touches, !err);
 	return err;
 }
@@ -559,7 +580,7 @@ int gmem_page_fetch(struct gmem_page *page, int hnid, struct gmem_view *view, st
 
 int gmem_page_map(struct gmem_page *page, struct gmem_view *view, struct gmem_range range, bool was_protected)
 {
-	bool writable = gmem_word_writer(page->word) == view->hnid;
+	bool writable = gmem_word_writer(page->word) == view->hnid || page->private_view;
 	struct gmem_pmap *pmap = gmem_view_pmap(view);
 	int err;
 

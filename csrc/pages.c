@@ -4,6 +4,7 @@
 #include <time.h>
 
 #include <gmem/internal.h>
+#include <gmem/overlay.h>
 #include <gmem/pages.h>
 #include <gmem/prefetch.h>
 
@@ -22,6 +23,21 @@ int gmem_range_check(struct gmem_session *session, uint64_t va, uint64_t bytes)
 			return -EINVAL;
 		va = place.region_va + place.region_bytes;
 		gmem_object_unref(place.object);
+	}
+	return 0;
+}
+
+int gmem_range_check_write(struct gmem_session *session, uint64_t va, uint64_t bytes)
+{
+	struct gmem_place place;
+
+	for (uint64_t end = va + bytes; va < end && !gmem_as_lookup(&session->as, va, &place);
+	     va = place.region_va + place.region_bytes) {
+		bool sealed = gmem_object_sealed(place.object);
+
+		gmem_object_unref(place.object);
+		if (sealed || place.read_only)
+			return sealed ? -EPERM : -EACCES;
 	}
 	return 0;
 }
@@ -48,6 +64,7 @@ int gmem_one_page(struct gmem_request *request, struct gmem_object *object, uint
 			pause_for(tries);
 		gmem_page_lock(object, index, &page);
 		gmem_page_hint(&page, request->hint);
+		page.private_view = request->read_only;
 		err = gmem_page_poisoned(&page) && !request->poisoned ? -EIO : fn(request, &page, range);
 		page.park = false; /* this thread does not wait for a wake-up */
 		gmem_page_unlock(&page);
@@ -67,7 +84,7 @@ int gmem_for_pages(struct gmem_request *request, uint64_t va, uint64_t bytes, bo
 
 		if (gmem_as_lookup(&request->session->as, va, &place))
 			return -EINVAL;
-		request->hint = place.hint;
+		gmem_request_at(request, &place);
 		page_bytes = 1ull << place.object->shift;
 		next = place.range.va + place.range.bytes;
 		whole = place.range.va >= va && next <= end && place.range.bytes == page_bytes;
@@ -111,6 +128,13 @@ int gmem_request_init(struct gmem_core *core, uint64_t session, int hnid, uint64
 	if (hnid >= 0)
 		ret->view = gmem_as_view(&ret->session->as, hnid);
 	return 0;
+}
+
+void gmem_request_at(struct gmem_request *request, const struct gmem_place *place)
+{
+	request->hint = place->hint;
+	request->read_only = place->read_only;
+	request->maps = request->view && gmem_overlay_maps(request->view, place);
 }
 
 void gmem_request_deinit(struct gmem_request *request)

@@ -11,21 +11,15 @@
 #include <gmem/crash.h>
 #include <gmem/agent.h>
 #include <gmem/internal.h>
-#include <gmem/maps.h>
 #include <gmem/migrate.h>
 #include <gmem/pages.h>
+#include <gmem/overlay.h>
 #include <gmem/pmap.h>
+#include <gmem/pool.h>
 #include <gmem/recover.h>
 #include <gmem/ring.h>
 #include <gmem/tier.h>
 #include <gmem/uffd.h>
-
-/* What is referenced from the load to the resume: accounts by id, objects by first page number. */
-struct gmem_recovery {
-	struct gmem_account **accounts;
-	struct gmem_object **objects;
-	size_t account_count, object_count;
-};
 
 static struct gmem_account *find_account(struct gmem_recovery *recovery, uint64_t id)
 {
@@ -167,23 +161,97 @@ static int load_sessions(struct gmem_core *core, struct gmem_recovery *recovery)
 static int load_object(struct gmem_core *core, struct gmem_recovery *recovery, const struct numbered *one)
 {
 	struct gmem_account *account = find_account(recovery, one->record.object.account);
+	struct gmem_account *files = find_account(recovery, one->record.object.files);
+	bool has_range = !(one->record.object.flags & GMEM_OBJECT_SUCCEEDED);
 	const struct gmem_record *r = &one->record;
-	uint64_t page = 1ull << r->object.shift;
+	uint64_t pages = (r->object.bytes + (1ull << (r->object.shift & 63)) - 1) >> (r->object.shift & 63);
 	int err;
 
-	if (!account || r->object.class_ >= GMEM_CLASS_COUNT || r->object.shift < GMEM_SHIFT_4K ||
-	    r->object.shift > GMEM_SHIFT_2M || r->object.pages != (r->object.bytes + page - 1) / page)
+	if (!account || !files || r->object.class_ >= GMEM_CLASS_COUNT || r->object.shift < GMEM_SHIFT_4K ||
+	    r->object.shift > GMEM_SHIFT_2M || !pages)
 		return -EPROTO;
-	err = gmem_lpt_extent_take(&core->lpt, r->id, r->object.pages);
-	if (!err)
+	err = gmem_lpt_extent_take(&core->lpt, r->id, pages);
+	if (!err && has_range)
 		err = gmem_range_take(&core->va[r->object.class_], core->window.base + r->object.offset, r->object.bytes);
 	if (!err)
-		err = gmem_object_adopt(core, account, r, one->number, &recovery->objects[recovery->object_count]);
+		err = gmem_object_adopt(core, account, files, r, one->number, &recovery->objects[recovery->object_count]);
 	if (err)
 		return err == -EEXIST ? -EPROTO : err;
-	atomic_fetch_add(&core->committed_bytes[r->object.class_], r->object.bytes);
+	if (has_range)
+		atomic_fetch_add(&core->committed_bytes[r->object.class_], r->object.bytes);
 	recovery->object_count++;
 	return 0;
+}
+
+static void set_owner(struct numbered *objects, size_t count, uint64_t pn, bool owns)
+{
+	struct numbered key = { .record.id = pn }, *one = bsearch(&key, objects, count, sizeof(key), by_id);
+
+	if (!one)
+		return;
+	one->record.object.flags = (uint8_t)(owns ? one->record.object.flags & ~GMEM_OBJECT_SUCCEEDED :
+						    one->record.object.flags | GMEM_OBJECT_SUCCEEDED);
+}
+
+/* Which of a pool's two objects has the range, when one was just giving it to the other, the pool's record says. */
+static int settle_owners(struct gmem_core *core, struct numbered *objects, size_t count)
+{
+	struct numbered *pools;
+	size_t pool_count;
+	int err = collect(&core->keep, GMEM_RECORD_POOL, &pools, &pool_count);
+
+	for (size_t i = 0; !err && i < pool_count; i++) {
+		const struct gmem_record *r = &pools[i].record;
+
+		set_owner(objects, count, r->pool.object, true);
+		if (r->pool.other)
+			set_owner(objects, count, r->pool.other, false);
+	}
+	if (!err)
+		free(pools);
+	return err;
+}
+
+/* What their pages are copies of. */
+static int load_sources(struct gmem_recovery *recovery)
+{
+	int err = 0;
+
+	for (size_t i = 0; !err && i < recovery->object_count; i++) {
+		struct gmem_object *object = recovery->objects[i];
+		struct gmem_object *next = object->successor ? find_object(recovery, object->successor) : NULL;
+
+		if (object->successor)
+			err = next ? gmem_object_seal(object, next) : -EPROTO;
+	}
+	return err;
+}
+
+static int load_pools(struct gmem_core *core, struct gmem_recovery *recovery)
+{
+	struct numbered *all;
+	size_t count;
+	int err = collect(&core->keep, GMEM_RECORD_POOL, &all, &count);
+
+	if (err)
+		return err;
+	for (size_t i = 0; !err && i < count; i++) {
+		const struct gmem_record *r = &all[i].record;
+		struct gmem_object *object = find_object(recovery, r->pool.object);
+		struct gmem_object *next = r->pool.other && !r->pool.published ? find_object(recovery, r->pool.other) : NULL;
+
+		if (!object) {
+			gmem_record_drop(&core->keep, &all[i].number);
+			continue;
+		}
+		/* nobody writes to what was being published */
+		if (next && !gmem_object_sealed(object))
+			err = gmem_object_seal(object, next);
+		if (!err)
+			err = gmem_pool_adopt(core, r, all[i].number, object, next);
+	}
+	free(all);
+	return err;
 }
 
 static int load_objects(struct gmem_core *core, struct gmem_recovery *recovery)
@@ -192,6 +260,8 @@ static int load_objects(struct gmem_core *core, struct gmem_recovery *recovery)
 	size_t count;
 	int err = collect(&core->keep, GMEM_RECORD_OBJECT, &all, &count);
 
+	if (!err)
+		err = settle_owners(core, all, count);
 	if (err)
 		return err;
 	recovery->objects = calloc(count + 1, sizeof(*recovery->objects));
@@ -263,6 +333,10 @@ int gmem_recover_load(struct gmem_core *core)
 		err = load_sessions(core, recovery);
 	if (!err)
 		err = load_objects(core, recovery);
+	if (!err)
+		err = load_sources(recovery);
+	if (!err)
+		err = load_pools(core, recovery);
 	if (!err)
 		err = load_regions(core, recovery);
 	if (!err)
@@ -341,6 +415,25 @@ static int resume_contexts(struct gmem_core *core)
 	return 0;
 }
 
+static int resume_overlays(struct gmem_core *core)
+{
+	struct numbered *all;
+	size_t count;
+	int err = collect(&core->keep, GMEM_RECORD_OVERLAY, &all, &count);
+
+	if (err)
+		return err;
+	for (size_t i = 0; i < count; i++) {
+		struct gmem_view *view = gmem_context_find(core, all[i].record.id);
+
+		if (!view || gmem_overlay_adopt(view, &all[i].record, all[i].number))
+			gmem_record_drop(&core->keep, &all[i].number);
+		gmem_view_unref(view);
+	}
+	free(all);
+	return 0;
+}
+
 typedef void (*session_fn)(struct gmem_session *session, struct gmem_recovery *recovery);
 
 static void for_sessions(struct gmem_core *core, session_fn fn)
@@ -368,7 +461,7 @@ static int protect_view(struct gmem_view *view, struct gmem_range range, void *a
 static void drop_copy(struct gmem_object *object, uint64_t index, int hnid)
 {
 	struct gmem_hnode *hnode = gmem_core_hnode(object->core, hnid);
-	struct gmem_file *file = atomic_load(&object->account->files[hnid][object->class_]);
+	struct gmem_file *file = atomic_load(&object->files->files[hnid][object->class_]);
 	uint64_t bytes = 1ull << object->shift;
 
 	if (hnode && gmem_hnode_is_peer(hnode)) {
@@ -501,91 +594,6 @@ static int resume_holds(struct gmem_core *core)
 	return 0;
 }
 
-/* ---- what the process has done meanwhile ---- */
-
-static struct gmem_object *object_behind(struct gmem_recovery *recovery, const struct gmem_mapped *piece)
-{
-	for (size_t i = 0; i < recovery->object_count; i++) {
-		struct gmem_object *object = recovery->objects[i];
-		struct gmem_file *file = atomic_load(&object->account->files[GMEM_HOST][object->class_]);
-
-		if (file == piece->file && piece->offset >= object->offset && piece->offset < object->offset + object->bytes)
-			return object;
-	}
-	return NULL;
-}
-
-/* Mapped, and no region says so: its event was read by the predecessor, and not handled any more. */
-static void add_missing(struct gmem_session *session, struct gmem_recovery *recovery, struct gmem_mapped piece)
-{
-	while (piece.va < piece.end) {
-		struct gmem_object *object = object_behind(recovery, &piece);
-		struct gmem_place place;
-		uint64_t upto = piece.end, step;
-
-		if (!object)
-			return;
-		if (upto - piece.va > object->offset + object->bytes - piece.offset)
-			upto = piece.va + (object->offset + object->bytes - piece.offset);
-		if (!gmem_as_lookup(&session->as, piece.va, &place)) {
-			step = place.region_va + place.region_bytes - piece.va;
-			gmem_object_unref(place.object);
-		} else {
-			uint64_t next = gmem_as_next(&session->as, piece.va);
-
-			step = (next < upto ? next : upto) - piece.va;
-			gmem_as_insert(&session->as, object, piece.va, piece.offset - object->offset, step, GMEM_FORK_SHARE, true);
-		}
-		if (step > upto - piece.va)
-			step = upto - piece.va;
-		piece.va += step;
-		piece.offset += step;
-	}
-}
-
-/* A region of which some is not mapped any more. */
-static void remove_unmapped(struct gmem_session *session, const struct gmem_maps *maps, const struct gmem_region_info *region)
-{
-	uint64_t va = region->va, end = region->va + region->bytes;
-
-	while (va < end) {
-		uint64_t gap_end = end;
-		bool mapped = gmem_maps_at(maps, va, region->offset + (va - region->va), &gap_end);
-
-		if (gap_end > end)
-			gap_end = end;
-		if (!mapped)
-			gmem_as_remove(&session->as, va, gap_end - va, gmem_session_release_piece, NULL);
-		va = gap_end;
-	}
-}
-
-static void look_at_process(struct gmem_session *session, struct gmem_recovery *recovery)
-{
-	struct gmem_view *view = gmem_as_view(&session->as, GMEM_HOST);
-	struct gmem_region_info *regions = NULL;
-	struct gmem_maps maps;
-	size_t count = 0;
-
-	if (!view || view->pidfd < 0 || gmem_maps_read(session->account, view->pid, view->pidfd, &maps)) {
-		gmem_view_unref(view);
-		return; /* what it had is what it has, as far as anybody knows */
-	}
-	gmem_session_regions(session->core, session->id, NULL, 0, &count);
-	regions = calloc(count + 1, sizeof(*regions));
-	if (regions) {
-		gmem_session_regions(session->core, session->id, regions, count, &count);
-		for (size_t i = 0; i < count; i++)
-			if (regions[i].committed)
-				remove_unmapped(session, &maps, &regions[i]);
-		for (size_t i = 0; i < maps.count; i++)
-			add_missing(session, recovery, maps.pieces[i]);
-	}
-	free(regions);
-	gmem_maps_free(&maps);
-	gmem_view_unref(view);
-}
-
 /* A predecessor that was killed between the cut of a region and the end of its pages has left those behind. */
 static void release_unmapped(struct gmem_recovery *recovery)
 {
@@ -642,6 +650,8 @@ int gmem_core_resume(struct gmem_core *core)
 		return 0;
 	for_sessions(core, resume_process);
 	err = resume_contexts(core);
+	if (!err)
+		err = resume_overlays(core);
 	for (size_t i = 0; !err && i < core->recovery->object_count; i++)
 		err = resume_object(core->recovery->objects[i]);
 	if (!err)
@@ -650,12 +660,13 @@ int gmem_core_resume(struct gmem_core *core)
 		return err;
 	clear_between(core, core->recovery);
 	gmem_crash(GMEM_CRASH_RECOVER_MAPS);
-	for_sessions(core, look_at_process);
+	for_sessions(core, gmem_reconcile);
 	release_unmapped(core->recovery);
 	core->recovering = false;
 	gmem_crash(GMEM_CRASH_RECOVER_DONE);
 	for_sessions(core, go_on);
 	let_go(core);
 	gmem_keep_drop_left(&core->keep);
+	gmem_pools_go_on(core);
 	return 0;
 }

@@ -6,6 +6,7 @@
 #include <gmem/internal.h>
 #include <gmem/pmap.h>
 #include <gmem/run.h>
+#include <gmem/source.h>
 #include <gmem/thrash.h>
 #include <gmem/tier.h>
 #include <gmem/uffd.h>
@@ -149,6 +150,18 @@ static int fill_by_driver(struct run *run, struct gmem_hnode *from, struct gmem_
 	return err;
 }
 
+static int first_touch(struct run *run, struct gmem_hnode *to, struct gmem_file *file)
+{
+	struct gmem_object *object = run->args->object;
+	int err = gmem_file_populate(file, file_offset(run), run_bytes(run));
+	uint8_t *alias;
+
+	if (err || !atomic_load(&object->source))
+		return err;
+	err = gmem_object_alias(object, to->hnid, &alias);
+	return err ? err : gmem_source_pull(object, run->pages[0].index, run->count, alias + run->pages[0].offset);
+}
+
 static int fill(struct run *run, struct gmem_hnode *from, struct gmem_hnode *to)
 {
 	struct gmem_object *object = run->args->object;
@@ -157,9 +170,10 @@ static int fill(struct run *run, struct gmem_hnode *from, struct gmem_hnode *to)
 	int err = gmem_object_file(object, to->hnid, &file);
 
 	mark_all(run, GMEM_DIR_FILL, to->hnid);
-	if (err || !from)
-		return err ? err : gmem_file_populate(file, file_offset(run), run_bytes(run));
-	err = gmem_object_alias(object, to->hnid, &dst);
+	if (!err && !from)
+		return first_touch(run, to, file);
+	if (!err)
+		err = gmem_object_alias(object, to->hnid, &dst);
 	if (!err && !gmem_hnode_is_peer(from))
 		err = gmem_object_alias(object, from->hnid, &src);
 	if (err)
@@ -201,7 +215,7 @@ static void committed(struct run *run, struct gmem_hnode *from, struct gmem_hnod
 static int fetch(struct run *run)
 {
 	struct gmem_hnode *to = gmem_core_hnode(run->core, run->args->hnid), *from;
-	bool through_view = run->args->view && run->core->features.continue_wp;
+	bool through_view = run->args->view && !run->args->private_view && run->core->features.continue_wp;
 	uint64_t start = gmem_now_ns();
 	int err;
 
@@ -274,7 +288,7 @@ static int map(struct run *run)
 {
 	struct gmem_pmap *pmap = gmem_view_pmap(run->args->view);
 	struct gmem_range range = { run->args->va, run_bytes(run) };
-	bool writable = gmem_word_writer(run->pages[0].word) == run->args->hnid;
+	bool writable = gmem_word_writer(run->pages[0].word) == run->args->hnid || run->args->private_view;
 
 	if (run->mapped)
 		return writable ? gmem_uffd_pmap_protect(pmap, range, GMEM_PROT_WRITE) : 0;
@@ -298,9 +312,11 @@ int gmem_run_move(const struct gmem_run_args *args)
 	struct run run = { .args = args, .core = args->object->core, .page_bytes = 1ull << args->object->shift };
 	gmem_word_t before;
 	bool sole;
-	bool frozen = gmem_object_frozen(args->object), used;
+	bool frozen = gmem_object_frozen(args->object), used, shared;
 	int err, count;
 
+	/* Sealed meanwhile: nobody owns its pages any more. */
+	shared = frozen || args->private_view || gmem_object_sealed(args->object);
 	if (frozen && (args->own || !run.core->features.continue_wp))
 		return 0;
 	lock_pages(&run);
@@ -315,7 +331,7 @@ int gmem_run_move(const struct gmem_run_args *args)
 		gmem_word_t word = run.pages[0].word;
 
 		sole = gmem_word_valid(word) == 1u << args->hnid && !(gmem_word_flags(word) & GMEM_PAGE_READ_MOSTLY);
-		if ((args->own || sole || !run.core->features.continue_wp) && !frozen)
+		if ((args->own || sole || !run.core->features.continue_wp) && !shared)
 			err = own(&run);
 	}
 	gmem_crash(GMEM_CRASH_RUN_MAP);

@@ -9,6 +9,7 @@
 #include <gmem/agent.h>
 #include <gmem/freeze.h>
 #include <gmem/internal.h>
+#include <gmem/overlay.h>
 #include <gmem/pages.h>
 #include <gmem/ring.h>
 #include <gmem/uffd.h>
@@ -271,6 +272,7 @@ void gmem_session_unwatch(struct gmem_session *session, struct gmem_view *view)
 	forget_view(view);
 	if (view->id) {
 		gmem_release_all(view);
+		gmem_overlays_free(view);
 		atomic_fetch_sub(&session->core->context_count, 1);
 		if (hnode)
 			atomic_fetch_sub(&hnode->contexts, 1);
@@ -409,13 +411,15 @@ int gmem_session_regions(struct gmem_core *core, uint64_t id, struct gmem_region
 	for (size_t i = 0; i < as->count && i < capacity; i++) {
 		struct gmem_region *region = as->regions[i];
 		struct gmem_file *file = NULL;
+		int fd = -1;
 
-		gmem_object_file(region->object, GMEM_HOST, &file);
+		if (!gmem_object_file(region->object, GMEM_HOST, &file))
+			gmem_object_lend(region->object, file, region->read_only, &fd);
 		regions[i] = (struct gmem_region_info){
 			.va = region->va, .bytes = region->bytes, .fork = region->fork,
 			.offset = region->object->offset + region->offset,
 			.page_bytes = 1ull << region->object->shift, .class_ = region->object->class_,
-			.committed = region->committed, .fd = file ? file->fd : -1,
+			.committed = region->committed, .read_only = region->read_only, .fd = fd,
 		};
 	}
 	*ret_count = as->count;
@@ -425,6 +429,14 @@ int gmem_session_regions(struct gmem_core *core, uint64_t id, struct gmem_region
 }
 
 /* ---- fork ---- */
+
+static int inherit_region(struct gmem_session *child, const struct gmem_region *region, bool committed)
+{
+	struct gmem_region like = *region;
+
+	like.committed = committed;
+	return gmem_as_insert_private(&child->as, &like);
+}
 
 static int inherit_regions(struct gmem_session *parent, struct gmem_session *child, bool committed)
 {
@@ -436,8 +448,7 @@ static int inherit_regions(struct gmem_session *parent, struct gmem_session *chi
 
 		/* The child's as is not shared yet, so its locks are free: same rank, but no cycle. */
 		if (r->fork != GMEM_FORK_NONE && r->committed)
-			err = gmem_as_insert_private(&child->as, r->object, r->va, r->offset, r->bytes, r->fork,
-						     committed);
+			err = inherit_region(child, r, committed);
 	}
 	if (!err)
 		err = gmem_hints_copy(&parent->as.hints, &child->as.hints);
@@ -628,7 +639,7 @@ void gmem_session_release_piece(struct gmem_object *object, uint64_t offset, uin
 	uint64_t end = object->pn + ((offset + bytes) >> object->shift);
 
 	/* With arg (the core) this is a fault thread: it hands the work on. The whole object going is no work here. */
-	if (!gmem_object_mapped(object, 0, object->bytes))
+	if (object->pooled || !gmem_object_mapped(object, 0, object->bytes))
 		return;
 	if (arg) {
 		struct gmem_work work = { .object = gmem_object_ref(object), .offset = offset, .bytes = bytes };

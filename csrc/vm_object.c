@@ -5,37 +5,44 @@
 #include <gmem/crash.h>
 #include <gmem/as.h>
 #include <gmem/internal.h>
+#include <gmem/source.h>
 #include <gmem/tier.h>
 #include <gmem/vm_object.h>
 
-int gmem_object_create(struct gmem_core *core, struct gmem_account *account, enum gmem_class class_, uint64_t offset,
-		       uint64_t bytes, uint8_t shift, struct gmem_object **ret)
+static uint64_t pages_of(uint64_t bytes, uint8_t shift)
+{
+	return (bytes + (1ull << shift) - 1) >> shift;
+}
+
+int gmem_object_create(struct gmem_core *core, struct gmem_account *account, struct gmem_account *files,
+		       enum gmem_class class_, uint64_t offset, uint64_t bytes, uint8_t shift, unsigned flags,
+		       struct gmem_object **ret)
 {
 	struct gmem_record record = { .kind = GMEM_RECORD_OBJECT };
-	uint64_t pages = (bytes + (1ull << shift) - 1) >> shift;
 	uint32_t number = 0;
-	int err = gmem_lpt_extent_alloc(&core->lpt, pages, &record.id);
+	int err = gmem_lpt_extent_alloc(&core->lpt, pages_of(bytes, shift), &record.id);
 
 	if (err)
 		return err;
 	record.object.account = account->session_id;
-	record.object.pages = pages;
+	record.object.files = files->session_id;
 	record.object.offset = offset;
 	record.object.bytes = bytes;
 	record.object.shift = shift;
 	record.object.class_ = (uint8_t)class_;
+	record.object.flags = (uint8_t)flags;
 	err = gmem_record_put(&core->keep, &record, &number);
 	if (!err)
-		err = gmem_object_adopt(core, account, &record, number, ret);
+		err = gmem_object_adopt(core, account, files, &record, number, ret);
 	if (err) {
 		gmem_record_drop(&core->keep, &number);
-		gmem_lpt_extent_free(&core->lpt, record.id, pages);
+		gmem_lpt_extent_free(&core->lpt, record.id, pages_of(bytes, shift));
 	}
 	return err;
 }
 
-int gmem_object_adopt(struct gmem_core *core, struct gmem_account *account, const struct gmem_record *known,
-		      uint32_t record, struct gmem_object **ret)
+int gmem_object_adopt(struct gmem_core *core, struct gmem_account *account, struct gmem_account *files,
+		      const struct gmem_record *known, uint32_t record, struct gmem_object **ret)
 {
 	struct gmem_object *object = calloc(1, sizeof(*object));
 
@@ -44,18 +51,68 @@ int gmem_object_adopt(struct gmem_core *core, struct gmem_account *account, cons
 	object->refs = 1;
 	object->core = core;
 	object->pn = known->id;
-	object->pages = known->object.pages;
+	object->pages = pages_of(known->object.bytes, known->object.shift);
 	object->offset = known->object.offset;
 	object->bytes = known->object.bytes;
 	object->shift = known->object.shift;
 	object->class_ = (enum gmem_class)known->object.class_;
+	object->pooled = known->object.flags & GMEM_OBJECT_POOLED;
+	atomic_init(&object->sealed, known->object.flags & GMEM_OBJECT_SEALED);
+	atomic_init(&object->succeeded, known->object.flags & GMEM_OBJECT_SUCCEEDED);
+	object->successor = known->object.successor;
 	object->record = record;
 	object->account = gmem_account_ref(account);
+	object->files = gmem_account_ref(files);
 	gmem_mutex_init(&object->lock, GMEM_RANK_OBJECT);
-	gmem_account_map(account, (int64_t)object->bytes);
+	if (!atomic_load(&object->succeeded))
+		gmem_account_map(account, (int64_t)object->bytes);
 	atomic_fetch_add(&core->object_count, 1);
 	*ret = object;
 	return 0;
+}
+
+static int rewrite_record(struct gmem_object *object)
+{
+	struct gmem_record record = { .kind = GMEM_RECORD_OBJECT, .id = object->pn };
+
+	record.object.account = object->account->session_id;
+	record.object.files = object->files->session_id;
+	record.object.offset = object->offset;
+	record.object.bytes = object->bytes;
+	record.object.successor = object->successor;
+	record.object.shift = object->shift;
+	record.object.class_ = (uint8_t)object->class_;
+	record.object.flags = (uint8_t)((object->pooled ? GMEM_OBJECT_POOLED : 0) |
+					(atomic_load(&object->sealed) ? GMEM_OBJECT_SEALED : 0) |
+					(atomic_load(&object->succeeded) ? GMEM_OBJECT_SUCCEEDED : 0));
+	return gmem_record_put(&object->core->keep, &record, &object->record);
+}
+
+int gmem_object_seal(struct gmem_object *object, struct gmem_object *next)
+{
+	struct gmem_source *source = NULL;
+	int err = next ? gmem_source_of_object(next, &source) : 0;
+
+	if (err)
+		return err;
+	object->successor = next ? next->pn : 0;
+	if (source)
+		gmem_source_set(object, source);
+	atomic_store(&object->sealed, true);
+	return rewrite_record(object);
+}
+
+int gmem_object_succeed(struct gmem_object *object, struct gmem_object *next)
+{
+	int err;
+
+	if (atomic_exchange(&object->succeeded, true))
+		return 0;
+	atomic_store(&next->succeeded, false);
+	gmem_account_map(object->account, -(int64_t)object->bytes);
+	gmem_account_map(next->account, (int64_t)next->bytes);
+	err = rewrite_record(object);
+	return err ? err : rewrite_record(next);
 }
 
 struct gmem_object *gmem_object_ref(struct gmem_object *object)
@@ -101,7 +158,7 @@ static void free_pages(struct gmem_object *object)
 		}
 	}
 	for (int h = 0; h < GMEM_HNODE_MAX; h++) {
-		struct gmem_file *file = atomic_load(&object->account->files[h][object->class_]);
+		struct gmem_file *file = atomic_load(&object->files->files[h][object->class_]);
 
 		/* the host's even if nothing is recorded there: the client can have touched it unwatched */
 		if (file && (h == GMEM_HOST || used >> h & 1))
@@ -127,10 +184,14 @@ void gmem_object_unref(struct gmem_object *object)
 	gmem_record_drop(&core->keep, &object->record); /* before its ranges may come to be another's */
 	gmem_crash(GMEM_CRASH_OBJECT_FORGOTTEN);
 	gmem_lpt_extent_free(&core->lpt, object->pn, object->pages);
-	gmem_account_map(object->account, -(int64_t)object->bytes);
-	atomic_fetch_sub(&core->committed_bytes[object->class_], object->bytes);
+	if (!atomic_load(&object->succeeded)) {
+		gmem_account_map(object->account, -(int64_t)object->bytes);
+		atomic_fetch_sub(&core->committed_bytes[object->class_], object->bytes);
+		gmem_range_free(&core->va[object->class_], core->window.base + object->offset, object->bytes);
+	}
 	atomic_fetch_sub(&core->object_count, 1);
-	gmem_range_free(&core->va[object->class_], core->window.base + object->offset, object->bytes);
+	gmem_source_release(atomic_load(&object->source)); /* perhaps the last reference on the one that has its range */
+	gmem_account_unref(object->files);
 	gmem_account_unref(object->account);
 	gmem_mutex_deinit(&object->lock);
 	free(object);
@@ -138,7 +199,15 @@ void gmem_object_unref(struct gmem_object *object)
 
 int gmem_object_file(struct gmem_object *object, int hnid, struct gmem_file **ret)
 {
-	return gmem_account_file(object->account, hnid, object->class_, ret);
+	return gmem_account_file(object->files, hnid, object->class_, ret);
+}
+
+int gmem_object_lend(struct gmem_object *object, struct gmem_file *file, bool read_only, int *ret_fd)
+{
+	if (object->pooled || read_only)
+		return gmem_file_lend(file, read_only, ret_fd);
+	*ret_fd = file->fd; /* of one session: it can only spoil its own */
+	return 0;
 }
 
 int gmem_object_alias(struct gmem_object *object, int hnid, uint8_t **ret)

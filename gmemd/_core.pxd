@@ -152,6 +152,7 @@ cdef extern from "gmem/core.h" nogil:
         uint64_t va, bytes, offset, page_bytes
         gmem_class class_
         gmem_fork fork
+        c_bool committed, read_only
         int fd
     struct gmem_mmap_args:
         uint64_t bytes, page_bytes
@@ -159,6 +160,15 @@ cdef extern from "gmem/core.h" nogil:
         c_bool small_only
         uint64_t asked
         c_bool again
+    struct gmem_pool_args:
+        gmem_mmap_args memory
+        c_bool persistent
+    struct gmem_pool_info:
+        uint64_t pool, va, bytes, page_bytes
+        gmem_class class_
+        c_bool sealed
+        uint64_t writers, readers
+        uint64_t resident_bytes[16]
     struct gmem_hnode_stats:
         int hnid
         char name[32]
@@ -234,7 +244,16 @@ cdef extern from "gmem/core.h" nogil:
     int gmem_context_overlays(gmem_core *, uint64_t, int, gmem_region_info *, size_t, size_t *)
     int gmem_context_attach(gmem_core *, uint64_t, int, int, int, pid_t, uint64_t *)
     int gmem_context_overlay(gmem_core *, uint64_t, uint64_t, uint64_t)
+    int gmem_context_uncover(gmem_core *, uint64_t, uint64_t, uint64_t)
     int gmem_context_detach(gmem_core *, uint64_t)
+    int gmem_region_file(gmem_core *, uint64_t, uint64_t, int, gmem_region_info *)
+    int gmem_pool_create(gmem_core *, uint64_t, const gmem_pool_args *, uint64_t *)
+    int gmem_pool_open(gmem_core *, uint64_t, uint64_t, c_bool, gmem_region_info *)
+    int gmem_pool_unlink(gmem_core *, uint64_t)
+    int gmem_pool_publish(gmem_core *, uint64_t)
+    int gmem_pool_renew(gmem_core *, uint64_t, uint64_t, uint64_t)
+    int gmem_pool_info_ "gmem_pool_info"(gmem_core *, uint64_t, gmem_pool_info *)
+    void gmem_pool_ids(gmem_core *, uint64_t *, size_t, size_t *)
     int gmem_mmap(gmem_core *, uint64_t, const gmem_mmap_args *, gmem_region_info *)
     int gmem_adopt(gmem_core *, uint64_t, uint64_t, const gmem_mmap_args *, gmem_region_info *)
     int gmem_mmap_commit(gmem_core *, uint64_t, uint64_t)

@@ -51,6 +51,7 @@ cdef dict _region(const gmem_region_info *r):
     return {
         "va": r.va, "bytes": r.bytes, "offset": r.offset, "page_bytes": r.page_bytes,
         "huge": <int>r.class_ == GMEM_CLASS_HUGE, "fork": _FORK_NAMES[<int>r.fork], "fd": r.fd,
+        "read_only": bool(r.read_only), "committed": bool(r.committed),
     }
 
 
@@ -458,6 +459,15 @@ cdef class Core:
         if err:
             _raise(err)
 
+    def context_uncover(self, uint64_t context, uint64_t va, uint64_t size):
+        cdef gmem_core *core = self._enter()
+        cdef int err
+        with nogil:
+            err = gmem_context_uncover(core, context, va, size)
+        self._leave()
+        if err:
+            _raise(err)
+
     def context_detach(self, uint64_t context):
         cdef gmem_core *core = self._enter()
         cdef int err
@@ -605,6 +615,108 @@ cdef class Core:
             free(made)
         if err:
             _raise(err)
+
+    def region_file(self, uint64_t session, uint64_t va, int hnid):
+        """The region that begins at va, with a descriptor for whoever is to map it there: the caller's, to be closed."""
+        cdef gmem_core *core = self._enter()
+        cdef gmem_region_info region
+        cdef int err
+        with nogil:
+            err = gmem_region_file(core, session, va, hnid, &region)
+        self._leave()
+        if err:
+            _raise(err)
+        return _region(&region)
+
+    # ---- pools ----
+
+    def pool_create(
+        self, uint64_t session, uint64_t size, *, uint64_t page_bytes=0, bint small=False, bint persistent=False
+    ):
+        cdef gmem_core *core = self._enter()
+        cdef gmem_pool_args args
+        cdef uint64_t pool = 0
+        cdef int err
+        memset(&args, 0, sizeof(args))
+        args.memory.bytes = size
+        args.memory.page_bytes = page_bytes
+        args.memory.small_only = small
+        args.persistent = persistent
+        with nogil:
+            err = gmem_pool_create(core, session, &args, &pool)
+        self._leave()
+        if err:
+            _raise(err)
+        return pool
+
+    def pool_open(self, uint64_t session, uint64_t pool, bint write):
+        cdef gmem_core *core = self._enter()
+        cdef gmem_region_info region
+        cdef c_bool writing = write
+        cdef int err
+        with nogil:
+            err = gmem_pool_open(core, session, pool, writing, &region)
+        self._leave()
+        if err:
+            _raise(err)
+        return _region(&region)
+
+    def pool_unlink(self, uint64_t pool):
+        cdef gmem_core *core = self._enter()
+        cdef int err
+        with nogil:
+            err = gmem_pool_unlink(core, pool)
+        self._leave()
+        if err:
+            _raise(err)
+
+    def pool_publish(self, uint64_t pool):
+        cdef gmem_core *core = self._enter()
+        cdef int err
+        with nogil:
+            err = gmem_pool_publish(core, pool)
+        self._leave()
+        if err:
+            _raise(err)
+
+    def pool_renew(self, uint64_t session, uint64_t pool, uint64_t va):
+        cdef gmem_core *core = self._enter()
+        cdef int err
+        with nogil:
+            err = gmem_pool_renew(core, session, pool, va)
+        self._leave()
+        if err:
+            _raise(err)
+
+    def pool_info(self, uint64_t pool):
+        cdef gmem_core *core = self._enter()
+        cdef gmem_pool_info i
+        cdef int err
+        with nogil:
+            err = gmem_pool_info_(core, pool, &i)
+        self._leave()
+        if err:
+            _raise(err)
+        return {
+            "pool": i.pool, "va": i.va, "bytes": i.bytes, "page_bytes": i.page_bytes,
+            "huge": <int>i.class_ == GMEM_CLASS_HUGE, "sealed": bool(i.sealed), "writers": i.writers,
+            "readers": i.readers,
+            "resident_bytes": {h: i.resident_bytes[h] for h in range(GMEM_HNODE_MAX) if i.resident_bytes[h]},
+        }
+
+    def pool_ids(self):
+        cdef gmem_core *core = self._enter()
+        cdef size_t capacity = 65536, count = 0
+        cdef uint64_t *ids = <uint64_t *>malloc(capacity * sizeof(uint64_t))
+        try:
+            if ids is NULL:
+                raise MemoryError
+            with nogil:
+                gmem_pool_ids(core, ids, capacity, &count)
+            return [ids[i] for i in range(min(count, capacity))]
+        finally:
+            free(ids)
+            self._leave()
 
     # ---- devices ----
 

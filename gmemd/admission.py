@@ -34,6 +34,7 @@ class Claimant:
     pid: int
     pidfd: int
     on_end: Close
+    gids: tuple[int, ...] = ()
 
 
 def _nothing(reason: str) -> None:
@@ -55,6 +56,7 @@ class Admission:
     ready: bool = True
     close: Close = _nothing
     find_agent: Callable[[], int] | None = None
+    answer: Callable[[wire.Ask], tuple[bytes, int]] | None = None  # (blocks) of FILES; the descriptor is the caller's
     keep: Callable[[bool], tuple[int, int]] | None = None  # (blocks) SessionTable.note(), or note_context()
 
     def agent(self) -> int | None:
@@ -75,7 +77,7 @@ class Admission:
 
 
 class Admissions:
-    """The four kinds of HELLO."""
+    """The kinds of HELLO."""
 
     def __init__(
         self, core: Any, sessions: SessionTable, devices: DeviceTable, *, control: str, events: str,
@@ -92,6 +94,7 @@ class Admissions:
             wire.FORK_CHILD: self._fork_child,
             wire.CONTEXT: self._context,
             wire.ADMIN: self._admin,
+            wire.FILES: self._files,
         }
 
     def admit(self, claimant: Claimant, hello: wire.Hello) -> Admission:
@@ -100,7 +103,7 @@ class Admissions:
 
     def _admin(self, who: Claimant, hello: wire.Hello) -> Admission:
         self._sessions.check_session_count(who.uid)
-        session = self._sessions.open(0, who.uid, who.pid, self._may_administer(who), who.on_end)
+        session = self._sessions.open(0, who.uid, who.pid, self._may_administer(who), who.on_end, who.gids)
         control, events = self._endpoints
         welcome = wire.Welcome(token=session.token, control=control, events=events)
         return Admission(welcome, ready=False, close=lambda reason: self._sessions.end(session, reason))
@@ -119,6 +122,37 @@ class Admissions:
         core_id, stored = self._core.session_fork(parent.core_id, who.uid, who.pid)
         return self._session(who, core_id, stored, hello.wants_ring)
 
+    def _files(self, who: Claimant, hello: wire.Hello) -> Admission:
+        """For the session's own process and its contexts', which the kernel says they are."""
+        session = self._owned(who, hello)
+        context_id, hnid = 0, 0
+        if hello.device:
+            with self._devices.hold(hello.device) as hnid:
+                mine = [c.id for c in self._sessions.contexts_of(session) if c.pid == who.pid and c.hnid == hnid]
+            if not mine:
+                raise RequestError(errno.ENOENT, f"device: this process is no context on {hello.device}", "device")
+            context_id = mine[0]
+
+        def answer(ask: wire.Ask) -> tuple[bytes, int]:
+            self._sessions.by_token(hello.token)
+            if ask.what == wire.ASK_FILE:
+                region = self._core.region_file(session.core_id, ask.va, hnid)
+                message = wire.pack_answer(
+                    flags=_region_flags(region), va=region["va"], size=region["bytes"], offset=region["offset"],
+                    page_bytes=region["page_bytes"],
+                )  # fmt: skip
+                return message, region["fd"]
+            if not context_id:
+                raise RequestError(errno.EPROTO, "ASK: this is no context's connection")
+            if ask.what == wire.ASK_MAPPED:
+                self._core.context_overlay(context_id, ask.va, ask.size)
+            else:
+                self._core.context_uncover(context_id, ask.va, ask.size)
+            return wire.pack_answer(), -1
+
+        welcome = self._welcome(session.core_id, 0, hello.token, 0, hnid)
+        return Admission(welcome, ready=False, answer=answer)
+
     def _owned(self, who: Claimant, hello: wire.Hello) -> Session:
         """The session of the token, if it is of the same user: a token alone does not carry memory across users."""
         session = self._sessions.by_token(hello.token)
@@ -127,7 +161,7 @@ class Admissions:
         return session
 
     def _session(self, who: Claimant, core_id: int, stored: bool, ring: bool) -> Admission:
-        session = self._sessions.open(core_id, who.uid, who.pid, self._may_administer(who), who.on_end)
+        session = self._sessions.open(core_id, who.uid, who.pid, self._may_administer(who), who.on_end, who.gids)
 
         def close(reason: str) -> None:
             self._sessions.end(session, reason)
@@ -171,7 +205,8 @@ class Admissions:
         with self._sessions.hold(session), self._devices.hold(hello.device) as hnid:
             try:
                 flags = self._lend(admission, *self._core.context_files(session.core_id, hnid))
-                self._lend_regions(admission, self._core.context_overlays(session.core_id, hnid))
+                overlays = self._core.context_overlays(session.core_id, hnid)
+                self._lend_regions(admission, overlays)
             except BaseException as error:
                 admission.close_fds()
                 if isinstance(error, OSError) and error.errno == errno.EOPNOTSUPP:
@@ -182,6 +217,7 @@ class Admissions:
         def finish(uffd: int) -> Close:
             with _giving(uffd, who.pidfd) as pidfd:
                 context_id = self._core.context_attach(session.core_id, hnid, uffd, pidfd, who.pid)
+            self._cover(context_id, overlays)
             context = Context(context_id, session, hnid, who.pid, who.on_end)
             admission.find_agent = lambda: self._core.view_agent(session.core_id, context_id)
             admission.keep = lambda told: self._sessions.note_context(context, told)
@@ -196,6 +232,12 @@ class Admissions:
         admission.finish = finish
         admission.welcome = self._welcome(session.core_id, flags, hello.token, len(admission.regions), hnid)
         return admission
+
+    def _cover(self, context_id: int, overlays: list[dict[str, Any]]) -> None:
+        """What was lent to it is what it has mapped."""
+        for region in overlays:
+            with contextlib.suppress(OSError):  # unmapped meanwhile
+                self._core.context_overlay(context_id, region["va"], region["bytes"])
 
     def _lend(self, admission: Admission, huge: int | None, small: int | None) -> int:
         """The flags of the descriptors that go with WELCOME, in the order of gmem_wire.h."""
@@ -221,7 +263,7 @@ class Admissions:
     @staticmethod
     def _lend_regions(admission: Admission, regions: list[dict[str, Any]]) -> None:
         for region in regions:
-            flags = wire.REGION_HUGE if region["huge"] else 0
+            flags = _region_flags(region)
             message = wire.pack_region(region["va"], region["bytes"], region["offset"], flags, region["page_bytes"])
             admission.regions.append((message, _duplicate(admission, region["fd"])))
 
@@ -233,6 +275,11 @@ class Admissions:
             huge=(window["huge_base"], window["huge_bytes"]), small=(window["small_base"], window["small_bytes"]),
             region_count=regions, hnid=hnid, token=token, control=control, events=events,
         )  # fmt: skip
+
+
+def _region_flags(region: dict[str, Any]) -> int:
+    flags = wire.REGION_HUGE if region["huge"] else 0
+    return flags | (wire.REGION_READ_ONLY if region["read_only"] else 0)
 
 
 def _duplicate(admission: Admission, fd: int) -> int:

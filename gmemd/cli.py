@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gmemd import __version__, cli_trace
+from gmemd import __version__, cli_run, cli_trace
 from gmemd.config import LOG_LEVELS, Config, ConfigError, load, override
 from gmemd.control import Control, socket_path
 from gmemd.errors import RequestError
@@ -198,10 +198,13 @@ def gmemctl_parser() -> argparse.ArgumentParser:
     command("upgrade", "start gmemd again on what is installed now; clients go on and lose nothing")
     command("drivers", "drivers that can be attached")
     command("sessions", "client processes")
+    pools = command("pools", "named memory that several processes share")
+    pools.add_argument("--unlink", metavar="NAME", help="end a pool: nobody can open it any more")
     command("stats", "counters")
     regions = command("map", "mapped regions")
     regions.add_argument("--session", type=int, metavar="ID", help="only of this session")
     regions.add_argument("--limit", type=int, default=4096, help="at most so many regions (default 4096)")
+    cli_run.add_parser(command("run", "run an unmodified program on managed memory"))
     cli_trace.add_parser(command("trace", "record which pages are used, and replay that with other policies"))
     top = command("top", "devices and sessions, refreshed")
     top.add_argument("--interval", type=float, default=1.0, metavar="SECONDS")
@@ -274,6 +277,12 @@ def _sessions(control: Control, args: argparse.Namespace) -> dict[str, Any]:
     return {**control.request("sessions"), "hnodes": control.request("devices")["devices"]}
 
 
+def _pools(control: Control, args: argparse.Namespace) -> dict[str, Any]:
+    if args.unlink is not None:
+        return control.request("pool_unlink", name=args.unlink)
+    return {**control.request("pools"), "hnodes": control.request("devices")["devices"]}
+
+
 def _map(control: Control, args: argparse.Namespace) -> dict[str, Any]:
     wanted = {} if args.session is None else {"session": args.session}
     return control.request("map", limit=args.limit, **wanted)
@@ -289,6 +298,7 @@ _COMMANDS: dict[str, Callable[[Control, argparse.Namespace], dict[str, Any]]] = 
     "upgrade": _upgrade,
     "drivers": lambda control, args: control.request("drivers"),
     "sessions": _sessions,
+    "pools": _pools,
     "stats": lambda control, args: control.request("stats"),
     "map": _map,
 }
@@ -310,6 +320,8 @@ def _top(control: Control, args: argparse.Namespace) -> int:
 def _gmemctl(args: argparse.Namespace) -> int:
     if args.command == "trace":
         return cli_trace.run(args)
+    if args.command == "run":
+        return cli_run.run(args)
     path = socket_path(args.socket)
     with Control(path) as control:
         if args.command == "top":

@@ -43,6 +43,7 @@ class Limits:
     connections_per_uid: int = 1024
     handshakes_per_uid: int = 64
     sessions_per_uid: int = 256
+    pools_per_uid: int = 128
     contexts_per_session: int = 64
     requests_in_flight: int = 1024
     workers: int = 16
@@ -160,6 +161,7 @@ _LIMITS: dict[str, Check] = {
     "connections_per_uid": _between(1, 65536),
     "handshakes_per_uid": _between(1, 65536),
     "sessions_per_uid": _between(1, 65536),
+    "pools_per_uid": _between(1, 65536),
     "contexts_per_session": _between(1, 1024),
     "requests_in_flight": _between(1, 65536),
     "workers": _between(2, 256),

@@ -41,6 +41,7 @@ _ACCEPT_BATCH = 16
 _ACCEPT_PAUSE_S = 0.1
 _UCRED = struct.Struct("iII")
 _SO_PEERPIDFD = 77  # Linux 6.5
+_SO_PEERGROUPS = 59
 
 
 @dataclass(eq=False)
@@ -51,6 +52,8 @@ class Peer:
     pid: int
     uid: int
     pidfd: int
+    gids: tuple[int, ...] = ()
+    answer: Callable[[wire.Ask], tuple[bytes, int]] | None = None
     over: asyncio.Event = field(default_factory=asyncio.Event)
     reason: str = ""
     welcomed: bool = False
@@ -64,7 +67,7 @@ class Peer:
 def peer_of(sock: socket.socket) -> Peer:
     """Credentials as the kernel has them. The pidfd comes from the socket where the kernel has that, else by number:
     that may name a later process only if the one that connected is gone, and then its end of the socket is closed."""
-    pid, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    pid, uid, gid = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
     try:
         raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4)
         pidfd = int.from_bytes(raw, "little")
@@ -72,7 +75,19 @@ def peer_of(sock: socket.socket) -> Peer:
         if pid <= 0:
             raise RequestError(errno.ESRCH, "the process is not visible in gmemd's pid namespace") from None
         pidfd = os.pidfd_open(pid)
-    return Peer(sock, pid, uid, pidfd)
+    return Peer(sock, pid, uid, pidfd, gids=_groups(sock, gid))
+
+
+def _groups(sock: socket.socket, gid: int) -> tuple[int, ...]:
+    """Of the process that connected, as they were then; its own group first."""
+    room = 4 * 65536  # NGROUPS_MAX
+    try:
+        raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, room)
+    except OSError:  # before Linux 4.13
+        raw = b""
+    groups = array.array("I")
+    groups.frombytes(raw)
+    return (gid, *(group for group in groups if group != gid))
 
 
 def receive(sock: socket.socket) -> tuple[bytes, list[int], int]:
@@ -242,7 +257,10 @@ class HandshakeServer:
                 close = await self._handshake(peer)
             finally:
                 _decrement(self._halfway, peer.uid)
-            await self._until_over(peer)
+            if peer.answer is not None:
+                await self._answer_asks(peer, peer.answer)
+            else:
+                await self._until_over(peer)
         except TimeoutError:
             log.info("handshake timed out", uid=peer.uid, pid=peer.pid)
             _refuse(peer.sock, RequestError(errno.ETIMEDOUT, "the handshake took too long"), peer.welcomed)
@@ -262,11 +280,12 @@ class HandshakeServer:
     async def _handshake(self, peer: Peer) -> Close:
         """Through READY, or to WELCOME for ADMIN; what is to be called when the connection is over."""
         hello = wire.unpack_hello(await self._receive_hello(peer))
-        claimant = Claimant(peer.uid, peer.pid, peer.pidfd, self._end_of(peer))
+        claimant = Claimant(peer.uid, peer.pid, peer.pidfd, self._end_of(peer), peer.gids)
         admission: Admission = await self._in_pool(peer, self._admissions.admit, claimant, hello)
         try:
             await self._send(peer, wire.pack_welcome(admission.welcome), admission.welcome_fds)
             peer.welcomed = True
+            peer.answer = admission.answer
             for message, fd in admission.regions:
                 await self._send(peer, message, [fd])
             if admission.finish is not None:
@@ -297,6 +316,31 @@ class HandshakeServer:
         if self._keep is not None:
             self._keep.hold(name, peer.sock.fileno())
         return name
+
+    async def _answer_asks(self, peer: Peer, answer: Callable[[wire.Ask], tuple[bytes, int]]) -> None:
+        """A connection for files, until it is hung up or its session has ended."""
+        while True:
+            await self._wait(peer.sock, None)
+            data, fds, cut = receive(peer.sock)
+            if fds:
+                await self._discard(peer, fds)
+            if not data:
+                return
+            try:
+                if fds or cut:
+                    raise RequestError(errno.EPROTO, "ASK is too long, or carries descriptors")
+                message, fd = await self._in_pool(peer, answer, wire.unpack_ask(data))
+            except OSError as error:
+                refusal = as_request_error(error, "the file can't be had")
+                await self._send(peer, wire.pack_answer(-(refusal.errno or errno.EIO), refusal.message), [])
+                if refusal.errno in (errno.EPROTO, errno.EPROTONOSUPPORT, errno.EPERM):
+                    return
+                continue
+            try:
+                await self._send(peer, message, [fd] if fd >= 0 else [])
+            finally:
+                if fd >= 0:
+                    os.close(fd)
 
     async def _receive_hello(self, peer: Peer) -> bytes:
         data, fds = await self._receive(peer)
@@ -346,7 +390,7 @@ class HandshakeServer:
             except BlockingIOError:
                 await self._wait(peer.sock, self._limits.handshake_timeout_s, write=True)
 
-    async def _wait(self, sock: socket.socket, timeout: float, write: bool = False) -> None:
+    async def _wait(self, sock: socket.socket, timeout: float | None, write: bool = False) -> None:
         ready = self._loop.create_future()
         loop = self._loop
         add, remove = (loop.add_writer, loop.remove_writer) if write else (loop.add_reader, loop.remove_reader)

@@ -14,6 +14,7 @@ from gmemd import __version__, schema
 from gmemd.devices import DeviceTable
 from gmemd.drivers.registry import Registry
 from gmemd.errors import RequestError, as_request_error
+from gmemd.pools import PoolTable, may_persist
 from gmemd.recorder import Recorder
 from gmemd.sessions import Session, SessionTable
 from gmemd.watch import Watch
@@ -28,6 +29,9 @@ _RANGE = {errno.EINVAL: "va", errno.ENODEV: "hnid", errno.ENOMEM: "bytes", errno
 _RANGES = {errno.EINVAL: "ranges", errno.ENOMEM: "ranges", errno.ENOSPC: "ranges", errno.ENOENT: "context"}
 _BLAME: dict[str, dict[int, str]] = {
     "mmap": {errno.ENOMEM: "bytes", errno.EINVAL: "bytes", errno.EDQUOT: "bytes"},
+    "pool_create": {errno.ENOMEM: "bytes", errno.EINVAL: "bytes", errno.EDQUOT: "bytes"},
+    "pool_publish": {errno.ENOMEM: "name", errno.EDQUOT: "name", errno.EIO: "name"},
+    "pool_renew": {errno.EINVAL: "va", errno.EEXIST: "va"},
     "limit": {errno.EINVAL: "bytes", errno.EBUSY: "bytes", errno.ENOMEM: "bytes", errno.EAGAIN: "bytes"},
     "quota": {
         errno.EINVAL: "bytes", errno.ENOMEM: "bytes", errno.EAGAIN: "bytes", errno.EDQUOT: "bytes",
@@ -51,6 +55,12 @@ _BLAME: dict[str, dict[int, str]] = {
 _MEANING: dict[tuple[str, int], str] = {
     ("mmap", errno.ENOMEM): "more than the host and all devices together could hold, or than the window has room for",
     ("mmap", errno.EDQUOT): "more than the quotas of this session or this user allow on all hnodes together",
+    ("pool_create", errno.ENOMEM): "more than the host and all devices could hold, or than the window has room for",
+    ("pool_create", errno.EDQUOT): "more than the quotas of this session or this user allow on all hnodes together",
+    ("pool_publish", errno.ENOMEM): "there is no room to move it; nobody writes to it any more, publish it again",
+    ("pool_publish", errno.EDQUOT): "the owner's quota leaves no room to move it; publish it again",
+    ("pool_renew", errno.EINVAL): "not where this session has mapped the published pool, or it was not open before",
+    ("pool_renew", errno.EEXIST): "the session has something else there",
     ("adopt", errno.ENOMEM): "more than the host and all devices together could hold, or than the window has room for",
     ("adopt", errno.EDQUOT): "more than the quotas of this session or this user allow on all hnodes together",
     ("adopt", errno.EINVAL): "not whole pages of 4096 bytes outside the window",
@@ -106,8 +116,9 @@ class Operations:
 
     def __init__(
         self, core: Any, sessions: SessionTable, devices: DeviceTable, drivers: Registry, watch: Watch,
-        upgrade: Callable[[], None] | None = None,
+        upgrade: Callable[[], None] | None = None, pools: PoolTable | None = None,
     ) -> None:  # fmt: skip
+        self._pools = pools or PoolTable(core, sessions, pools_per_uid=128)
         self._upgrade = upgrade
         self._core = core
         self._sessions = sessions
@@ -142,13 +153,16 @@ class Operations:
                 errno.EINVAL, f"{name}: 0x{va:x} + {size} is outside the window [0x{base:x}, 0x{end:x})", name
             )
 
+    def _check_fits(self, args: Args) -> None:
+        if args["bytes"] > self._window["bytes"]:
+            text = f"bytes: {args['bytes']} is more than the window's {self._window['bytes']}"
+            raise RequestError(errno.ENOMEM, text, "bytes")
+
     def _op_ping(self, session: Session, args: Args) -> Reply:
         return {"version": __version__, "pid": os.getpid()}
 
     def _op_mmap(self, session: Session, args: Args) -> Reply:
-        if args["bytes"] > self._window["bytes"]:
-            text = f"bytes: {args['bytes']} is more than the window's {self._window['bytes']}"
-            raise RequestError(errno.ENOMEM, text, "bytes")
+        self._check_fits(args)
         region = self._core.mmap(
             session.core_id, args["bytes"], page_bytes=args["page_bytes"], fork=args["fork"], small=args["small"]
         )
@@ -213,6 +227,30 @@ class Operations:
         context = self._sessions.context(session, args["context"])
         self._core.release(context.id, args["ranges"])
         return {}
+
+    def _op_pool_create(self, session: Session, args: Args) -> Reply:
+        if args["persistent"] and not may_persist(session):
+            raise RequestError(errno.EPERM, "persistent: is for administrators of this gmemd", "persistent")
+        self._check_fits(args)
+        return self._pools.create(session, args)
+
+    def _op_pool_open(self, session: Session, args: Args) -> Reply:
+        return self._pools.open(session, args["name"], args["write"], args["uid"])
+
+    def _op_pool_unlink(self, session: Session, args: Args) -> Reply:
+        self._pools.unlink(session, args["name"])
+        return {}
+
+    def _op_pool_publish(self, session: Session, args: Args) -> Reply:
+        self._pools.publish(session, args["name"])
+        return {}
+
+    def _op_pool_renew(self, session: Session, args: Args) -> Reply:
+        self._pools.renew(session, args["name"], args["va"])
+        return {}
+
+    def _op_pools(self, session: Session, args: Args) -> Reply:
+        return {"pools": self._pools.describe(session)}
 
     def _op_devices(self, session: Session, args: Args) -> Reply:
         return {"devices": self._devices.describe_all()}

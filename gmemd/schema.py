@@ -29,6 +29,7 @@ MAP_REGIONS_MAX = 65536
 HNODE_MAX = 16
 TRACE_BUFFER_BYTES, TRACE_BUFFER_MAX = 16 << 20, 1 << 31
 NAME_BYTES_MAX = 31
+POOL_NAME_BYTES_MAX = 64
 
 _UINT64_MAX = (1 << 64) - 1
 _BYTES_LIMIT = 1 << 63
@@ -190,6 +191,9 @@ _CONTEXT = Field(uint())
 _DEVICE = Field(string(NAME_BYTES_MAX, r"[A-Za-z][A-Za-z0-9_.-]*"))
 _DRIVER = Field(string(256, r"[A-Za-z_][A-Za-z0-9_.-]*(:[A-Za-z_][A-Za-z0-9_.]*)?"))
 
+# No separators: a name is nobody's path. No leading dot or dash: it is no option either.
+_POOL = Field(string(POOL_NAME_BYTES_MAX, r"[A-Za-z0-9_][A-Za-z0-9_.-]*"))
+
 OPS: dict[str, Op] = {
     "ping": Op(ANY, {}, inline=True),
     "mmap": Op(
@@ -219,6 +223,24 @@ OPS: dict[str, Op] = {
     "query": Op(SESSION, {"va": _VA, "bytes": _BYTES}),
     "acquire": Op(SESSION, {"context": _CONTEXT, "ranges": Field(ranges), "write": Field(boolean)}),
     "release": Op(SESSION, {"context": _CONTEXT, "ranges": Field(ranges), "write": optional(boolean, False)}),
+    "pool_create": Op(
+        SESSION,
+        {
+            "name": _POOL,
+            "bytes": _BYTES,
+            "mode": optional(uint(0o777), 0o600),
+            "page_bytes": optional(page_size, 0),
+            "small": optional(boolean, False),
+            "persistent": optional(boolean, False),
+        },
+    ),
+    "pool_open": Op(
+        SESSION, {"name": _POOL, "write": optional(boolean, False), "uid": optional(uint((1 << 32) - 2))}
+    ),
+    "pool_unlink": Op(ANY, {"name": _POOL}),
+    "pool_publish": Op(ANY, {"name": _POOL}),
+    "pool_renew": Op(SESSION, {"name": _POOL, "va": Field(page_aligned)}),
+    "pools": Op(ANY, {}),
     "devices": Op(ANY, {}),
     "drivers": Op(ANY, {}),
     "attach": Op(ADMIN, {"driver": _DRIVER, "name": _DEVICE, "config": optional(string_map, {})}),

@@ -37,6 +37,7 @@ from gmemd.events import EventPump, Publisher
 from gmemd.handshake import HandshakeServer
 from gmemd.keep import Keep
 from gmemd.ops import Operations
+from gmemd.pools import PoolTable
 from gmemd.server import Server
 from gmemd.sessions import SessionTable
 from gmemd.supervise import UPGRADE_STATUS
@@ -169,6 +170,7 @@ class Service:
         self.keep = Keep(self._notifier, passed_descriptors())
         self.sessions: SessionTable
         self.devices: DeviceTable
+        self.pools: PoolTable
         self.handshake: HandshakeServer
         self.runtime: RuntimeDir
         self.core: Any
@@ -229,6 +231,9 @@ class Service:
         self.devices = DeviceTable(
             self.core, drivers, self.sessions, publisher.publish, config.quotas, notes=self.keep.notes
         )
+        self.pools = PoolTable(
+            self.core, self.sessions, pools_per_uid=config.limits.pools_per_uid, notes=self.keep.notes
+        )
         self._watch = Watch(self.core, self.devices.name_of, config.stuck_limit_s)
         self._start_events(stack, publisher)
         self._warn_of_what_is_missing()
@@ -238,7 +243,8 @@ class Service:
             for device in config.devices:
                 await asyncio.to_thread(self.devices.attach, device.driver, device.name, device.config)
         operations = Operations(
-            self.core, self.sessions, self.devices, drivers, self._watch, upgrade=self._upgrade
+            self.core, self.sessions, self.devices, drivers, self._watch, upgrade=self._upgrade,
+            pools=self.pools,
         )
         await self._open_doors(stack, runtime, zmq_context, operations, publisher, control, events)
         tasks = [self._loop.create_task(self._housekeeping())]
@@ -255,6 +261,7 @@ class Service:
         self._in_charge = True
         self.devices.set_again()
         self.sessions.restore()
+        self.pools.restore()
         took = time.monotonic() - began
         log.info("took over", sessions=len(self.sessions), devices=self.devices.names(), seconds=round(took, 3))
 

@@ -18,7 +18,7 @@ import hmac
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,6 +71,8 @@ class Session:
     admin: bool
     token: bytes
     on_end: Callable[[str], None]
+    gids: frozenset[int] = frozenset()
+    gid: int = -1  # the process's own, which its pools get
     started: float = field(default_factory=time.time)
     contexts: dict[int, Context] = field(default_factory=dict)
     ended: bool = False
@@ -107,9 +109,13 @@ class SessionTable:
         if held >= self._sessions_per_uid:
             raise RequestError(errno.EDQUOT, f"uid {uid} has {held} sessions, which is the limit for one user")
 
-    def open(self, core_id: int, uid: int, pid: int, admin: bool, on_end: Callable[[str], None]) -> Session:
+    def open(
+        self, core_id: int, uid: int, pid: int, admin: bool, on_end: Callable[[str], None], gids: Sequence[int] = (),
+    ) -> Session:  # fmt: skip
+        """gids: the process's groups, its own first."""
         token = secrets.token_bytes(TOKEN_BYTES)
         session = Session(core_id, uid, pid, process_name(pid), admin, token, on_end)
+        session.gids, session.gid = frozenset(gids), gids[0] if gids else -1
         with self._changed:
             self._all.add(session)
             if core_id:
@@ -123,7 +129,8 @@ class SessionTable:
             "sessions",
             session.core_id,
             {"token": session.token, "uid": session.uid, "pid": session.pid, "name": session.name,
-             "admin": session.admin, "started": session.started, "told": told},
+             "admin": session.admin, "started": session.started, "told": told, "gid": session.gid,
+             "gids": sorted(session.gids)},
         )  # fmt: skip
         return session.core_id, 0
 
@@ -148,6 +155,7 @@ class SessionTable:
             known.discard(core_id)
             session = Session(core_id, note["uid"], note["pid"], note["name"], note["admin"], note["token"], _nobody)
             session.started = note["started"]
+            session.gid, session.gids = note["gid"], frozenset(note["gids"])
             with self._changed:
                 self._all.add(session)
                 self._by_core[core_id] = session

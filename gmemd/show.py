@@ -77,6 +77,23 @@ def sessions_table(sessions: list[Reply], hnodes: list[Reply] | None = None) -> 
     return table
 
 
+def _resident(sizes: Reply, names: dict[str, str]) -> str:
+    return "  ".join(f"{names.get(hnid, hnid)}:{format_size(size)}" for hnid, size in sizes.items() if size)
+
+
+def pools_table(pools: list[Reply], hnodes: list[Reply] | None = None) -> Table:
+    names = {str(h["hnid"]): h["name"] for h in hnodes or []}
+    table = _table("<name", "uid", "gid", "<mode", "size", "page", "<state", "writers", "readers", "<ends", "<resident")
+    for p in pools:
+        table.add_row(
+            Text(p["name"]), str(p["uid"]), str(p["gid"]), f"{p['mode']:03o}", format_size(p["bytes"]),
+            format_size(p["page_bytes"]), "published" if p["sealed"] else "writable", _count(p["writers"]),
+            _count(p["readers"]), "persistent" if p["persistent"] else f"session {p['session']}",
+            Text(_resident(p["resident_bytes"], names)),
+        )  # fmt: skip
+    return table
+
+
 def _amount(name: str, value: int) -> str:
     if name.endswith("_bytes"):
         return format_size(value)
@@ -206,6 +223,7 @@ SHOW: dict[str, Callable[[Reply, Namespace], None]] = {
     "quota": lambda reply, args: _print(f"{args.name}: {'no quota' if args.size == '0' else 'at most ' + args.size}"),
     "upgrade": lambda reply, args: _print(f"gmemd {reply['version']}, pid {reply['pid']}, has taken over"),
     "drivers": _drivers,
+    "pools": lambda reply, args: _print(pools_table(reply["pools"], reply["hnodes"])) if "pools" in reply else None,
     "sessions": lambda reply, args: _print(sessions_table(reply["sessions"], reply["hnodes"])),
     "stats": lambda reply, args: _print(
         Group(stats_table(reply["stats"]), "", devices_table(reply["hnodes"]), *stuck_lines(reply["stuck"]))

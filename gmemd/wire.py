@@ -17,9 +17,10 @@ PATH_BYTES = 108
 NAME_BYTES = 32
 MESSAGE_BYTES = 160
 
-HELLO, WELCOME, REGION, UFFD, READY = 1, 2, 3, 4, 5
-CLIENT, FORK_CHILD, CONTEXT, ADMIN = 1, 2, 3, 4
-KIND_NAMES = {CLIENT: "client", FORK_CHILD: "fork child", CONTEXT: "context", ADMIN: "admin"}
+HELLO, WELCOME, REGION, UFFD, READY, ASK, ANSWER = 1, 2, 3, 4, 5, 6, 7
+CLIENT, FORK_CHILD, CONTEXT, ADMIN, FILES = 1, 2, 3, 4, 5
+KIND_NAMES = {CLIENT: "client", FORK_CHILD: "fork child", CONTEXT: "context", ADMIN: "admin",
+              FILES: "files"}  # fmt: skip
 
 WANT_RING = 1 << 0
 WANT_AGENT = 1 << 1
@@ -34,6 +35,9 @@ HAS_RING = 1 << 5
 HAS_AGENT = 1 << 0  # of READY
 
 REGION_HUGE = 1 << 0
+REGION_READ_ONLY = 1 << 1
+
+ASK_FILE, ASK_MAPPED, ASK_RESTORED = 1, 2, 3
 
 # A message longer than this is truncated by the kernel, and so refused; an honest one is at most WELCOME's size.
 RECEIVE_BYTES = 1024
@@ -44,6 +48,8 @@ _WELCOME = struct.Struct("=IHHiIQQQQQQQIi32s108s108s160s")
 _REGION = struct.Struct("=IHHQQQII")
 _UFFD = struct.Struct("=IHHII")
 _READY = struct.Struct("=IHHiI160s")
+_ASK = struct.Struct("=IHHIIQQ")
+_ANSWER = struct.Struct("=IHHiIQQQII160s")
 
 SIZES = {
     "hello": _HELLO.size,
@@ -51,6 +57,8 @@ SIZES = {
     "region": _REGION.size,
     "uffd": _UFFD.size,
     "ready": _READY.size,
+    "ask": _ASK.size,
+    "answer": _ANSWER.size,
 }
 
 
@@ -178,6 +186,42 @@ def unpack_ready(data: bytes) -> tuple[int, str]:
     _check_header(data, READY, _READY, "READY")
     status, _, message = _READY.unpack(data)[3:]
     return status, _untext(message)
+
+
+@dataclass(frozen=True)
+class Ask:
+    what: int
+    va: int
+    size: int
+
+
+def pack_ask(what: int, va: int, size: int = 0) -> bytes:
+    return _ASK.pack(MAGIC, VERSION, ASK, what, 0, va, size)
+
+
+def unpack_ask(data: bytes) -> Ask:
+    _check_header(data, ASK, _ASK, "ASK")
+    what, reserved, va, size = _ASK.unpack(data)[3:]
+    if what not in (ASK_FILE, ASK_MAPPED, ASK_RESTORED) or reserved or (what == ASK_FILE) != (size == 0):
+        raise _malformed("ASK: a field is out of range")
+    if va + size >= 1 << 63:
+        raise _malformed("ASK: the range is out of range")
+    return Ask(what, va, size)
+
+
+def pack_answer(
+    status: int = 0, message: str = "", *, flags: int = 0, va: int = 0, size: int = 0, offset: int = 0,
+    page_bytes: int = 0,
+) -> bytes:  # fmt: skip
+    text = _text(message, MESSAGE_BYTES)
+    return _ANSWER.pack(MAGIC, VERSION, ANSWER, status, flags, va, size, offset, page_bytes, 0, text)
+
+
+def unpack_answer(data: bytes) -> tuple[int, int, int, int, int, int, str]:
+    """(status, flags, va, bytes, offset, page_bytes, message)"""
+    _check_header(data, ANSWER, _ANSWER, "ANSWER")
+    status, flags, va, size, offset, page_bytes, _, message = _ANSWER.unpack(data)[3:]
+    return status, flags, va, size, offset, page_bytes, _untext(message)
 
 
 def is_userfaultfd(fd: int) -> bool:

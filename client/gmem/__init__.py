@@ -26,6 +26,7 @@ from gmem._errors import (
     Busy,
     ConnectionLost,
     ContextLost,
+    Exists,
     GmemError,
     InvalidArgument,
     KernelError,
@@ -41,13 +42,14 @@ from gmem._fence import Fence
 from gmem._file import from_file
 from gmem._launch import cfunc
 from gmem._memory import array, empty, full, zeros
+from gmem._pool import Pool, pool
 from gmem._session import Session, connect, default
 
 __all__ = [
-    "ADVICE", "DIRTY", "PAGE_DTYPE", "PINNED", "READ_MOSTLY", "STATES", "Buffer", "Busy", "ConnectionLost",
-    "Context", "ContextLost", "Device", "Fence", "GmemError", "InvalidArgument", "KernelError", "KernelTimeout",
-    "MemoryResource", "NotFound", "NotSupported", "OutOfMemory", "PermissionDenied", "Poisoned", "QuotaExceeded",
-    "Session", "acquire", "adopt", "advise", "advise_async", "alloc", "array", "cfunc", "connect", "default", "device",
-    "devices", "discard", "empty", "from_file", "full", "memcpy", "memcpy_async", "prefetch",
-    "prefetch_async", "stats", "where", "zeros",
+    "ADVICE", "Buffer", "Busy", "ConnectionLost", "Context", "ContextLost", "DIRTY", "Device", "Exists", "Fence",
+    "GmemError", "InvalidArgument", "KernelError", "KernelTimeout", "MemoryResource", "NotFound", "NotSupported",
+    "OutOfMemory", "PAGE_DTYPE", "PINNED", "PermissionDenied", "Poisoned", "Pool", "QuotaExceeded", "READ_MOSTLY",
+    "STATES", "Session", "acquire", "adopt", "advise", "advise_async", "alloc", "array", "cfunc", "connect",
+    "default", "device", "devices", "discard", "empty", "from_file", "full", "memcpy", "memcpy_async", "pool",
+    "prefetch", "prefetch_async", "stats", "where", "zeros",
 ]  # fmt: skip

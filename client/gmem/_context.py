@@ -4,6 +4,7 @@ the device's memory, tells the daemon, and then runs kernels, one after the othe
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -63,6 +64,16 @@ def _requests(link: Any) -> Requests:
     )
 
 
+def _map_pool(link: Any, address: int, nbytes: int) -> None:
+    """A pool's file over our window, or with nbytes the window again. Without it, no kernel is to run."""
+    err = lib.gmem_link_uncover(link, address, nbytes) if nbytes else lib.gmem_link_overlay(link, address)
+    if err in (-errno.EINVAL, -errno.ENOENT):  # closed again meanwhile
+        return
+    if err:
+        print(f"gmem: a pool can't be mapped at 0x{address:x}: {os.strerror(-err)}", file=sys.stderr)
+        os._exit(1)
+
+
 def _place(link: Any, what: tuple[str, int, int, int], ranges: list[tuple[int, int]]) -> tuple[Any, ...]:
     """Maps or unmaps what the client adopts, at its address."""
     word, va, nbytes, offset = what
@@ -104,6 +115,9 @@ def serve(channel: Connection) -> None:
             number, body, held, timeout = channel.recv()
         except (EOFError, OSError):
             return
+        if not number:
+            _map_pool(link, body, held)
+            continue
         channel.send((number, "started"))
         # Ours besides the client's own: its threads may all be waiting for memory that this kernel holds.
         signal.setitimer(signal.ITIMER_REAL, timeout or 0)

@@ -88,12 +88,13 @@ class Context:
         self._numbers = itertools.count(1)
         self._ended: GmemError | None = None
         self._idle = threading.Condition(self._lock)
-        self._start()
+        with session.sharing:  # pools that are opened from here on are mapped in it, too
+            self._start()
+            session.contexts.add(self)
         self.context_id = self._find_id()
         self._brackets = "REPLAYABLE" not in {cap.upper() for cap in device.caps}
         self._reader = threading.Thread(target=self._read, name=f"gmem-{device.name}", daemon=True)
         self._reader.start()
-        session.contexts.add(self)
 
     # ---- the process ----
 
@@ -176,6 +177,13 @@ class Context:
             except OSError:
                 pass  # the reader sees the end, and fails the fence
         return fence
+
+    def map_pool(self, address: int, nbytes: int) -> None:
+        """Before whatever is launched from now on; nbytes 0: maps the pool there, else what was there before."""
+        if self.pid != os.getpid():
+            return
+        with suppress(OSError, ValueError), self._sending:  # else it has ended
+            self._channel.send((0, address, nbytes, None))
 
     def map_adopted(self, va: int, nbytes: int, offset: int) -> None:
         """Maps what is about to be adopted in the context's process, at its address; waits for the kernels that run."""

@@ -49,6 +49,12 @@ class Busy(GmemError):
     default_errno = _errno.EBUSY
 
 
+class Exists(GmemError, FileExistsError):
+    """The name is taken, or the range of addresses."""
+
+    default_errno = _errno.EEXIST
+
+
 class PermissionDenied(GmemError, PermissionError):
     default_errno = _errno.EPERM
 
@@ -100,7 +106,7 @@ _BY_ERRNO: dict[int, type[GmemError]] = {
     _errno.EOPNOTSUPP: NotSupported, _errno.ENOENT: NotFound, _errno.ENODEV: NotFound, _errno.ENOMEM: OutOfMemory,
     _errno.ENOSPC: OutOfMemory, _errno.EBUSY: Busy, _errno.EPERM: PermissionDenied, _errno.EACCES: PermissionDenied,
     _errno.ENOTCONN: ConnectionLost, _errno.ECONNREFUSED: ConnectionLost, _errno.ECONNRESET: ConnectionLost,
-    _errno.EIO: Poisoned, _errno.EDQUOT: QuotaExceeded,
+    _errno.EIO: Poisoned, _errno.EDQUOT: QuotaExceeded, _errno.EEXIST: Exists,
 }  # fmt: skip
 
 

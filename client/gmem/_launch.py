@@ -34,7 +34,8 @@ def view(
         mapping = Mapping(address, nbytes)
     flat = np.frombuffer(mapping, np.uint8)
     result = np.ndarray(shape, dtype, flat, start - mapping.address, strides)
-    result.flags.writeable = writeable
+    if result.flags.writeable != writeable and not (writeable and mapping.read_only):
+        result.flags.writeable = writeable
     return result
 
 
@@ -64,7 +65,7 @@ class Pickler(cloudpickle.Pickler):
                 start = obj.__array_interface__["data"][0]
                 return view, (low, high - low, start, obj.dtype, obj.shape, obj.strides, obj.flags.writeable)
         if isinstance(obj, Mapping):
-            return Mapping, (obj.address, obj.nbytes)
+            return Mapping, (obj.address, obj.nbytes, obj.read_only)
         return super().reducer_override(obj)
 
 

@@ -11,17 +11,19 @@ cdef class Mapping:
     cdef readonly size_t address
     cdef readonly size_t nbytes
     cdef readonly bint closed
+    cdef readonly bint read_only
     cdef Py_ssize_t exports
     cdef object __weakref__
 
-    def __init__(self, size_t address, size_t nbytes):
+    def __init__(self, size_t address, size_t nbytes, bint read_only=False):
         self.address = address
         self.nbytes = nbytes
+        self.read_only = read_only
 
     def __getbuffer__(self, Py_buffer *buffer, int flags):
         if self.closed:
             raise ValueError("the buffer is closed")
-        PyBuffer_FillInfo(buffer, self, <void *>self.address, <Py_ssize_t>self.nbytes, 0, flags)
+        PyBuffer_FillInfo(buffer, self, <void *>self.address, <Py_ssize_t>self.nbytes, self.read_only, flags)
         self.exports += 1
 
     def __releasebuffer__(self, Py_buffer *buffer):

@@ -49,6 +49,8 @@ class Session:
         _sessions.add(self)
         self.mappings: weakref.WeakValueDictionary[int, Mapping] = weakref.WeakValueDictionary()
         self.contexts: weakref.WeakSet[Any] = weakref.WeakSet()
+        # A context that is being opened, and a pool that is: the one is to know of the other.
+        self.sharing = threading.RLock()
         self.window = (lib.gmem_link_window_base(self._link), lib.gmem_link_window_bytes(self._link))
         self.adopted: dict[int, int] = {}  # address: length
 
@@ -147,6 +149,16 @@ class Session:
             self.unmap(va, size)
             raise
         return va, size
+
+    def map_pool(self, va: int, fork: str = "share") -> None:
+        """Maps and commits what pool_create or pool_open has reserved. FileExistsError: the range is in use here."""
+        with self._layout:
+            err = lib.gmem_link_map_file(self._link, va, fork == "share")
+            if err == -errno.EEXIST:
+                raise FileExistsError(errno.EEXIST, f"0x{va:x} is in use in this process")
+            if err:
+                raise from_errno(-err, f"mapping a pool at 0x{va:x}: {os.strerror(-err)}")
+            self.request("mmap_commit", va=va)
 
     def unmap(self, va: int, nbytes: int) -> None:
         """munmap, and then waits until gmemd has let go of the memory."""
@@ -280,6 +292,7 @@ def _in_child() -> None:
     _adopting = threading.RLock()
     for session in _sessions:
         session._layout = threading.RLock()
+        session.sharing = threading.RLock()
 
 
 os.register_at_fork(before=lambda: _adopting.acquire(), after_in_parent=lambda: _adopting.release(),

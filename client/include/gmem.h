@@ -144,6 +144,37 @@ struct gmem_page {
 GMEM_API int gmem_query(struct gmem *session, const void *va, size_t bytes, struct gmem_page *pages, size_t capacity,
 			size_t *ret);
 
+/* ---- pools ---- */
+
+#define GMEM_POOL_WRITE 0x1u      /* open: to read and write; else to read only */
+#define GMEM_POOL_PERSISTENT 0x2u /* create: it stays when this session ends, until it is unlinked; for administrators */
+#define GMEM_POOL_OF_UID 0x4u     /* open: it has to be that user's (a name is whose who was first) */
+
+struct gmem_pool_options {
+	size_t size;
+	size_t page_bytes; /* create: as in gmem_mmap_options */
+	uint32_t mode;     /* create: who may open it, as of a file */
+	uint32_t flags;    /* GMEM_POOL_* */
+	uint32_t uid;      /* with GMEM_POOL_OF_UID */
+	uint32_t reserved;
+};
+
+/* A pool is memory with a name that every process of this gmemd can open: at the same address in all of them and in their
+ * contexts, with one state of each page. Made, it is open here to read and write. name: up to 64 letters, digits, `_.-`,
+ * the first one no dot or dash. Without options its mode is 0600. It ends with this session, or when it is unlinked; who
+ * has it open keeps it. Closed by gmem_munmap() of all of it. -EEXIST: there is one of that name; -EDQUOT. */
+GMEM_API int gmem_pool_create(struct gmem *session, const char *name, size_t bytes,
+			      const struct gmem_pool_options *options, void **ret);
+/* Opened once more by the same process, it is where it was, as it was opened first. Waits for kernels that run. -ENOENT;
+ * -EACCES: the mode does not allow it, or it is another user's; -EPERM: GMEM_POOL_WRITE, and it is published; -EBUSY: this
+ * process has it open to read only; -EEXIST: its address is in use here. */
+GMEM_API int gmem_pool_open(struct gmem *session, const char *name, const struct gmem_pool_options *options,
+			    struct gmem_range *ret);
+/* Immutable for ever, for its owner: a write is SIGSEGV from now on, as to any read-only memory. */
+GMEM_API int gmem_pool_publish(struct gmem *session, const char *name);
+/* Nobody can open it any more. For its owner. */
+GMEM_API int gmem_pool_unlink(struct gmem *session, const char *name);
+
 /* ---- heap: in libgmem-heap.so, pkg-config gmem-heap ---- */
 
 /* malloc(3) and its kin in unified memory, moved in pages of 4 KiB: lists, trees and small arrays for kernels. Failures

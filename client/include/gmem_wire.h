@@ -34,12 +34,16 @@ enum gmem_wire_type {
 	GMEM_WIRE_REGION = 3,
 	GMEM_WIRE_UFFD = 4,
 	GMEM_WIRE_READY = 5,
+	GMEM_WIRE_ASK = 6,
+	GMEM_WIRE_ANSWER = 7,
 };
 
 enum gmem_wire_kind {
 	GMEM_WIRE_CLIENT = 1,     /* a new session; token ignored */
 	GMEM_WIRE_FORK_CHILD = 2, /* child of the session whose token is sent; becomes a session of its own */
 	GMEM_WIRE_CONTEXT = 3,    /* device context process of the session whose token is sent */
+	GMEM_WIRE_FILES = 5,      /* for files of the session whose token is sent: WELCOME, then ASK and ANSWER in turn; device:
+				   * empty, or that of the context which the process is */
 	GMEM_WIRE_ADMIN = 4,      /* a token for requests only: no memory, no uffd, ends after WELCOME */
 };
 
@@ -59,6 +63,7 @@ enum gmem_wire_kind {
 
 /* region.flags */
 #define GMEM_WIRE_REGION_HUGE (1u << 0)  /* backed by hugetlb pages */
+#define GMEM_WIRE_REGION_READ_ONLY (1u << 1) /* to be mapped PROT_READ and MAP_PRIVATE; the descriptor can't write */
 
 struct gmem_wire_header {
 	uint32_t magic;
@@ -101,6 +106,29 @@ struct gmem_wire_uffd { /* + 1 fd: O_NONBLOCK userfaultfd, no ioctl done on it y
 	struct gmem_wire_header header;
 	uint32_t user_mode_only; /* 1 if made with UFFD_USER_MODE_ONLY */
 	uint32_t reserved;
+};
+
+enum gmem_wire_ask_what {
+	GMEM_WIRE_ASK_FILE = 1,     /* the file of the region that begins at va */
+	GMEM_WIRE_ASK_MAPPED = 2,   /* contexts: [va, va + bytes) has been mapped from such files, over the window */
+	GMEM_WIRE_ASK_RESTORED = 3, /* contexts: it is the window again */
+};
+
+struct gmem_wire_ask {
+	struct gmem_wire_header header;
+	uint32_t what;
+	uint32_t reserved;
+	uint64_t va, bytes; /* FILE: bytes is 0 */
+};
+
+struct gmem_wire_answer { /* FILE: + 1 fd */
+	struct gmem_wire_header header;
+	int32_t status;     /* 0 or -errno; then only message is valid */
+	uint32_t flags;     /* of a region */
+	uint64_t va, bytes, offset;
+	uint32_t page_bytes;
+	uint32_t reserved;
+	char message[GMEM_WIRE_MESSAGE_BYTES];
 };
 
 /* ready.flags */

@@ -29,7 +29,8 @@ static void drop(const struct gmem_agent *agent, struct gmem_agent_entry entry)
 {
 	uint64_t offset = entry.va - agent->window_base;
 
-	/* Only shared mappings are in the window: of private memory DONTNEED would drop the content. */
+	/* What is in the window is in files: of private memory DONTNEED would drop the content, and of a pool that is mapped to
+	 * read only there is none. */
 	if (entry.va < agent->window_base || offset >= agent->window_bytes || entry.bytes > agent->window_bytes - offset)
 		return;
 	gmem_sys_madvise((void *)(uintptr_t)entry.va, entry.bytes, MADV_DONTNEED); /* unmapped meanwhile: ENOMEM, and no harm */

@@ -271,6 +271,19 @@ int gmem_context_close(struct gmem_context *context)
 	return 0;
 }
 
+int gmem_contexts_cover(struct gmem *session, uint64_t va, uint64_t bytes)
+{
+	const uint64_t args[3] = { va, bytes, 0 };
+
+	for (struct gmem_context *context = session->contexts; context; context = context->next) {
+		int value = 0, err = context->owner == getpid() ? gmem_context_ask(context, GMEM_LAUNCH_COVER, args, &value) : 0;
+
+		if (!err && value) /* no kernel is to run in it that would find something else there */
+			shutdown(context->channel, SHUT_RDWR);
+	}
+	return 0;
+}
+
 /* ---- acquire, release ---- */
 
 int gmem_check_ranges(const struct gmem_range *ranges, size_t count, const char *what)

@@ -55,6 +55,10 @@ int gmem_check_ranges(const struct gmem_range *ranges, size_t count, const char 
  * can't, and none does then. Waits for the kernels that run. */
 int gmem_contexts_map(struct gmem *session, uint64_t va, uint64_t bytes, uint64_t offset);
 
+/* Every open context maps the pool at va over its window, or with bytes the window there again; the caller holds
+ * session->mapping to write. Waits for the kernels that run. A context that can't has ended. */
+int gmem_contexts_cover(struct gmem *session, uint64_t va, uint64_t bytes);
+
 /* ---- launch.c ---- */
 
 /* Has the process do something between two kernels; *ret_value: what it says. */

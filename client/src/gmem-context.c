@@ -112,6 +112,9 @@ static void map(struct gmem_link *link, const struct gmem_launch_run *run)
 
 	if (run->kind == GMEM_LAUNCH_MAP)
 		said.value = gmem_link_map_beside(link, run->args[0], run->args[1], run->args[2]);
+	else if (run->kind == GMEM_LAUNCH_COVER)
+		said.value = run->args[1] ? gmem_link_uncover(link, run->args[0], run->args[1]) :
+					    gmem_link_overlay(link, run->args[0]);
 	else
 		munmap((void *)(uintptr_t)run->args[0], run->args[1]);
 	put(&said, sizeof(said));

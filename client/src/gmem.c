@@ -296,6 +296,8 @@ int gmem_munmap(struct gmem *session, void *va, size_t bytes)
 	err = in_window(session, address(va)) ? round_end(session, address(va), bytes, &whole) : 0;
 	if (!err)
 		err = gmem_session_check(session); /* without gmemd, munmap(2) would not return */
+	if (!err && session->cover && gmem_link_is_pooled(session->link, address(va), whole))
+		err = session->cover(session, address(va), whole);
 	if (!err) {
 		err = gmem_link_unmap(session->link, address(va), whole);
 		if (err)

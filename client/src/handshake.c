@@ -215,7 +215,7 @@ static int attempt(struct gmem_link *link, uint32_t kind, const uint8_t *token, 
 	bool stored;
 	int err;
 
-	link->sock = link->uffd = link->uffd_dev = link->files[0] = link->files[1] = -1;
+	link->sock = link->files_sock = link->uffd = link->uffd_dev = link->files[0] = link->files[1] = -1;
 	link->message[0] = '\0';
 	link->ring = NULL;
 	link->agent = NULL;
@@ -227,8 +227,10 @@ static int attempt(struct gmem_link *link, uint32_t kind, const uint8_t *token, 
 		memcpy(hello.token, token, sizeof(hello.token));
 	if (device && strlen(device) >= sizeof(hello.device))
 		return failed(link, -EINVAL, "device");
-	if (device)
+	if (device) {
 		strcpy(hello.device, device);
+		strcpy(link->device, device);
+	}
 	err = dial(link);
 	if (!err)
 		err = put(link, &hello, sizeof(hello), -1);
@@ -272,7 +274,7 @@ int gmem_link_handshake(struct gmem_link *link, uint32_t kind, const uint8_t *to
 
 void gmem_link_hang_up(struct gmem_link *link)
 {
-	int *const fds[] = { &link->sock, &link->uffd, &link->uffd_dev, &link->files[0], &link->files[1] };
+	int *const fds[] = { &link->sock, &link->files_sock, &link->uffd, &link->uffd_dev, &link->files[0], &link->files[1] };
 
 	if (link->ring)
 		gmem_ring_destroy(link->ring);

@@ -1,47 +1,24 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * A session's heap is an arena of jemalloc whose extents are regions of gmem. Locks, outermost first, which is also the
- * order around a fork: `lock`, jemalloc's own, heap->lock, libgmem's. jemalloc calls the hooks with its locks held.
+ * order around a fork: `lock`, jemalloc's own, heap->extents.lock, libgmem's. jemalloc calls the hooks with its locks held.
  */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <jemalloc/jemalloc.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
 #include "atfork.h"
 #include "error.h"
+#include "extents.h"
 #include "heap.h"
 
 /* jemalloc's page, so that all it frees can be given back; nodes of a list lie anywhere, and a sequence is fetched
  * ahead. */
 #define HEAP_PAGE_BYTES 4096ull
-/* Regions begin as small as a span and grow up to this; only a larger request makes a larger one. */
-#define HEAP_GROWTH_BYTES (64ul << 20)
-/* Regions are whole spans, so a span's tag says whose an address is. */
-#define SPAN_SHIFT 21
-#define SPAN_BYTES (1ul << SPAN_SHIFT)
-/* Free memory is given back after a while, as jemalloc does it, so that it is not faulted in again at once. */
-#define DIRTY_DECAY_MS 1000
-
-/* jemalloc's functions, by the names that allocator.syms gives them. */
-void *gmem_je_mallocx(size_t bytes, int flags);
-void *gmem_je_rallocx(void *at, size_t bytes, int flags);
-void gmem_je_dallocx(void *at, int flags);
-size_t gmem_je_sallocx(const void *at, int flags);
-int gmem_je_mallctl(const char *name, void *old, size_t *old_bytes, void *new, size_t new_bytes);
-int gmem_je_atfork(void (*before)(void), void (*parent)(void), void (*child)(void));
-
-/* As jemalloc 5.3's experimental.arenas_create_ext takes it; its headers do not show it. */
-struct arena_config {
-	extent_hooks_t *hooks;
-	bool metadata_use_hooks;
-};
-
 /* A thread's cache of small objects; jemalloc's may hold what is of one arena only. */
 struct cache {
 	struct gmem_heap *heap; /* lock; NULL: it has gone */
@@ -51,18 +28,11 @@ struct cache {
 };
 
 struct gmem_heap {
-	extent_hooks_t hooks; /* first: hooks get its address */
-	struct gmem *session;
+	struct gmem_extents extents;
 	struct gmem_heap_slot *slot;
-	uintptr_t base; /* of the window */
-	size_t window_bytes;
-	uint8_t *tags; /* for each span of the window: 0, or which of our regions. Neighbours differ. */
 	unsigned arena;
-	atomic_bool closing;
 	struct cache *caches;   /* lock */
 	struct gmem_heap *next; /* lock */
-	pthread_mutex_t lock; /* guards what follows, and changes of tags */
-	uint8_t last_tag;
 };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
@@ -81,103 +51,6 @@ LOCAL struct {
 	uint64_t epoch;
 	int flags;
 } recent;
-LOCAL int refused; /* -errno of this thread's last extent that could not be had; gmem_last_error() has its words */
-
-/* ---- extents ---- */
-
-static struct gmem_heap *of(extent_hooks_t *hooks)
-{
-	return (struct gmem_heap *)hooks;
-}
-
-static uint8_t *tag_of(const struct gmem_heap *heap, uintptr_t at)
-{
-	return &heap->tags[(at - heap->base) >> SPAN_SHIFT];
-}
-
-static bool owns(const struct gmem_heap *heap, const void *at)
-{
-	return (uintptr_t)at - heap->base < heap->window_bytes && *tag_of(heap, (uintptr_t)at);
-}
-
-static void tag_region(struct gmem_heap *heap, uintptr_t start, size_t count)
-{
-	uint8_t *tags = tag_of(heap, start), before, after;
-
-	pthread_mutex_lock(&heap->lock);
-	before = tags == heap->tags ? 0 : tags[-1];
-	after = tags[count]; /* there is one more than the window has spans */
-	do {
-		heap->last_tag++;
-	} while (!heap->last_tag || heap->last_tag == before || heap->last_tag == after);
-	memset(tags, heap->last_tag, count);
-	pthread_mutex_unlock(&heap->lock);
-}
-
-static void *extent_alloc(extent_hooks_t *hooks, void *wanted, size_t bytes, size_t alignment, bool *zero,
-			  bool *commit, unsigned arena)
-{
-	const struct gmem_mmap_options options = { .size = sizeof(options), .page_bytes = HEAP_PAGE_BYTES,
-						   .flags = GMEM_MMAP_NO_INHERIT };
-	size_t count = (bytes + SPAN_BYTES - 1) >> SPAN_SHIFT;
-	struct gmem_heap *heap = of(hooks);
-	void *at;
-
-	(void)arena;
-	if (wanted || !count)
-		return NULL;
-	refused = gmem_mmap(heap->session, count << SPAN_SHIFT, &options, &at);
-	if (refused)
-		return NULL;
-	if ((uintptr_t)at & (alignment - 1)) { /* jemalloc aligns by itself, except when larger regions were refused */
-		gmem_munmap(heap->session, at, count << SPAN_SHIFT);
-		refused = gmem_fail(-ENOMEM, "alignment: no room for %zu bytes at a multiple of %zu", bytes, alignment);
-		return NULL;
-	}
-	tag_region(heap, (uintptr_t)at, count);
-	*zero = true;
-	*commit = true;
-	return at;
-}
-
-/* Regions stay: jemalloc keeps what it may not give back, purged, and cuts what it needs next from it. */
-static bool extent_dalloc(extent_hooks_t *hooks, void *at, size_t bytes, bool committed, unsigned arena)
-{
-	(void)at, (void)bytes, (void)committed, (void)arena;
-	return !of(hooks)->closing;
-}
-
-static void extent_destroy(extent_hooks_t *hooks, void *at, size_t bytes, bool committed, unsigned arena)
-{
-	(void)hooks, (void)at, (void)bytes, (void)committed, (void)arena; /* the session unmaps it */
-}
-
-/* Has to read zero afterwards, and whole pages do. */
-static bool extent_purge(extent_hooks_t *hooks, void *at, size_t all, size_t offset, size_t bytes, unsigned arena)
-{
-	struct gmem_heap *heap = of(hooks);
-	uint8_t *start = (uint8_t *)at + offset;
-
-	(void)all, (void)arena;
-	if (((uintptr_t)start | bytes) & (HEAP_PAGE_BYTES - 1))
-		return true; /* a jemalloc whose page is smaller */
-	return heap->closing || gmem_discard(heap->session, start, bytes);
-}
-
-static bool extent_split(extent_hooks_t *hooks, void *at, size_t bytes, size_t first, size_t second, bool committed,
-			 unsigned arena)
-{
-	(void)hooks, (void)at, (void)bytes, (void)first, (void)second, (void)committed, (void)arena;
-	return false;
-}
-
-/* Within one region: our requests must not span two. */
-static bool extent_merge(extent_hooks_t *hooks, void *a, size_t a_bytes, void *b, size_t b_bytes, bool committed,
-			 unsigned arena)
-{
-	(void)a_bytes, (void)b_bytes, (void)committed, (void)arena;
-	return *tag_of(of(hooks), (uintptr_t)a) != *tag_of(of(hooks), (uintptr_t)b);
-}
 
 /* ---- caches ---- */
 
@@ -257,40 +130,26 @@ out:
 
 /* ---- fork ---- */
 
-/* jemalloc's handlers, which it registers when it is loaded. They have to run before libgmem's, whose locks its hooks
- * take, so they are kept until libgmem's are there. */
-static struct {
-	void (*before)(void), (*parent)(void), (*child)(void);
-} allocator;
-
-int gmem_je_atfork(void (*before)(void), void (*parent)(void), void (*child)(void))
-{
-	allocator.before = before;
-	allocator.parent = parent;
-	allocator.child = child;
-	return 0;
-}
-
 static void before_fork(void)
 {
 	pthread_mutex_lock(&lock);
-	allocator.before();
+	gmem_allocator_fork.before();
 	for (struct gmem_heap *heap = heaps; heap; heap = heap->next)
-		pthread_mutex_lock(&heap->lock);
+		pthread_mutex_lock(&heap->extents.lock);
 }
 
 static void after_fork(void)
 {
 	for (struct gmem_heap *heap = heaps; heap; heap = heap->next)
-		pthread_mutex_unlock(&heap->lock);
-	allocator.parent();
+		pthread_mutex_unlock(&heap->extents.lock);
+	gmem_allocator_fork.parent();
 	pthread_mutex_unlock(&lock);
 }
 
 /* The memory is not here. The child's session makes a heap of its own when it needs one. */
 static void after_fork_child(void)
 {
-	allocator.child();
+	gmem_allocator_fork.child();
 	while (heaps) {
 		struct gmem_heap *heap = heaps;
 
@@ -298,10 +157,10 @@ static void after_fork_child(void)
 		heap->next = inherited;
 		inherited = heap;
 		atomic_store(&heap->slot->heap, NULL);
-		heap->closing = true;
+		heap->extents.closing = true;
 		for (struct cache *cache = heap->caches; cache; cache = cache->next)
 			cache->heap = NULL;
-		pthread_mutex_unlock(&heap->lock);
+		pthread_mutex_unlock(&heap->extents.lock);
 	}
 	epoch++;
 	pthread_mutex_unlock(&lock);
@@ -316,61 +175,37 @@ static void set_up(void)
 
 /* ---- the heap ---- */
 
-static void set_option(const struct gmem_heap *heap, const char *option, void *value, size_t bytes)
-{
-	char name[64];
-
-	snprintf(name, sizeof(name), "arena.%u.%s", heap->arena, option);
-	gmem_je_mallctl(name, NULL, NULL, value, bytes);
-}
-
-static int create_arena(struct gmem_heap *heap)
-{
-	/* The allocator's own notes are nothing for kernels to write over, and a forked child needs them: they stay in
-	 * plain memory. */
-	struct arena_config config = { .hooks = &heap->hooks, .metadata_use_hooks = false };
-	ssize_t decay_ms = DIRTY_DECAY_MS, muzzy_ms = 0;
-	size_t growth = HEAP_GROWTH_BYTES, bytes = sizeof(heap->arena);
-	int err;
-
-	err = gmem_je_mallctl("experimental.arenas_create_ext", &heap->arena, &bytes, &config, sizeof(config));
-	if (err)
-		return gmem_fail(-ENOMEM, "no arena for the heap: %s", strerror(err));
-	set_option(heap, "dirty_decay_ms", &decay_ms, sizeof(decay_ms));
-	set_option(heap, "muzzy_decay_ms", &muzzy_ms, sizeof(muzzy_ms));
-	set_option(heap, "retain_grow_limit", &growth, sizeof(growth));
-	return 0;
-}
-
 static int create(struct gmem *session, struct gmem_heap **ret)
 {
 	struct gmem_heap *heap = calloc(1, sizeof(*heap));
 	uint64_t base, bytes;
-	void *tags;
+	int err;
 
 	if (!heap)
 		return gmem_fail(-ENOMEM, "out of memory");
-	heap->session = session;
 	heap->slot = gmem_session_heap(session, &base, &bytes);
-	heap->base = base;
-	heap->window_bytes = bytes;
-	tags = mmap(NULL, (bytes >> SPAN_SHIFT) + 1, PROT_READ | PROT_WRITE,
-		    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	if (tags == MAP_FAILED) {
+	err = gmem_extents_init(&heap->extents, session, base, bytes, HEAP_PAGE_BYTES);
+	if (err) {
 		free(heap);
-		return gmem_fail(-ENOMEM, "out of memory");
+		return err;
 	}
-	heap->tags = tags;
-	heap->hooks = (extent_hooks_t){ .alloc = extent_alloc, .dalloc = extent_dalloc, .destroy = extent_destroy,
-					.purge_forced = extent_purge, .split = extent_split, .merge = extent_merge };
-	pthread_mutex_init(&heap->lock, NULL);
-	if (create_arena(heap)) {
-		munmap(heap->tags, (bytes >> SPAN_SHIFT) + 1);
+	heap->extents.mmap_flags = GMEM_MMAP_NO_INHERIT;
+	err = gmem_extents_arena(&heap->extents, &heap->arena);
+	if (err) {
+		gmem_extents_deinit(&heap->extents);
 		free(heap);
-		return -ENOMEM;
+		return err;
 	}
 	*ret = heap;
 	return 0;
+}
+
+static void destroy_arena(const struct gmem_heap *heap)
+{
+	char name[32];
+
+	snprintf(name, sizeof(name), "arena.%u.destroy", heap->arena);
+	gmem_je_mallctl(name, NULL, NULL, NULL, 0);
 }
 
 static void destroy(struct gmem_heap *heap)
@@ -378,17 +213,16 @@ static void destroy(struct gmem_heap *heap)
 	struct gmem_heap **at;
 
 	pthread_mutex_lock(&lock);
-	heap->closing = true;
+	heap->extents.closing = true;
 	for (at = &heaps; *at != heap; at = &(*at)->next)
 		;
 	*at = heap->next;
 	epoch++;
 	while (heap->caches)
 		drop_locked(heap->caches);
-	set_option(heap, "destroy", NULL, 0);
+	destroy_arena(heap);
 	pthread_mutex_unlock(&lock);
-	munmap(heap->tags, (heap->window_bytes >> SPAN_SHIFT) + 1);
-	pthread_mutex_destroy(&heap->lock);
+	gmem_extents_deinit(&heap->extents);
 	free(heap);
 }
 
@@ -452,7 +286,7 @@ static bool find_owner(struct gmem *session, const void *at)
 {
 	const struct gmem_heap *heap = is_recent(session) ? recent.heap : find_heap(session, false);
 
-	return heap && owns(heap, at);
+	return heap && gmem_extents_owns(&heap->extents, at);
 }
 
 /* ---- the interface ---- */
@@ -473,16 +307,15 @@ _Noreturn static void die(const void *at, const char *function)
 static bool is_inherited(const void *at)
 {
 	for (struct gmem_heap *heap = inherited; heap; heap = heap->next)
-		if (owns(heap, at))
+		if (gmem_extents_owns(&heap->extents, at))
 			return true;
 	return false;
 }
 
 __attribute__((noinline)) static void *no_room(size_t bytes)
 {
-	int err = refused;
+	int err = gmem_extents_refused();
 
-	refused = 0;
 	return fail(err ? err : gmem_fail(-ENOMEM, "bytes: %zu are more than there can be", bytes));
 }
 
@@ -551,7 +384,7 @@ __attribute__((noinline)) static void free_elsewhere(struct gmem *session, void 
 
 void gmem_free(struct gmem *session, void *at)
 {
-	if (is_recent(session) && __builtin_expect(owns(recent.heap, at), 1))
+	if (is_recent(session) && __builtin_expect(gmem_extents_owns(&recent.heap->extents, at), 1))
 		gmem_je_dallocx(at, recent.flags);
 	else
 		free_elsewhere(session, at);

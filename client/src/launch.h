@@ -40,6 +40,7 @@ enum gmem_launch_kind {
 	GMEM_LAUNCH_RUN = 0,
 	GMEM_LAUNCH_MAP = 1,   /* args: va, bytes, offset in the small file; the value is 0 or -errno */
 	GMEM_LAUNCH_UNMAP = 2, /* args: va, bytes */
+	GMEM_LAUNCH_COVER = 3, /* args: va of a pool, or va, bytes: the window again; the value is 0 or -errno */
 };
 
 struct gmem_launch_run {

@@ -25,10 +25,12 @@ struct gmem_ring;
 struct gmem_link_region {
 	uint64_t va, bytes;
 	bool inherit; /* a forked child shares it */
+	bool pooled;  /* contexts have it over their window */
 };
 
 struct gmem_link {
 	int sock;
+	int files_sock;                 /* lock; -1: none yet */
 	int uffd_dev;                   /* an open /dev/userfaultfd, -1: user mode only */
 	int uffd;                       /* our dup: while it is open, a lost daemon leaves us blocked, not reading zeros */
 	int files[GMEM_FILES];          /* -1 where there is none */
@@ -42,6 +44,7 @@ struct gmem_link {
 	int status;                     /* 0; after a fork whose child could not join: -errno */
 	pid_t pid;
 	bool context;
+	char device[GMEM_WIRE_NAME_BYTES]; /* contexts: on which */
 	pthread_mutex_t lock;           /* guards regions */
 	struct gmem_link_region *regions;
 	size_t region_count, region_capacity;
@@ -74,10 +77,25 @@ bool gmem_link_is_lost(const struct gmem_link *link);
 int gmem_link_status(const struct gmem_link *link);
 const char *gmem_link_message(const struct gmem_link *link);
 
+/* ---- files.c ---- */
+
+/* Maps the region that gmemd has reserved at va from the file that it gives, which is not one of the session's own; the
+ * caller then commits it. -EEXIST: that range is in use here. */
+int gmem_link_map_file(struct gmem_link *link, uint64_t va, bool inherit);
+/* In a context's process, with no kernel running: maps the region at va over the window, or the window there again. */
+int gmem_link_overlay(struct gmem_link *link, uint64_t va);
+int gmem_link_uncover(struct gmem_link *link, uint64_t va, uint64_t bytes);
+void gmem_link_close_files(struct gmem_link *link);
+/* Whether any of it was mapped by gmem_link_map_file(). */
+bool gmem_link_is_pooled(struct gmem_link *link, uint64_t va, uint64_t bytes);
+
 /* ---- map.c ---- */
 
 /* Maps a region that the daemon has reserved; the caller then commits it. -EEXIST: that range is in use here. */
 int gmem_link_map(struct gmem_link *link, uint64_t va, uint64_t bytes, uint64_t offset, bool huge, bool inherit);
+/* The same from a descriptor, which stays the caller's. */
+int gmem_link_map_fd(struct gmem_link *link, uint64_t va, uint64_t bytes, int fd, uint64_t offset, bool read_only,
+		     bool inherit);
 int gmem_link_unmap(struct gmem_link *link, uint64_t va, uint64_t bytes);
 /* Drops a range from the table: it has been moved away, over a range that is in the table already. */
 int gmem_link_forget(struct gmem_link *link, uint64_t va, uint64_t bytes);

@@ -15,11 +15,12 @@
 #define MAP_FIXED_NOREPLACE 0x100000
 #endif
 
-static int map_at(uint64_t va, uint64_t bytes, int fd, uint64_t offset, int how, bool inherit)
+/* Read-only is private: such a descriptor can't be mapped otherwise to be served by gmemd. */
+static int map_at(uint64_t va, uint64_t bytes, int fd, uint64_t offset, int how, bool read_only, bool inherit)
 {
 	void *want = (void *)(uintptr_t)va;
-	void *at = gmem_sys_mmap(want, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE | how, fd,
-				 (off_t)offset);
+	void *at = gmem_sys_mmap(want, bytes, PROT_READ | (read_only ? 0 : PROT_WRITE),
+				 (read_only ? MAP_PRIVATE : MAP_SHARED) | MAP_NORESERVE | how, fd, (off_t)offset);
 
 	if (at == MAP_FAILED)
 		return -errno;
@@ -44,22 +45,27 @@ static int remember(struct gmem_link *link, uint64_t va, uint64_t bytes, bool in
 		link->regions = grown;
 		link->region_capacity = capacity;
 	}
-	link->regions[link->region_count++] = (struct gmem_link_region){ va, bytes, inherit };
+	link->regions[link->region_count++] = (struct gmem_link_region){ .va = va, .bytes = bytes, .inherit = inherit };
 	return 0;
 }
 
 int gmem_link_map(struct gmem_link *link, uint64_t va, uint64_t bytes, uint64_t offset, bool huge, bool inherit)
 {
+	return link->files[huge] < 0 ? -ENOTCONN :
+	       gmem_link_map_fd(link, va, bytes, link->files[huge], offset, false, inherit);
+}
+
+int gmem_link_map_fd(struct gmem_link *link, uint64_t va, uint64_t bytes, int fd, uint64_t offset, bool read_only,
+		     bool inherit)
+{
 	bool by_event = link->hello.flags & GMEM_WIRE_EVENT_FORK;
 	int err;
 
-	if (link->files[huge] < 0)
-		return -ENOTCONN;
 	pthread_mutex_lock(&link->lock);
 	err = remember(link, va, bytes, inherit);
 	if (!err) {
 		/* Without fork events a child must not inherit the mapping: it would read silent zeros through it. */
-		err = map_at(va, bytes, link->files[huge], offset, MAP_FIXED_NOREPLACE, inherit && by_event);
+		err = map_at(va, bytes, fd, offset, MAP_FIXED_NOREPLACE, read_only, inherit && by_event);
 		link->region_count -= err != 0;
 	}
 	pthread_mutex_unlock(&link->lock);
@@ -155,10 +161,10 @@ static int check_ours(const struct gmem_vma *vma, void *arg)
 /* What its client had adopted there once, and has freed, may be mapped there still. */
 static int map_beside(struct gmem_link *link, uint64_t va, uint64_t bytes, int fd, uint64_t offset)
 {
-	int err = map_at(va, bytes, fd, offset, MAP_FIXED_NOREPLACE, false);
+	int err = map_at(va, bytes, fd, offset, MAP_FIXED_NOREPLACE, false, false);
 
 	if (err == -EEXIST && !gmem_vma_each(va, va + bytes, check_ours, link))
-		err = map_at(va, bytes, fd, offset, MAP_FIXED, false);
+		err = map_at(va, bytes, fd, offset, MAP_FIXED, false, false);
 	return err;
 }
 
@@ -168,7 +174,8 @@ int gmem_link_map_region(struct gmem_link *link, const struct gmem_wire_region *
 	 * own where its client has adopted memory. */
 	bool beside = link->context && !in_window(link, region->va);
 	int err = beside ? map_beside(link, region->va, region->bytes, fd, region->offset) :
-			   map_at(region->va, region->bytes, fd, region->offset, MAP_FIXED, inherit);
+			   map_at(region->va, region->bytes, fd, region->offset, MAP_FIXED,
+				  region->flags & GMEM_WIRE_REGION_READ_ONLY, inherit);
 
 	close(fd);
 	if (err == -EEXIST)
@@ -198,9 +205,9 @@ int gmem_link_map_window(struct gmem_link *link)
 
 	if (link->files[0] >= 0)
 		err = map_at(hello->small_base, hello->small_bytes, link->files[0],
-			     hello->small_base - hello->window_base, MAP_FIXED_NOREPLACE, false);
+			     hello->small_base - hello->window_base, MAP_FIXED_NOREPLACE, false, false);
 	if (!err && link->files[1] >= 0)
 		err = map_at(hello->huge_base, hello->huge_bytes, link->files[1],
-			     hello->huge_base - hello->window_base, MAP_FIXED_NOREPLACE, false);
+			     hello->huge_base - hello->window_base, MAP_FIXED_NOREPLACE, false, false);
 	return err;
 }

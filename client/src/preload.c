@@ -5,15 +5,12 @@
  * library. It needs libc only; libgmem.so, beside it, is loaded at the first use.
  *
  * Any of these functions may be called before the constructor here has run, from an allocator too: until then calls go to
- * the kernel. While gmem works for a thread, that thread's calls go there as well (`inside`), and its signals wait: a
- * handler may call munmap(2).
+ * the kernel. While gmem works for a thread, that thread's calls go there as well (interpose.h).
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
-#include <pthread.h>
-#include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -22,7 +19,7 @@
 
 #include <libgmem.h>
 
-#include "atfork.h"
+#include "interpose.h"
 #include "peer.h"
 #include "syscalls.h"
 
@@ -35,15 +32,10 @@
 #define HMADVISE_453 453 /* map_shadow_stack elsewhere */
 #define MMAP_MIN_ADDR 65536ul
 #define HNIDS_MAX 1024
-#define HANDLERS_MAX 16
 
 #ifndef MFD_CLOEXEC
 #define MFD_CLOEXEC 1u
 #endif
-
-#define LIKELY_NOT(condition) __builtin_expect(!!(condition), 0)
-/* Defines libc's function of that name: not under its own in C, as headers declare some with `...`. */
-#define IN_PLACE_OF(name) __asm__(name) __attribute__((visibility("default")))
 
 /* ---- what comes next: the kernel, until the constructor has found the libraries ---- */
 
@@ -76,153 +68,25 @@ static struct {
 } next = { gmem_sys_mmap, gmem_sys_munmap, gmem_sys_mremap, gmem_sys_mprotect, gmem_sys_madvise, kernel_open,
 	   kernel_openat, kernel_ioctl, NULL, NULL };
 
-static void find(const char *name, void *ret)
-{
-	void *found = dlsym(RTLD_NEXT, name);
-
-	if (found)
-		memcpy(ret, &found, sizeof(found)); /* function pointers are no void pointers in C */
-}
-
 __attribute__((constructor)) static void find_next(void)
 {
-	find("mmap", &next.mmap);
-	find("munmap", &next.munmap);
-	find("mremap", &next.mremap);
-	find("mprotect", &next.mprotect);
-	find("madvise", &next.madvise);
-	find("open", &next.open);
-	find("openat", &next.openat);
-	find("ioctl", &next.ioctl);
-	find("fopen", &next.fopen);
-	find("fopen64", &next.fopen64);
+	gmem_find_next("mmap", &next.mmap);
+	gmem_find_next("munmap", &next.munmap);
+	gmem_find_next("mremap", &next.mremap);
+	gmem_find_next("mprotect", &next.mprotect);
+	gmem_find_next("madvise", &next.madvise);
+	gmem_find_next("open", &next.open);
+	gmem_find_next("openat", &next.openat);
+	gmem_find_next("ioctl", &next.ioctl);
+	gmem_find_next("fopen", &next.fopen);
+	gmem_find_next("fopen64", &next.fopen64);
 }
 
 /* ---- libgmem ---- */
 
-static _Thread_local __attribute__((tls_model("initial-exec"))) bool inside;
 static const struct gmem_peer_calls *_Atomic loaded;
 /* All peer-shared memory is between them; there is none at first. */
 static _Atomic uintptr_t lowest = UINTPTR_MAX, highest;
-
-struct visit {
-	uint64_t signals;
-};
-
-/* False if this thread is at work for gmem already. */
-static bool enter(struct visit *visit)
-{
-	/* not those that a mistake of the program's raises at once */
-	const uint64_t at_once = 1ull << (SIGSEGV - 1) | 1ull << (SIGBUS - 1) | 1ull << (SIGILL - 1) |
-				 1ull << (SIGFPE - 1) | 1ull << (SIGTRAP - 1) | 1ull << (SIGABRT - 1);
-	const uint64_t blocked = ~at_once;
-
-	if (inside)
-		return false;
-	gmem_sys(SYS_rt_sigprocmask, SIG_BLOCK, (long)&blocked, (long)&visit->signals, sizeof(blocked), 0, 0);
-	inside = true;
-	return true;
-}
-
-static void leave(const struct visit *visit)
-{
-	int before = errno;
-
-	inside = false;
-	gmem_sys(SYS_rt_sigprocmask, SIG_SETMASK, (long)&visit->signals, 0, sizeof(visit->signals), 0, 0);
-	errno = before;
-}
-
-/* ---- fork: gmem's handlers are the first that the C library knows ---- */
-
-/* A child's memory has to be its own before any other handler of the program writes to it; the C library would run them
- * in the order in which libraries came to register them. */
-static struct {
-	void (*prepare)(void);
-	void (*parent)(void);
-	void (*child)(void);
-} handlers[HANDLERS_MAX];
-static _Atomic int handler_count;
-static int (*next_register)(void (*prepare)(void), void (*parent)(void), void (*child)(void), void *library);
-/* From gmem's last step before a fork to its first one after. */
-static _Thread_local __attribute__((tls_model("initial-exec"))) struct visit forking;
-static _Thread_local __attribute__((tls_model("initial-exec"))) bool entered;
-
-static void run_prepare(void)
-{
-	entered = enter(&forking);
-	for (int i = atomic_load(&handler_count) - 1; i >= 0; i--)
-		if (handlers[i].prepare)
-			handlers[i].prepare();
-}
-
-static void leave_fork(void)
-{
-	if (entered)
-		leave(&forking);
-	entered = false;
-}
-
-static void run_parent(void)
-{
-	for (int i = 0; i < atomic_load(&handler_count); i++)
-		if (handlers[i].parent)
-			handlers[i].parent();
-	leave_fork();
-}
-
-static void run_child(void)
-{
-	for (int i = 0; i < atomic_load(&handler_count); i++)
-		if (handlers[i].child)
-			handlers[i].child();
-	leave_fork();
-}
-
-static void register_first(void)
-{
-	find("__register_atfork", &next_register);
-	if (next_register)
-		next_register(run_prepare, run_parent, run_child, NULL);
-}
-
-static int be_first(void)
-{
-	static pthread_once_t once = PTHREAD_ONCE_INIT;
-
-	pthread_once(&once, register_first);
-	return next_register ? 0 : ENOMEM;
-}
-
-/* Behind pthread_atfork(). */
-int in_register_atfork(void (*prepare)(void), void (*parent)(void), void (*child)(void), void *library)
-	IN_PLACE_OF("__register_atfork");
-int in_register_atfork(void (*prepare)(void), void (*parent)(void), void (*child)(void), void *library)
-{
-	int err = be_first();
-
-	return err ? err : next_register(prepare, parent, child, library);
-}
-
-/* atfork.h */
-__attribute__((visibility("default"))) int gmem_preload_atfork(void (*prepare)(void), void (*parent)(void),
-							       void (*child)(void))
-{
-	static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
-	int err = be_first(), at;
-
-	pthread_mutex_lock(&lock);
-	at = atomic_load(&handler_count);
-	err = at < HANDLERS_MAX ? err : ENOMEM;
-	if (!err) {
-		handlers[at].prepare = prepare;
-		handlers[at].parent = parent;
-		handlers[at].child = child;
-		atomic_store(&handler_count, at + 1);
-	}
-	pthread_mutex_unlock(&lock);
-	return err;
-}
 
 static const struct gmem_peer_calls *load(void)
 {
@@ -297,17 +161,17 @@ __attribute__((noinline)) static void *map_peer(size_t bytes, int prot, int flag
 {
 	const struct gmem_peer_calls *calls;
 	void *at = MAP_FAILED;
-	struct visit visit;
+	struct gmem_visit visit;
 	int err = check_peer(flags, offset);
 
-	if (!err && !enter(&visit)) /* an allocator that libgmem itself allocates from */
+	if (!err && !gmem_enter(&visit)) /* an allocator that libgmem itself allocates from */
 		return gmem_sys_mmap(NULL, bytes, prot, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (!err) {
 		calls = gmem();
 		err = calls ? calls->mmap(bytes, prot, flags & MAP_POPULATE, &at) : -ENOMEM;
 		if (!err)
 			note_window(calls);
-		leave(&visit);
+		gmem_leave(&visit);
 	}
 	if (err) {
 		errno = -err;
@@ -318,13 +182,13 @@ __attribute__((noinline)) static void *map_peer(size_t bytes, int prot, int flag
 
 __attribute__((noinline)) static bool unmap_peer(void *at, size_t bytes, int *ret)
 {
-	struct visit visit;
+	struct gmem_visit visit;
 	bool done;
 
-	if (!enter(&visit))
+	if (!gmem_enter(&visit))
 		return false;
 	done = served(gmem()->munmap((uintptr_t)at, bytes), ret);
-	leave(&visit);
+	gmem_leave(&visit);
 	return done;
 }
 
@@ -358,16 +222,16 @@ int in_munmap(void *at, size_t bytes)
 
 static bool remap_peer(void *at, size_t bytes, size_t new_bytes, int flags, void **ret)
 {
-	struct visit visit;
+	struct gmem_visit visit;
 	int result;
 	bool done;
 
-	if (!enter(&visit))
+	if (!gmem_enter(&visit))
 		return false;
 	done = served(gmem()->mremap((uintptr_t)at, bytes, new_bytes, flags, ret), &result);
 	if (done && result)
 		*ret = MAP_FAILED;
-	leave(&visit);
+	gmem_leave(&visit);
 	return done;
 }
 
@@ -386,13 +250,13 @@ void *in_mremap(void *at, size_t bytes, size_t new_bytes, int flags, void *to)
 
 static bool protect_peer(void *at, size_t bytes, int prot, int *ret)
 {
-	struct visit visit;
+	struct gmem_visit visit;
 	bool done;
 
-	if (!enter(&visit))
+	if (!gmem_enter(&visit))
 		return false;
 	done = served(gmem()->mprotect((uintptr_t)at, bytes, prot), ret);
-	leave(&visit);
+	gmem_leave(&visit);
 	return done;
 }
 
@@ -408,13 +272,13 @@ int in_mprotect(void *at, size_t bytes, int prot)
 
 static bool advise_peer(void *at, size_t bytes, int advice, int *ret)
 {
-	struct visit visit;
+	struct gmem_visit visit;
 	bool done;
 
-	if (!enter(&visit))
+	if (!gmem_enter(&visit))
 		return false;
 	done = served(gmem()->madvise((uintptr_t)at, bytes, advice), ret);
-	leave(&visit);
+	gmem_leave(&visit);
 	return done;
 }
 
@@ -483,18 +347,18 @@ static bool is_ours(const char *path)
 __attribute__((noinline)) static int open_ours(const char *path, int flags)
 {
 	const struct gmem_peer_calls *calls;
-	struct visit visit;
+	struct gmem_visit visit;
 	int fd = -1;
 
 	errno = ENOENT;
-	if (!enter(&visit))
+	if (!gmem_enter(&visit))
 		return -1;
 	calls = gmem();
 	if (!calls)
 		errno = ENOENT;
 	else
 		fd = strcmp(path, DEVICE) ? open_statistics(calls, flags) : open_device(calls, flags);
-	leave(&visit);
+	gmem_leave(&visit);
 	return fd;
 }
 
@@ -568,7 +432,7 @@ FILE *in_fopen(const char *path, const char *mode)
 	if (LIKELY_NOT(is_ours(path)))
 		return fopen_ours(path, mode);
 	if (LIKELY_NOT(!next.fopen))
-		find("fopen", &next.fopen);
+		gmem_find_next("fopen", &next.fopen);
 	return next.fopen(path, mode);
 }
 
@@ -578,7 +442,7 @@ FILE *in_fopen64(const char *path, const char *mode)
 	if (LIKELY_NOT(is_ours(path)))
 		return fopen_ours(path, mode);
 	if (LIKELY_NOT(!next.fopen64))
-		find("fopen64", &next.fopen64);
+		gmem_find_next("fopen64", &next.fopen64);
 	return next.fopen64(path, mode);
 }
 
@@ -617,14 +481,14 @@ static int device_request(const struct gmem_peer_calls *calls, unsigned long req
 __attribute__((noinline)) static bool ask_device(int fd, unsigned long request, void *arg, int *ret)
 {
 	int before = errno;
-	struct visit visit;
+	struct gmem_visit visit;
 
-	if (!is_device(fd) || !enter(&visit)) {
+	if (!is_device(fd) || !gmem_enter(&visit)) {
 		errno = before;
 		return false;
 	}
 	served(device_request(gmem(), request, arg), ret);
-	leave(&visit);
+	gmem_leave(&visit);
 	return true;
 }
 
@@ -654,18 +518,18 @@ static bool is_hmadvise(long number, long hnid, long start, long behaviour)
 static long hmadvise_by_number(int hnid, unsigned long start, size_t bytes, int behaviour)
 {
 	const struct gmem_peer_calls *calls;
-	struct visit visit;
+	struct gmem_visit visit;
 	long result = -1;
 
 	errno = EINVAL;
-	if (!enter(&visit))
+	if (!gmem_enter(&visit))
 		return -1;
 	calls = gmem();
 	if (calls)
 		result = calls->hmadvise(hnid, start, bytes, behaviour);
 	else
 		errno = EINVAL;
-	leave(&visit);
+	gmem_leave(&visit);
 	return result;
 }
 

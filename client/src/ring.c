@@ -25,7 +25,8 @@
 struct gmem_call {
 	struct gmem_ring *ring;         /* not to be used once it is complete: the session may be closed */
 	struct gmem_call *next, **prev; /* ring->lock; those under way */
-	unsigned refs;                  /* atomic; the ring's, until it is complete, and the caller's */
+	unsigned refs;                  /* atomic; the ring's, until it is complete, and the caller's. 0: on a stack, and
+					 * not to be used once it is complete */
 	bool complete;                  /* ring->lock to write; may be read without, acquiring */
 	int err;
 	gmem_call_fn fn;
@@ -98,6 +99,8 @@ static void take_out(struct gmem_call *call)
 
 static void complete_locked(struct gmem_call *call, int err, const struct gmem_ring_cqe *cqe)
 {
+	bool counted = call->refs;
+
 	take_out(call);
 	call->err = err;
 	if (cqe)
@@ -105,7 +108,8 @@ static void complete_locked(struct gmem_call *call, int err, const struct gmem_r
 	if (call->fn)
 		call->fn(call->arg, &call->sqe, err, cqe);
 	__atomic_store_n(&call->complete, true, __ATOMIC_RELEASE);
-	gmem_call_put(call);
+	if (counted)
+		gmem_call_put(call);
 }
 
 static void ring_bell(struct gmem_ring *ring)
@@ -246,19 +250,11 @@ static void submit_locked(struct gmem_ring *ring, struct gmem_call *call)
 		ring_bell(ring);
 }
 
-int gmem_call_start(struct gmem_link *link, const struct gmem_ring_sqe *sqe, gmem_call_fn fn, void *arg,
-		    struct gmem_call **ret)
+/* After waiting for room. */
+static int queue(struct gmem_ring *ring, struct gmem_call *call)
 {
-	struct gmem_ring *ring = link->ring;
-	struct gmem_call *call;
 	int err;
 
-	if (!ring)
-		return -ENOTCONN;
-	call = malloc(sizeof(*call));
-	if (!call)
-		return -ENOMEM;
-	*call = (struct gmem_call){ .ring = ring, .refs = 2, .fn = fn, .arg = arg, .sqe = *sqe };
 	call->sqe.user_data = (uintptr_t)call;
 	pthread_mutex_lock(&ring->lock);
 	if (!ring->reaping)
@@ -269,6 +265,22 @@ int gmem_call_start(struct gmem_link *link, const struct gmem_ring_sqe *sqe, gme
 	if (!err)
 		submit_locked(ring, call);
 	pthread_mutex_unlock(&ring->lock);
+	return err;
+}
+
+int gmem_call_start(struct gmem_link *link, const struct gmem_ring_sqe *sqe, gmem_call_fn fn, void *arg,
+		    struct gmem_call **ret)
+{
+	struct gmem_call *call;
+	int err;
+
+	if (!link->ring)
+		return -ENOTCONN;
+	call = malloc(sizeof(*call));
+	if (!call)
+		return -ENOMEM;
+	*call = (struct gmem_call){ .ring = link->ring, .refs = 2, .fn = fn, .arg = arg, .sqe = *sqe };
+	err = queue(link->ring, call);
 	if (err)
 		free(call);
 	else
@@ -350,9 +362,15 @@ int gmem_link_call(struct gmem_link *link, struct gmem_ring_sqe *sqe, uint64_t t
 
 int gmem_ring_call(struct gmem_link *link, struct gmem_ring_sqe *sqe, struct gmem_ring_cqe *ret)
 {
-	struct gmem_call *call;
+	struct gmem_call call = { .ring = link->ring }; /* allocates nothing: an allocator's own requests come here */
+	int err;
 
-	return gmem_link_call(link, sqe, GMEM_CALL_FOREVER, ret, &call);
+	if (!link->ring)
+		return -ENOTCONN;
+	sqe->stream = gmem_ring_own_stream();
+	call.sqe = *sqe;
+	err = queue(link->ring, &call);
+	return err ? err : gmem_call_wait(&call, GMEM_CALL_FOREVER, ret);
 }
 
 /* ---- completions for a thread that takes them for others ---- */
@@ -505,6 +523,11 @@ void gmem_ring_destroy(struct gmem_ring *ring)
 	ring_free(ring);
 }
 
+int *gmem_ring_bell(struct gmem_ring *ring)
+{
+	return &ring->bell;
+}
+
 void gmem_ring_lock(struct gmem_ring *ring)
 {
 	pthread_mutex_lock(&ring->lock);
@@ -520,11 +543,13 @@ void gmem_ring_abandon(struct gmem_ring *ring)
 	/* The mapping was not inherited, and whoever waited is not here. */
 	while (ring->calls) {
 		struct gmem_call *call = ring->calls;
+		bool counted = call->refs; /* else it is on the stack of a thread that is not here */
 
 		take_out(call);
 		call->err = -ECANCELED;
 		call->complete = true;
-		gmem_call_put(call);
+		if (counted)
+			gmem_call_put(call);
 	}
 	ring_free(ring);
 }

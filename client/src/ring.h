@@ -32,6 +32,9 @@ void gmem_ring_lock(struct gmem_ring *ring);
 void gmem_ring_unlock(struct gmem_ring *ring);
 void gmem_ring_abandon(struct gmem_ring *ring);
 
+/* Where its descriptor is, for who moves it to another number. */
+int *gmem_ring_bell(struct gmem_ring *ring);
+
 /* The stream of this thread's synchronous calls. */
 uint16_t gmem_ring_own_stream(void);
 

@@ -28,6 +28,8 @@ struct gmem {
 	size_t context_count;           /* open ones of process context_pid */
 	pid_t context_pid;
 	struct gmem_context *contexts;  /* open ones */
+	/* gmem_contexts_cover(), once there has been a pool: what has no pools has no contexts either. */
+	int (*cover)(struct gmem *session, uint64_t va, uint64_t bytes);
 	struct gmem_heap_slot heap;
 	struct gmem *next;              /* all of this process */
 };

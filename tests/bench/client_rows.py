@@ -11,11 +11,13 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
+import mmap
 import os
 import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -47,6 +49,20 @@ NO_HUGE = "no huge pages"
 FAULT_FLOOR = "bare handler, blocking, on the faulting CPU"
 CPU = max(os.sched_getaffinity(0))
 MEMCPY = "memcpy, one thread"
+SHM_FLOOR = "open and mmap of a file of that size in /dev/shm"
+POOL_BYTES = 1 << 30
+POOL_SIZES = ("4k", "64k")
+# The other process of a pool: it makes it, brings all pages of a small one in, and waits.
+OWNER = """
+import sys, gmem
+gmem.connect(sys.argv[1])
+large = gmem.pool("large", size=1 << 30)
+small = {size: gmem.pool(size, size=256 * page, page_size=page) for size, page in (("4k", 4096), ("64k", 65536))}
+for pool in small.values():
+    pool.array()[:] = 1
+print("ready", flush=True)
+sys.stdin.read()
+"""
 
 Pairs = list[tuple[float, float]]
 
@@ -64,6 +80,9 @@ def _table() -> dict[str, tuple[str, str | None, str]]:
     for way in ("h2d", "d2h"):
         for mebibytes in PREFETCHES_MIB:
             table[f"client_prefetch_{way}_{mebibytes}m"] = ("GB/s", "ratio >= 0.95", MEMCPY)
+    table["client_pool_attach_1g"] = ("us", "value <= 1000", SHM_FLOOR)
+    for size in POOL_SIZES:
+        table[f"client_pool_first_touch_{size}_p50"] = ("us", "ratio <= 1.15", FAULT_FLOOR)
     return table
 
 
@@ -223,12 +242,57 @@ class Bench:
                     pairs.append((nbytes / ours, nbytes / bare))
         self.emit(results)
 
+    def pools(self) -> None:
+        """Pools that another process has made and filled: attaching one, and the first touch of a page here."""
+        ids = ["client_pool_attach_1g", *(f"client_pool_first_touch_{size}_p50" for size in POOL_SIZES)]
+        if not any(id in self.ids for id in ids):
+            return
+        with subprocess.Popen([sys.executable, "-c", OWNER, self.session.path], stdin=subprocess.PIPE,
+                              stdout=subprocess.PIPE, text=True) as owner:  # fmt: skip
+            assert owner.stdout is not None and owner.stdout.readline() == "ready\n"
+            self.emit({ids[0]: [self.attach() for _ in range(4 * REPETITIONS)][REPETITIONS:]})
+            for size in POOL_SIZES:
+                self.emit({f"client_pool_first_touch_{size}_p50": self.first_touches(size)})
+            assert owner.stdin is not None
+            owner.stdin.close()
+
+    def attach(self) -> tuple[float, float]:
+        start = time.perf_counter_ns()
+        pool = self.gmem.pool("large", write=False)
+        ours = time.perf_counter_ns() - start
+        pool.close()
+        with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
+            os.truncate(file.name, POOL_BYTES)
+            start = time.perf_counter_ns()
+            fd = os.open(file.name, os.O_RDWR)
+            memory = mmap.mmap(fd, POOL_BYTES)
+            bare = time.perf_counter_ns() - start
+            memory.close()
+            os.close(fd)
+        return ours / 1e3, bare / 1e3
+
+    def first_touches(self, size: str) -> Pairs:
+        pages, pairs = 256, []
+        shape = (SIZES[size], pages, 1, MODES["isolated"])
+        bare = FloorRange()
+        if not self.library.floor_attach(self.floor, pages * SIZES[size], SIZES[size], ctypes.byref(bare)):
+            raise MemoryError("no memory for the bare handler")
+        with self.gmem.pool(size, write=True) as pool:
+            bare_ns, host_ns = ((ctypes.c_uint64 * pages)() for _ in range(2))
+            to = (ctypes.addressof(host_ns), ctypes.addressof(bare_ns))
+            for repetition in range(REPETITIONS + 1):
+                with on_cpu(CPU):
+                    self.library.probe_faults(pool.address, bare.at, *shape, *to)
+                if repetition:
+                    pairs.append((percentile(host_ns, 50) / 1e3, percentile(bare_ns, 50) / 1e3))
+        return pairs
+
     def run(self) -> None:
         groups: list[Callable[[], None]] = []
         for size in SIZES:
             groups += [partial(self.faults, size), partial(self.moves, size)]
         groups += [partial(self.prefetches, mebibytes) for mebibytes in PREFETCHES_MIB]
-        for group in groups:
+        for group in [*groups, self.pools]:
             group()
 
 

@@ -29,7 +29,7 @@ from gmemd.control import Control
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 POINTS_H = ROOT / "csrc" / "include" / "gmem" / "crash.h"
-KINDS = ("touch", "compute", "churn")
+KINDS = ("touch", "compute", "churn", "share")
 PATIENCE_S = 0.8  # a point that nobody comes by in this time is given up for a kill at a random instant
 STALL_MAX_S = 2.0  # from the start of a daemon to the end of what was blocked, or to that daemon's own end
 STALL_IMPORTS = 6  # on a machine that is busy with something else: so many times what importing gmemd takes there

@@ -5,8 +5,11 @@ when its stdin does; then prints what it found, as JSON. usage: worker.py KIND S
 import json
 import os
 import select
+import subprocess
 import sys
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import gmem
@@ -139,6 +142,63 @@ def churn(book, rng):
         book.check(f"at the end, {size}", managed, known)
 
 
+class Reader:
+    """Another process that opens pools by name, to read only, and compares."""
+
+    def __init__(self, socket):
+        command = [sys.executable, str(Path(__file__).resolve()), "read", socket, "0"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout.readline() == "ready\n"
+
+    def ask(self, name, expected):
+        self.process.stdin.write(json.dumps([name, expected]) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def read(socket):
+    """The reader's side: sums of parts of a pool, and of the whole by a device context now and then."""
+    gmem.connect(socket)
+    print("ready", flush=True)
+    for line in sys.stdin:
+        name, expected = json.loads(line)
+        with gmem.pool(name) as pool:
+            numbers = pool.array(np.int64)
+            said = int(numbers.sum(dtype=np.int64))
+            del numbers
+        print(json.dumps(said == expected), flush=True)
+
+
+def share(book, rng):
+    """Pools come, are written by one process and read by another, are published, and go."""
+    reader = Reader(sys.argv[2])
+    number = 0
+    while not over():
+        number += 1
+        name, size = f"share-{os.getpid()}-{number}", str(rng.choice(["4K", "64K"]))
+        known = rng.integers(0, 1 << 62, CHURN_WORDS, np.int64)
+        pool = book.step(f"create {size}", partial(gmem.pool, name, known.nbytes, page_size=size))
+        managed = pool.array(np.int64)
+        book.step(f"fill pool {size}", np.copyto, managed, known)
+        for published in (False, True):
+            if published:
+                book.step("publish", pool.publish)
+            elif rng.integers(0, 2):
+                gmem.prefetch(managed, "simgpu0")
+            if not book.step("read by another", reader.ask, name, int(known.sum(dtype=np.int64))):
+                book.wrong.append(f"another process saw something else, published: {published}")
+            book.check(f"pool, published: {published}", managed, known)
+        del managed
+        with suppress(gmem.NotFound):  # done by a daemon that was killed before it could say so
+            pool.unlink()
+        book.step("close pool", pool.close)
+    reader.close()
+
+
 def increase(array, value):
     array += value
 
@@ -167,10 +227,13 @@ def fork_and_look(book, managed, known):
 
 def main():
     kind, socket, seed = sys.argv[1:]
+    if kind == "read":
+        read(socket)
+        return
     book = Book()
     session = gmem.connect(socket)
     print("ready", flush=True)
-    {"touch": touch, "compute": compute, "churn": churn}[kind](book, np.random.default_rng(int(seed)))
+    {"touch": touch, "compute": compute, "churn": churn, "share": share}[kind](book, np.random.default_rng(int(seed)))
     session.close()
     print(json.dumps({"kind": kind, **vars(book)}), flush=True)
 

@@ -34,8 +34,10 @@ def test_list_on_a_device_that_can_not_fault(builder: Builder, daemon: Daemon) -
     assert "SIGBUS" in done.stderr and "not acquired" in done.stderr
 
 
-@pytest.mark.parametrize(("name", "device"), [("memory", "simgpu0"), ("contexts", "simgpu0"), ("acquire", "simgpu1"),
-                                               ("heap", "simgpu0"), ("adopt", "simgpu0")])  # fmt: skip
+@pytest.mark.parametrize(("name", "device"), [
+    ("memory", "simgpu0"), ("contexts", "simgpu0"), ("acquire", "simgpu1"), ("heap", "simgpu0"), ("adopt", "simgpu0"),
+    ("pool", "simgpu0"),
+])  # fmt: skip
 def test_program(builder: Builder, daemon: Daemon, name: str, device: str) -> None:
     kernels = builder.kernels(SOURCES / "kernels.c")
     run_ok([builder.program(SOURCES / f"{name}.c"), device, kernels], env=daemon.environment)

@@ -60,7 +60,7 @@ MUTANTS = {
     "leaves_pages_of_cut_regions": Mutant(
         "csrc/recover.c", "release_unmapped(core->recovery);", ";"),
     "does_not_look_at_processes": Mutant(
-        "csrc/recover.c", "for_sessions(core, look_at_process);", "(void)look_at_process;"),
+        "csrc/recover.c", "for_sessions(core, gmem_reconcile);", ";"),
 }  # fmt: skip
 
 

@@ -32,6 +32,7 @@ class FakeCore:
         self.delay: dict[str, threading.Event] = {}
         self.sessions: dict[int, dict[str, Any]] = {}
         self.contexts: dict[int, tuple[int, int]] = {}
+        self.pools: dict[int, dict[str, Any]] = {}
         self.devices: dict[int, tuple[str, str]] = {0: ("host", "host")}
         self.tiers: set[str] = set()  # drivers that only store pages
         self.ranks: dict[int, int] = {}
@@ -210,6 +211,63 @@ class FakeCore:
         if context not in self.contexts:
             raise OSError(errno.ENOENT, "no such context")
 
+    def do_context_uncover(self, context: int, va: int, size: int) -> None:
+        self.do_context_overlay(context, va, size)
+
+    def do_region_file(self, session: int, va: int, hnid: int) -> dict[str, Any]:
+        for region in self._known(session)["regions"]:
+            if region["va"] == va:
+                return {**region, "fd": os.dup(region["fd"])}
+        raise OSError(errno.EINVAL, "no region begins there")
+
+    def do_pool_ids(self) -> list[int]:
+        return list(self.pools)
+
+    def do_pool_create(self, session: int, size: int, *, page_bytes: int, small: bool, persistent: bool) -> int:
+        self._known(session)
+        pool = self._id()
+        self.pools[pool] = {"bytes": size, "sealed": False, "page_bytes": page_bytes or 4096}
+        return pool
+
+    def do_pool_open(self, session: int, pool: int, write: bool) -> dict[str, Any]:
+        known, found = self._known(session), self._pool(pool)
+        if write and found["sealed"]:
+            raise OSError(errno.EPERM, "sealed")
+        va = WINDOW + (1 << 38) + (pool << 30)
+        for region in known["regions"]:
+            if region["va"] == va:
+                if write and region["read_only"]:
+                    raise OSError(errno.EBUSY, "open to read only")
+                return region
+        region = {
+            "va": va, "bytes": found["bytes"], "offset": va - WINDOW, "page_bytes": found["page_bytes"], "huge": False,
+            "fork": "share", "fd": known["files"][1], "read_only": not write, "committed": False,
+        }  # fmt: skip
+        known["regions"].append(region)
+        return region
+
+    def do_pool_unlink(self, pool: int) -> None:
+        self._pool(pool)
+        del self.pools[pool]
+
+    def do_pool_publish(self, pool: int) -> None:
+        self._pool(pool)["sealed"] = True
+
+    def do_pool_renew(self, session: int, pool: int, va: int) -> None:
+        self._known(session)
+        self._pool(pool)
+
+    def do_pool_info(self, pool: int) -> dict[str, Any]:
+        return {
+            "pool": pool, "va": WINDOW + (1 << 38) + (pool << 30), "huge": False, "writers": 0, "readers": 0,
+            "resident_bytes": {0: 4096}, **self._pool(pool),
+        }  # fmt: skip
+
+    def _pool(self, pool: int) -> dict[str, Any]:
+        if pool not in self.pools:
+            raise OSError(errno.ENOENT, "no such pool")
+        return self.pools[pool]
+
     def do_context_detach(self, context: int) -> None:
         if self.contexts.pop(context, None) is None:
             raise OSError(errno.ENOENT, "no such context")
@@ -219,7 +277,8 @@ class FakeCore:
         offset = sum(r["bytes"] for r in known["regions"])
         region = {
             "va": WINDOW + offset, "bytes": size, "offset": offset, "page_bytes": page_bytes or 4096,
-            "huge": page_bytes == 2 << 20 and not small, "fork": fork, "fd": known["files"][1],
+            "huge": page_bytes == 2 << 20 and not small, "fork": fork, "fd": known["files"][1], "read_only": False,
+            "committed": False,
         }  # fmt: skip
         known["regions"].append(region)
         return region

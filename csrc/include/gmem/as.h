@@ -16,6 +16,7 @@ struct gmem_region {
 	struct gmem_object *object; /* (C) holds a reference */
 	struct gmem_as *as;         /* (C) */
 	enum gmem_fork fork;        /* (C) */
+	bool read_only;             /* (C) its process maps it privately: nothing that it does there gets into the object */
 	bool committed;             /* (R) registered on the process's uffd */
 	uint64_t asked;             /* (R) for which request it waits to be committed; 0: unknown */
 	uint32_t record;            /* (R) */
@@ -41,13 +42,14 @@ void gmem_as_deinit(struct gmem_as *as); /* no regions and no views are left */
 /* Adds a region on the object (a reference is taken). */
 int gmem_as_insert(struct gmem_as *as, struct gmem_object *object, uint64_t va, uint64_t offset, uint64_t bytes,
 		   enum gmem_fork fork, bool committed);
+/* The same for any region: va, bytes, offset, object, fork, read_only and committed of like. */
+int gmem_as_insert_like(struct gmem_as *as, const struct gmem_region *like);
 /* The region at va was made for that request. */
 void gmem_as_asked(struct gmem_as *as, uint64_t va, uint64_t asked);
 /* The region of so many bytes that was made for that request, and is not committed. */
 bool gmem_as_find_asked(struct gmem_as *as, uint64_t asked, uint64_t bytes, uint64_t *ret_va);
 /* The same for an as that no other thread knows yet: takes no lock of the as. */
-int gmem_as_insert_private(struct gmem_as *as, struct gmem_object *object, uint64_t va, uint64_t offset, uint64_t bytes,
-			   enum gmem_fork fork, bool committed);
+int gmem_as_insert_private(struct gmem_as *as, const struct gmem_region *like);
 /* A predecessor's region, which has its record already. */
 int gmem_as_adopt(struct gmem_as *as, struct gmem_object *object, const struct gmem_record *known, uint32_t record);
 /* Where the first region at or behind va begins; UINT64_MAX: there is none. */
@@ -68,7 +70,7 @@ struct gmem_place {
 	struct gmem_range range; /* the part of that page this region maps, in the as's addresses */
 	uint64_t region_va, region_bytes, region_offset;
 	enum gmem_fork fork;
-	bool committed;
+	bool committed, read_only;
 	struct gmem_hint hint;
 };
 int gmem_as_lookup(struct gmem_as *as, uint64_t va, struct gmem_place *ret);

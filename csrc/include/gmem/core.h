@@ -89,6 +89,7 @@ struct gmem_region_info {
 	enum gmem_class class_;
 	enum gmem_fork fork;
 	bool committed;
+	bool read_only; /* to be mapped PROT_READ and MAP_PRIVATE */
 	int fd; /* borrowed; open for as long as the session lives, also if the region goes */
 };
 /* Fills at most capacity entries, ret_count is the full count. */
@@ -114,6 +115,8 @@ int gmem_context_attach(struct gmem_core *core, uint64_t session, int hnid, int 
 			uint64_t *ret_context);
 /* The process has mapped a range beside its window, of a region that has moved there. -EINVAL: there is none. */
 int gmem_context_overlay(struct gmem_core *core, uint64_t context, uint64_t va, uint64_t bytes);
+/* The process has mapped its window there again. */
+int gmem_context_uncover(struct gmem_core *core, uint64_t context, uint64_t va, uint64_t bytes);
 int gmem_context_detach(struct gmem_core *core, uint64_t context);
 
 /* ---- memory ---- */
@@ -137,6 +140,8 @@ int gmem_adopt(struct gmem_core *core, uint64_t session, uint64_t at, const stru
 	       struct gmem_region_info *ret);
 /* The client has unmapped [va, va + bytes) already (its UNMAP event may or may not have been seen). */
 int gmem_munmap(struct gmem_core *core, uint64_t session, uint64_t va, uint64_t bytes);
+/* The region that begins at va, as a context on hnid (GMEM_HOST: the process itself) is to map it; fd is the caller's. */
+int gmem_region_file(struct gmem_core *core, uint64_t session, uint64_t va, int hnid, struct gmem_region_info *ret);
 
 int gmem_advise(struct gmem_core *core, uint64_t session, int hnid, uint64_t va, uint64_t bytes,
 		enum gmem_advice advice); /* (blocks) */
@@ -153,6 +158,38 @@ int gmem_query(struct gmem_core *core, uint64_t session, uint64_t va, uint64_t b
 /* Brackets device access on a context: migrates, maps and holds the ranges there until release. (blocks) */
 int gmem_acquire(struct gmem_core *core, uint64_t context, const struct gmem_range *ranges, size_t count, bool write);
 int gmem_release(struct gmem_core *core, uint64_t context, const struct gmem_range *ranges, size_t count);
+
+/* ---- pools: objects that several sessions map, at the same address, from files of their own. Who may do what with which
+ * is for the caller to know; numbers of pools are never reused. ---- */
+struct gmem_pool_args {
+	struct gmem_mmap_args memory;
+	bool persistent; /* charged to the user alone, and not to the session, which it may outlive */
+};
+/* It has no region yet, in the session either. */
+int gmem_pool_create(struct gmem_core *core, uint64_t session, const struct gmem_pool_args *args, uint64_t *ret_pool);
+/* Reserves its range in the session, to be mapped from gmem_region_file() and committed. If the session has it open
+ * already, that is what it gets (committed says so; read_only is as it was opened). -EPERM: it is sealed, and write is
+ * asked for; -EBUSY: it has it open to read only; -EEXIST: it has something else there. */
+int gmem_pool_open(struct gmem_core *core, uint64_t session, uint64_t pool, bool write, struct gmem_region_info *ret);
+/* Nobody can open it any more; it goes with the last region on it. */
+int gmem_pool_unlink(struct gmem_core *core, uint64_t pool);
+/* Seals it for ever: its content goes to a file that nobody can write to, which is what is opened from now on. Regions
+ * that are there keep the old one, can't write any more, and get copies of pages. Does nothing if it has been done.
+ * -EBUSY: it is under way, or a device holds a page of it for writing; -EOPNOTSUPP: the kernel has no write-protecting
+ * CONTINUE (before 6.4). After any error nobody can write, and it may be asked for again. (blocks) */
+int gmem_pool_publish(struct gmem_core *core, uint64_t pool);
+/* The session, which has it open since before it was published, has mapped it as it is now at va: serves it there. When
+ * the process has moved that over the old region, it has the new one. (mremap) */
+int gmem_pool_renew(struct gmem_core *core, uint64_t session, uint64_t pool, uint64_t va);
+struct gmem_pool_info {
+	uint64_t pool, va, bytes, page_bytes;
+	enum gmem_class class_;
+	bool sealed;
+	uint64_t writers, readers; /* regions that are open, before it was published too */
+	uint64_t resident_bytes[GMEM_HNODE_MAX];
+};
+int gmem_pool_info(struct gmem_core *core, uint64_t pool, struct gmem_pool_info *ret);
+void gmem_pool_ids(struct gmem_core *core, uint64_t *ids, size_t capacity, size_t *ret_count);
 
 /* ---- devices ---- */
 /* message: GMEM_MESSAGE_MAX bytes, filled on failure. */

@@ -20,6 +20,7 @@ struct gmem_fault {
 	struct gmem_view *view;
 	uint64_t va;
 	uint32_t flags; /* GMEM_UFFD_FAULT_* */
+	pid_t thread;   /* who waits; 0: unknown */
 };
 
 /* epoll hands out a slot and its generation, never a pointer: a view can be closed while a thread is about to read it. */

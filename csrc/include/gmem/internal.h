@@ -39,6 +39,8 @@ struct gmem_core {
 	struct gmem_session *sessions[GMEM_SESSION_BUCKETS]; /* sessions_lock */
 	_Atomic uint64_t session_count, context_count, region_count, object_count; /* (A) */
 	_Atomic uint64_t next_id;                            /* (A) of sessions and contexts */
+	struct gmem_mutex pools_lock;
+	struct gmem_pool *pools;                             /* pools_lock */
 	struct gmem_mutex tenants_lock;
 	struct gmem_tenant *tenants;                         /* tenants_lock */
 	_Atomic uint64_t session_quota[GMEM_HNODE_MAX], uid_quota[GMEM_HNODE_MAX]; /* (A) for those to come; 0: none */

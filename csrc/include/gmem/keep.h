@@ -22,7 +22,7 @@
 
 #define GMEM_KEEP_NAME 64
 #define GMEM_STATE_MAGIC 0x45544154534d4547ull /* "GEMSTATE" */
-#define GMEM_STATE_VERSION 1                   /* of this file, and of the words of lpt.h */
+#define GMEM_STATE_VERSION 2                   /* of this file, and of the words of lpt.h */
 
 enum gmem_record_kind {
 	GMEM_RECORD_FREE,
@@ -33,13 +33,20 @@ enum gmem_record_kind {
 	GMEM_RECORD_CONTEXT,
 	GMEM_RECORD_HINT,
 	GMEM_RECORD_HOLD,
+	GMEM_RECORD_POOL,
+	GMEM_RECORD_OVERLAY,
 	GMEM_RECORD_KINDS,
 };
+
+/* Flags of an object's record. */
+#define GMEM_OBJECT_POOLED 1
+#define GMEM_OBJECT_SEALED 2
+#define GMEM_OBJECT_SUCCEEDED 4
 
 struct gmem_record {
 	_Atomic uint32_t kind;
 	uint32_t replaces; /* number of a record, 0: none */
-	uint64_t id;       /* of the session, account or context; OBJECT, REGION: first page number (pn); HINT: session */
+	uint64_t id;       /* of the session, account, context or pool; OBJECT, REGION: first page number (pn); HINT: session; OVERLAY: context */
 	union {
 		struct {
 			uint64_t parent; /* 0: none */
@@ -52,12 +59,13 @@ struct gmem_record {
 			uint8_t stored, bound;
 		} session;
 		struct {
-			uint64_t account, pages, offset, bytes;
-			uint8_t shift, class_;
+			uint64_t account, files, offset, bytes; /* files: the account whose they are */
+			uint64_t successor; /* first page number of the object that its pages are copies of; 0: none */
+			uint8_t shift, class_, flags;
 		} object;
 		struct {
 			uint64_t session, va, bytes, offset, asked;
-			uint8_t fork, committed;
+			uint8_t fork, committed, read_only;
 		} region;
 		struct {
 			uint64_t session;
@@ -72,6 +80,14 @@ struct gmem_record {
 		struct {
 			uint64_t va, bytes;
 		} hold;
+		struct {
+			uint64_t object, other; /* first page numbers; other: of the one that is to take its place, or, when
+						 * published, of the one whose place it has taken; 0: none */
+			uint8_t published;
+		} pool;
+		struct {
+			uint64_t va, bytes, object;
+		} overlay;
 	};
 };
 

@@ -12,6 +12,7 @@
 
 enum gmem_rank {
 	GMEM_RANK_DEVICES = 1, /* attach and detach, one at a time */
+	GMEM_RANK_POOLS,       /* table of pools */
 	GMEM_RANK_SESSIONS,    /* table of sessions */
 	GMEM_RANK_AS,          /* regions of one address space */
 	GMEM_RANK_OBJECT,      /* mappings of one object */

@@ -15,6 +15,7 @@ struct gmem_file {
 	enum gmem_class class_; /* (C) */
 	uint64_t bytes;         /* (C) */
 	uint64_t owner;         /* (C) session id, to tell own files from a parent's */
+	_Atomic int lent[2];    /* (A) descriptors to be passed on: to read and write, to read only; -1: not made yet */
 };
 
 /* Sealed against shrink and grow. hugetlb reserves nothing. */
@@ -22,6 +23,10 @@ int gmem_file_create(const char *name, enum gmem_class class_, uint64_t bytes, u
 /* One that a predecessor made; takes the descriptor over on success. */
 int gmem_file_adopt(int fd, enum gmem_class class_, uint64_t bytes, uint64_t owner, struct gmem_file **ret);
 struct gmem_file *gmem_file_ref(struct gmem_file *file);
+/* A descriptor with a file description of its own, to be passed to processes that are not to touch ours: borrowed, made at
+ * the first call. One that is read only can't be made another: the file is its owner's alone (mode 0600), so that of other
+ * users nobody can open it again by /proc/self/fd; and it can be mapped privately only. */
+int gmem_file_lend(struct gmem_file *file, bool read_only, int *ret_fd);
 void gmem_file_unref(struct gmem_file *file); /* NULL is allowed */
 
 /* Allocates zeroed pages where there are none. -ENOSPC, -ENOMEM. */

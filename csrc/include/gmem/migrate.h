@@ -17,6 +17,7 @@ struct gmem_page {
 	uint64_t offset, bytes; /* in the object */
 	gmem_word_t word;       /* as it will be stored on unlock, WAITERS aside; state is derived from valid */
 	uint64_t awaited;       /* where a thread waits to read, in the view of gmem_page_fetch(); 0: nowhere */
+	bool private_view;      /* who maps it does so privately (as.h: read_only): never through the view, never protected */
 	bool park;              /* keep WAITERS on unlock: who faulted waits for a release */
 };
 
@@ -34,14 +35,18 @@ bool gmem_page_poisoned(const struct gmem_page *page);
  * -ENOMEM; -EAGAIN. */
 int gmem_page_fetch(struct gmem_page *page, int hnid, struct gmem_view *view, struct gmem_range range,
 		    enum gmem_why why, bool *ret_mapped);
-/* The only copy, and its views may write. hnid must be valid. -EBUSY as above. */
+/* The only copy, and its views may write. hnid must be valid. -EBUSY as above; -EPERM: the object is sealed. */
 int gmem_page_own(struct gmem_page *page, int hnid);
 /* Drops the copy on hnid, which must not be the only one. */
 int gmem_page_drop(struct gmem_page *page, int hnid);
 /* Takes the write access of every view, if there is a writer. */
 int gmem_page_downgrade(struct gmem_page *page);
-/* NOMAP: drops every copy. */
+/* NOMAP: drops every copy. -EPERM: the object is sealed. */
 int gmem_page_discard(struct gmem_page *page);
+/* The same of a sealed object's page: its source has it. */
+int gmem_page_give_back(struct gmem_page *page);
+/* Fills the page, which is allocated there and mapped nowhere, from its object's source, if it has one. */
+int gmem_page_pull(struct gmem_page *page, int hnid);
 /* Maps it in one view as the state allows: writable for the writer, else read-only. was_protected: the fault said that it was write-protected. */
 int gmem_page_map(struct gmem_page *page, struct gmem_view *view, struct gmem_range range, bool was_protected);
 void gmem_page_wake(struct gmem_page *page);

@@ -11,10 +11,12 @@
 struct gmem_request {
 	struct gmem_core *core;
 	struct gmem_session *session;
-	struct gmem_view *view; /* where the pages are to be mapped, or NULL */
+	struct gmem_view *view; /* where the pages are to be mapped, or NULL; and whether it has mapped the region at hand */
+	bool maps;
 	int hnid;
 	enum gmem_advice advice;
 	struct gmem_hint hint; /* of the page at hand */
+	bool read_only; /* so is the region of the page at hand */
 	bool write;
 	bool poisoned; /* is no error */
 	int tries; /* of a page that is busy; 0: the usual number */
@@ -24,9 +26,18 @@ typedef int (*gmem_page_fn)(struct gmem_request *request, struct gmem_page *page
 
 /* -EINVAL unless every byte of the range is in a region. */
 int gmem_range_check(struct gmem_session *session, uint64_t va, uint64_t bytes);
+/* -EACCES: some of it is mapped read-only; -EPERM: or is sealed. */
+int gmem_range_check_write(struct gmem_session *session, uint64_t va, uint64_t bytes);
 int gmem_request_init(struct gmem_core *core, uint64_t session, int hnid, uint64_t va, uint64_t bytes,
 		      struct gmem_request *ret);
 void gmem_request_deinit(struct gmem_request *request);
+/* What follows is about a page of that place. */
+void gmem_request_at(struct gmem_request *request, const struct gmem_place *place);
+/* The view to map it in, if it can be mapped there. */
+static inline struct gmem_view *gmem_request_view(struct gmem_request *request)
+{
+	return request->maps ? request->view : NULL;
+}
 /* fn on one page, again while it says -EAGAIN. */
 int gmem_one_page(struct gmem_request *request, struct gmem_object *object, uint64_t index, struct gmem_range range,
 		  gmem_page_fn fn);

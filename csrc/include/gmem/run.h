@@ -17,7 +17,8 @@ struct gmem_run_args {
 	int hnid;
 	struct gmem_view *view; /* where to map them; NULL: nowhere */
 	uint64_t va;            /* of the first page in the view */
-	bool own;               /* the only copy, writable */
+	bool own;               /* the only copy, writable; not of what is sealed */
+	bool private_view;      /* the view maps them privately (as.h: read_only) */
 	enum gmem_why why;
 	struct gmem_hint hint;
 	bool wanted;            /* no guess: it counts as used */

@@ -21,6 +21,14 @@ struct gmem_hold {
 	struct gmem_hold *next;
 };
 
+/* A range that a context's process maps from a pool's file, over its window. */
+struct gmem_overlay {
+	struct gmem_range range;
+	uint64_t pn; /* the object's first page */
+	uint32_t record;
+	struct gmem_overlay *next;
+};
+
 #define GMEM_STREAMS 4
 #define GMEM_RECENT 16
 #define GMEM_BLOCKS 2
@@ -62,6 +70,8 @@ struct gmem_view {
 	_Atomic(struct gmem_agent *) agent; /* (A) set once; NULL: translations stay */
 	uint32_t record;              /* (C) contexts: its number */
 	struct gmem_hold *holds;      /* as->views_lock; what the context has acquired */
+	struct gmem_overlay *overlays; /* as->views_lock */
+	_Atomic uint32_t overlay_count; /* (A) */
 	struct gmem_view *next;       /* as->views_lock */
 };
 

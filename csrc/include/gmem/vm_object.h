@@ -14,8 +14,11 @@
 #include <gmem/view.h>
 
 struct gmem_core;
+struct gmem_mmap_args;
+struct gmem_session;
 struct gmem_record;
 struct gmem_region;
+struct gmem_source;
 
 struct gmem_object {
 	atomic_uint refs;         /* (A) regions, frames in use by a mover, work items */
@@ -24,8 +27,14 @@ struct gmem_object {
 	uint64_t offset, bytes;   /* (C) file offsets */
 	uint8_t shift;            /* (C) log2 of the logical page size */
 	enum gmem_class class_;   /* (C) */
-	struct gmem_account *account; /* (C) */
-	uint32_t record;          /* (C) */
+	struct gmem_account *account; /* (C) who is charged */
+	struct gmem_account *files;   /* (C) whose files hold it: the same one's, or a pool's own */
+	bool pooled;              /* (C) its content stays while nobody maps it */
+	atomic_bool sealed;       /* (A) nobody writes to it any more */
+	atomic_bool succeeded;    /* (A) VA range and charge are another object's */
+	uint64_t successor;       /* (C) before sealed: first page of that object; 0: none */
+	_Atomic(struct gmem_source *) source; /* (A) set once; where the content of pages comes from that are nowhere here; NULL: zeros */
+	uint32_t record;          /* (C) or, of a pool's, its publishing's */
 	_Atomic uint64_t frozen_by; /* (A) a session; 0: none (freeze.h) */
 	struct gmem_mutex lock;
 	struct gmem_region *regions;  /* (O) */
@@ -33,19 +42,33 @@ struct gmem_object {
 	_Atomic(uint8_t *) aliases[GMEM_HNODE_MAX]; /* (A) set once under lock */
 };
 
-/* References the account. The VA range at offset becomes the object's; on failure it stays the caller's. */
-int gmem_object_create(struct gmem_core *core, struct gmem_account *account, enum gmem_class class_, uint64_t offset,
-		       uint64_t bytes, uint8_t shift, struct gmem_object **ret);
+/* References the accounts; flags: GMEM_OBJECT_* (keep.h). The VA range at offset becomes the object's, unless it has been
+ * SUCCEEDED; on failure it stays the caller's. */
+int gmem_object_create(struct gmem_core *core, struct gmem_account *account, struct gmem_account *files,
+		       enum gmem_class class_, uint64_t offset, uint64_t bytes, uint8_t shift, unsigned flags,
+		       struct gmem_object **ret);
+/* The same, with a range for it and charged: what gmem_mmap() makes. (memory.c) */
+int gmem_object_reserve(struct gmem_session *session, const struct gmem_mmap_args *args, struct gmem_account *account,
+			struct gmem_account *files, struct gmem_object **ret);
 /* One of a predecessor's, whose extent and VA range have been taken. */
-int gmem_object_adopt(struct gmem_core *core, struct gmem_account *account, const struct gmem_record *known,
-		      uint32_t record, struct gmem_object **ret);
+int gmem_object_adopt(struct gmem_core *core, struct gmem_account *account, struct gmem_account *files,
+		      const struct gmem_record *known, uint32_t record, struct gmem_object **ret);
 struct gmem_object *gmem_object_ref(struct gmem_object *object);
 /* False if it is being destroyed. */
 bool gmem_object_tryref(struct gmem_object *object);
 /* The last reference frees every page, the extent and the VA range. */
 void gmem_object_unref(struct gmem_object *object);
 
+/* Nobody writes to it from now on. Its pages are copies of those of next, which has the same offsets: what is not here is
+ * pulled from there. NULL: of nobody. */
+int gmem_object_seal(struct gmem_object *object, struct gmem_object *next);
+/* Gives VA range and charge to that object. */
+int gmem_object_succeed(struct gmem_object *object, struct gmem_object *next);
+static inline bool gmem_object_sealed(struct gmem_object *object) { return atomic_load(&object->sealed); }
+
 int gmem_object_file(struct gmem_object *object, int hnid, struct gmem_file **ret);
+/* A descriptor of that file for a process to map it with; borrowed. */
+int gmem_object_lend(struct gmem_object *object, struct gmem_file *file, bool read_only, int *ret_fd);
 int gmem_object_alias(struct gmem_object *object, int hnid, uint8_t **ret);
 
 /* Calls fn for every view on hnid that maps any of [offset, offset + bytes) of the object's offsets (offsets count

@@ -134,3 +134,13 @@ int add_in_pages(void *const *args, size_t arg_count)
 	}
 	return wrong;
 }
+
+/* args: words, how many: adds one to each. */
+int pool_add(void *const *args, size_t arg_count)
+{
+	uint64_t *at = args[0];
+
+	for (size_t i = 0; arg_count == 2 && i < (uintptr_t)args[1]; i++)
+		at[i]++;
+	return arg_count == 2 ? 0 : -EINVAL;
+}

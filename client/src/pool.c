@@ -1,0 +1,199 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * Pools: gmemd knows them by name; here they are regions whose file comes when it is asked for.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "context.h"
+#include "error.h"
+#include "session.h"
+
+#define BUSY_RANGES_MAX 64
+
+struct grant {
+	uint64_t va, bytes;
+	bool mapped; /* this process has it already */
+};
+
+static int check(struct gmem *session, const char *name, const struct gmem_pool_options *options, uint32_t known)
+{
+	if (!session || !name)
+		return gmem_fail(-EINVAL, "%s: is NULL", session ? "name" : "session");
+	if (gmem_check_options(options->size, sizeof(*options), "gmem_pool_options"))
+		return -EINVAL;
+	if (options->flags & ~known)
+		return gmem_fail(-EINVAL, "options: flags 0x%x are not known here", options->flags & ~known);
+	if (options->reserved)
+		return gmem_fail(-EINVAL, "options: reserved is not zero");
+	return gmem_session_check(session);
+}
+
+static int call(struct gmem *session, struct gmem_request *request, struct grant *ret)
+{
+	struct gmem_reply reply;
+	const msgpack_object *root;
+	int err = gmem_rpc_call(session->rpc, request, &reply);
+
+	if (err)
+		return err;
+	root = gmem_reply_root(&reply);
+	if (gmem_map_uint(root, "va", &ret->va) || gmem_map_uint(root, "bytes", &ret->bytes) ||
+	    gmem_map_bool(root, "mapped", &ret->mapped))
+		err = gmem_fail(-EPROTO, "name: gmemd's reply can't be read");
+	gmem_reply_deinit(&reply);
+	return err;
+}
+
+static int ask_create(struct gmem *session, const char *name, size_t bytes, const struct gmem_pool_options *options,
+		      struct grant *ret)
+{
+	struct gmem_request request;
+
+	gmem_request_init(&request, "pool_create", 5);
+	gmem_request_str(&request, "name", name);
+	gmem_request_uint(&request, "bytes", bytes);
+	gmem_request_uint(&request, "mode", options->mode);
+	gmem_request_uint(&request, "page_bytes", options->page_bytes);
+	gmem_request_bool(&request, "persistent", options->flags & GMEM_POOL_PERSISTENT);
+	return call(session, &request, ret);
+}
+
+static int ask_open(struct gmem *session, const char *name, const struct gmem_pool_options *options, struct grant *ret)
+{
+	bool owned = options->flags & GMEM_POOL_OF_UID;
+	struct gmem_request request;
+
+	gmem_request_init(&request, "pool_open", owned ? 3 : 2);
+	gmem_request_str(&request, "name", name);
+	gmem_request_bool(&request, "write", options->flags & GMEM_POOL_WRITE);
+	if (owned)
+		gmem_request_uint(&request, "uid", options->uid);
+	return call(session, &request, ret);
+}
+
+static int call_name(struct gmem *session, const char *op, const char *name)
+{
+	struct gmem_request request;
+
+	if (!session || !name)
+		return gmem_fail(-EINVAL, "%s: is NULL", session ? "name" : "session");
+	gmem_request_init(&request, op, 1);
+	gmem_request_str(&request, "name", name);
+	return gmem_rpc_call(session->rpc, &request, NULL);
+}
+
+/* As it was before: with the words of the failure kept. */
+static void give_back(struct gmem *session, const struct grant *grant, bool mapped)
+{
+	struct gmem_request request;
+	char why[384];
+
+	snprintf(why, sizeof(why), "%s", gmem_last_error());
+	if (mapped)
+		gmem_link_unmap(session->link, grant->va, grant->bytes);
+	gmem_request_init(&request, "munmap", 2);
+	gmem_request_uint(&request, "va", grant->va);
+	gmem_request_uint(&request, "bytes", grant->bytes);
+	gmem_rpc_call(session->rpc, &request, NULL);
+	gmem_fail(-EIO, "%s", why);
+}
+
+/* Maps and commits it, here and in the contexts. The caller holds session->mapping to write. */
+static int map(struct gmem *session, const struct grant *grant)
+{
+	struct gmem_request request;
+	int err = gmem_link_map_file(session->link, grant->va, true);
+
+	if (err)
+		return gmem_fail(err, "name: can't be mapped at 0x%llx: %s", (unsigned long long)grant->va, strerror(-err));
+	gmem_request_init(&request, "mmap_commit", 1);
+	gmem_request_uint(&request, "va", grant->va);
+	err = gmem_rpc_call(session->rpc, &request, NULL);
+	session->cover = gmem_contexts_cover;
+	if (!err)
+		err = gmem_contexts_cover(session, grant->va, 0);
+	if (err) {
+		give_back(session, grant, true);
+		return err;
+	}
+	return 0;
+}
+
+int gmem_pool_create(struct gmem *session, const char *name, size_t bytes, const struct gmem_pool_options *options,
+		     void **ret)
+{
+	const struct gmem_pool_options defaults = { .size = sizeof(defaults), .mode = 0600 };
+	struct grant busy[BUSY_RANGES_MAX], got;
+	size_t count = 0;
+	int err;
+
+	options = options ? options : &defaults;
+	err = check(session, name, options, GMEM_POOL_PERSISTENT);
+	if (!err && !ret)
+		err = gmem_fail(-EINVAL, "ret: is NULL");
+	if (!err)
+		err = gmem_check_bytes(bytes);
+	if (err)
+		return err;
+	pthread_rwlock_wrlock(&session->mapping);
+	do {
+		err = ask_create(session, name, bytes, options, &got);
+		if (err)
+			break;
+		err = map(session, &got);
+		if (err) {
+			char why[384];
+
+			snprintf(why, sizeof(why), "%s", gmem_last_error());
+			call_name(session, "pool_unlink", name);
+			gmem_fail(err, "%s", why);
+		}
+		if (err == -EEXIST)
+			busy[count++] = got; /* kept until the end, so that it is not offered again */
+	} while (err == -EEXIST && count < BUSY_RANGES_MAX);
+	for (size_t i = 0; i < count; i++)
+		give_back(session, &busy[i], false);
+	pthread_rwlock_unlock(&session->mapping);
+	if (!err)
+		*ret = (void *)(uintptr_t)got.va;
+	return err;
+}
+
+int gmem_pool_open(struct gmem *session, const char *name, const struct gmem_pool_options *options,
+		   struct gmem_range *ret)
+{
+	const struct gmem_pool_options defaults = { .size = sizeof(defaults) };
+	struct grant got;
+	int err;
+
+	options = options ? options : &defaults;
+	err = check(session, name, options, GMEM_POOL_WRITE | GMEM_POOL_OF_UID);
+	if (!err && !ret)
+		err = gmem_fail(-EINVAL, "ret: is NULL");
+	if (err)
+		return err;
+	pthread_rwlock_wrlock(&session->mapping);
+	err = ask_open(session, name, options, &got);
+	if (!err && !got.mapped) {
+		err = map(session, &got);
+		if (err == -EEXIST)
+			give_back(session, &got, false);
+	}
+	pthread_rwlock_unlock(&session->mapping);
+	if (!err)
+		*ret = (struct gmem_range){ (void *)(uintptr_t)got.va, got.bytes };
+	return err;
+}
+
+int gmem_pool_publish(struct gmem *session, const char *name)
+{
+	return call_name(session, "pool_publish", name);
+}
+
+int gmem_pool_unlink(struct gmem *session, const char *name)
+{
+	return call_name(session, "pool_unlink", name);
+}
