@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""valkey-py beside bare sockets, both in Python: why pages do not go through a client library. Reported only; the driver's
-own rows, beside bare sockets in C, are remotetier.c's."""
+"""valkey-py beside bare sockets, both in Python: why pages do not go through a client library. Reported only; the
+driver's own rows, beside bare sockets in C, are remotetier.c's."""
 
 from __future__ import annotations
 

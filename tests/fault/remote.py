@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python tests/fault/remote.py --seconds N [--seed S]`: a program whose memory is mostly in a cluster of servers, while
-these are killed, hang, run full and are cut off; every word is checked. Prints its seed.
+"""`python tests/fault/remote.py --seconds N [--seed S]`: a program whose memory is mostly in a cluster of servers,
+while these are killed, hang and are cut off; every word is checked. Prints its seed.
 
 The servers are in a network namespace of their own where one can be made (as root), so that the link between them and
 gmemd can go down or be slow; else these faults are left out, and it says so.
@@ -124,8 +124,8 @@ class Faults:
 
 
 class Load:
-    """A process with an array several times the host's budget, and what it has to be. A thread that waits for memory keeps
-    its interpreter waiting, so it has one of its own."""
+    """A process with an array several times the host's budget, and what it has to be. A thread that waits for memory
+    keeps its interpreter waiting, so it has one of its own."""
 
     def __init__(self, socket: str, seed: int) -> None:
         command = ["setpriv", "--pdeathsig", "KILL", sys.executable, __file__, "--load", socket, "--seed", str(seed)]
