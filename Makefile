@@ -21,7 +21,9 @@ help: ## this list
 run: build ## semantic search with a transformer that does not fit its device; RUN_FLAGS="--query TEXT --hbm 32M"
 	@$(BIN)/python client/examples/search $(RUN_FLAGS)
 
-test: $(VENV)/.test build lib c-plain c-asan ## all tests; PYTEST_FLAGS="-k NAME"
+# what fuzzes the ring is built where clang has libFuzzer
+LIBFUZZER := $(wildcard /usr/lib/llvm-*/lib/clang/*/lib/linux/libclang_rt.fuzzer-*.a)
+test: $(VENV)/.test build lib c-plain c-asan $(if $(LIBFUZZER),build/fuzz/fuzz_ring) ## all tests; PYTEST_FLAGS="-k NAME"
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 check: lint test ## lint and test
@@ -143,6 +145,28 @@ model: $(VENV)/.test build ## a state machine over the core, with kills, and fau
 		-o faulthandler_timeout=7500 --hypothesis-seed=$(SEED) tests/model/test_core_machine.py
 	$(BIN)/python tests/model/mutants.py --seed $(SEED)
 
+# libFuzzer over the ring; over what gmemd decodes by atheris, which is libFuzzer for Python.
+FUZZ_SECONDS ?= 60
+FUZZ_OBJECTS := $(patsubst %.c,build/fuzz/%.o,$(CORE_SOURCES) tests/fuzz/fuzz_ring.c client/src/agent.c)
+FUZZ_FLAGS := -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all
+build/fuzz/.clang: | $(BIN)/python
+	@.ci/require $(BIN)/python fuzz
+	@mkdir -p $(@D) && touch $@
+build/fuzz/%.o: %.c | build/fuzz/.clang
+	@mkdir -p $(@D)
+	@echo "cc $@"; clang -std=gnu11 -O1 -g -pthread -DGMEM_DEBUG $(FUZZ_FLAGS) -Icsrc/include -Iclient/include -MMD -MP -c $< -o $@
+build/fuzz/fuzz_ring: $(FUZZ_OBJECTS)
+	@echo "ld $@"; clang -pthread $(FUZZ_FLAGS) $^ -o $@
+.SECONDARY: $(FUZZ_OBJECTS)
+-include $(FUZZ_OBJECTS:.o=.d)
+
+fuzz: $(VENV)/.test build build/fuzz/fuzz_ring ## fuzz ring, schema and handshake for FUZZ_SECONDS=60 each
+	@$(PIP) install 'atheris>=2.3'
+	@for t in ring schema handshake; do mkdir -p build/fuzz/$$t; done
+	cd build/fuzz && ./fuzz_ring -max_total_time=$(FUZZ_SECONDS) -max_len=8192 ring ../../tests/fuzz/corpus/ring
+	for t in schema handshake; do $(BIN)/python tests/fuzz/targets.py $$t -max_total_time=$(FUZZ_SECONDS) \
+		-artifact_prefix=build/fuzz/ build/fuzz/$$t tests/fuzz/corpus/$$t || exit 1; done
+
 SPIN_FLAGS ?= --crashes 2 --evictions 1 --accesses 1
 spin: $(VENV)/.test ## checks the model of the page protocol, and that each of its guards is needed; some minutes
 	$(BIN)/python tests/model/page.py $(SPIN_FLAGS)
@@ -150,6 +174,8 @@ spin: $(VENV)/.test ## checks the model of the page protocol, and that each of i
 soak: $(VENV)/.test build c-plain ## the coherence tests for SOAK_SECONDS=60 each
 	build/c/test_coherence $(SOAK_SECONDS)
 	$(BIN)/python tests/fault/kill.py --seconds 86400 --kills 1000
+	$(MAKE) fuzz FUZZ_SECONDS=$(SOAK_SECONDS)
+	$(MAKE) model
 	GMEM_KILL_ROUNDS=500 $(BIN)/python -m pytest --timeout 600 -o faulthandler_timeout=900 tests/adversity $(PYTEST_FLAGS)
 	GMEM_SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest --timeout $$((60 + 10 * $(SOAK_SECONDS))) \
 		-o faulthandler_timeout=$$((120 + 10 * $(SOAK_SECONDS))) tests/integration -k coherence $(PYTEST_FLAGS)
@@ -161,6 +187,13 @@ lint: $(VENV)/.dev build ## ruff, mypy, gcc's warnings
 	$(BIN)/mypy
 	@for f in $(CORE_SOURCES) $(CLIENT_SOURCES); do \
 		$(CC) $(C_FLAGS) $(URING_FLAG) -DGMEM_LIBEXECDIR='""' -fsyntax-only $$f || exit 1; done
+
+# .clang-tidy says what for; functions of more than 80 lines are among it
+TIDY_FLAGS := -std=gnu11 -D_GNU_SOURCE -DGMEM_LIBURING -DGMEM_LIBEXECDIR='""' -Icsrc/include -Iclient/include
+tidy: $(BIN)/python ## clang-tidy over csrc and client/src; half a minute
+	@.ci/require $(BIN)/python tidy
+	@printf '%s\n' $(CORE_SOURCES) $(CLIENT_SOURCES) | xargs -P "$$(nproc)" -n 6 sh -c \
+		'clang-tidy --quiet "$$@" -- $(subst ','\'',$(TIDY_FLAGS))' tidy 2>build/tidy.log || { cat build/tidy.log; exit 1; }
 
 fmt: $(VENV)/.dev ## sort imports and remove unused ones
 	$(BIN)/ruff check --fix-only --select I,F401 .
@@ -211,4 +244,4 @@ clean: ## remove everything that was built, the environment as well
 	rm -rf build dist *.egg-info $(VENV) client/gmem/_*.so client/gmem/_client.c gmemd/_*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help run test test-kill test-systemd model check build lib c-plain c-asan c-tsan asan tsan bench bench-workloads soak lint fmt dist install uninstall clean
+.PHONY: help run test test-kill test-systemd model fuzz check build lib c-plain c-asan c-tsan asan tsan bench bench-workloads soak lint tidy fmt dist install uninstall clean

@@ -86,6 +86,7 @@ int gmem_account_create(struct gmem_core *core, uint64_t session_id, uid_t uid, 
 		atomic_init(&account->shares[h].quota_bytes, gmem_counter(&core->session_quota[h]));
 	account->parent = parent ? gmem_account_ref(parent) : NULL;
 	gmem_mutex_init(&account->lock, GMEM_RANK_ACCOUNT);
+	gmem_kept_init(&account->kept);
 	err = record ? 0 : write_record(account);
 	if (err)
 		gmem_account_unref(account);
@@ -119,7 +120,8 @@ void gmem_account_unref(struct gmem_account *account)
 			for (int c = 0; c < GMEM_CLASS_COUNT; c++)
 				drop_file(account, h, c);
 		gmem_record_drop(&account->core->keep, &account->record);
-		gmem_mutex_deinit(&account->lock);
+		gmem_kept_deinit(&account->kept);
+	gmem_mutex_deinit(&account->lock);
 		put_tenant(account->tenant);
 		free(account);
 		account = parent;

@@ -207,7 +207,7 @@ bool gmem_as_find_asked(struct gmem_as *as, uint64_t asked, uint64_t bytes, uint
 	for (size_t i = 0; !found && i < as->count; i++) {
 		const struct gmem_region *region = as->regions[i];
 
-		found = region->asked == asked && !region->committed && region->bytes == bytes;
+		found = region->asked == asked && region->bytes == bytes;
 		if (found)
 			*ret_va = region->va;
 	}

@@ -158,14 +158,11 @@ static int make_host(struct gmem_core *core, uint64_t limit)
 	return 0;
 }
 
-int gmem_core_create(const struct gmem_core_config *config, struct gmem_core **ret)
+/* Up to where the window is; what fails leaves no more than gmem_core_create() undoes at no_window. */
+static int prepare(struct gmem_core *core, const struct gmem_core_config *config, uint32_t threads)
 {
-	struct gmem_core *core = calloc(1, sizeof(*core));
-	uint32_t threads = config->fault_threads ? config->fault_threads : DEFAULT_FAULT_THREADS;
 	int err;
 
-	if (!core)
-		return -ENOMEM;
 	gmem_crash_init();
 	core->overcommit = config->overcommit;
 	core->policy = gmem_policy_find(config->policy);
@@ -191,6 +188,18 @@ int gmem_core_create(const struct gmem_core_config *config, struct gmem_core **r
 		err = probe(core, config);
 	if (!err)
 		err = set_window(core, config);
+	return err;
+}
+
+int gmem_core_create(const struct gmem_core_config *config, struct gmem_core **ret)
+{
+	struct gmem_core *core = calloc(1, sizeof(*core));
+	uint32_t threads = config->fault_threads ? config->fault_threads : DEFAULT_FAULT_THREADS;
+	int err;
+
+	if (!core)
+		return -ENOMEM;
+	err = prepare(core, config, threads);
 	if (err)
 		goto no_window;
 	err = make_lpt(core);

@@ -32,6 +32,21 @@
 #define TURN_NS 2000000     /* then other views get their turn */
 #define STOP_TOKEN UINT64_MAX
 
+/* What is poisoned in a page table stays so for as long as the range is mapped: nothing else may be put there. */
+static void mark(struct gmem_view *view, uint64_t va)
+{
+	struct gmem_place place;
+
+	if (view->hnid != GMEM_HOST)
+		return;
+	if (gmem_as_lookup(view->as, va, &place)) {
+		gmem_kept_spoil(view->session->account, va);
+		return;
+	}
+	atomic_store(&place.object->marked, true);
+	gmem_object_unref(place.object);
+}
+
 void gmem_fault_poison(struct gmem_core *core, struct gmem_view *view, struct gmem_range range, int error)
 {
 	int err = core->features.poison ? gmem_uffd_pmap_poison(gmem_view_pmap(view), range) : -EOPNOTSUPP;
@@ -39,6 +54,7 @@ void gmem_fault_poison(struct gmem_core *core, struct gmem_view *view, struct gm
 	/* Before 6.6 the access stays blocked: never a silent zero. The event tells the client why. */
 	if (err == -ESRCH)
 		return;
+	mark(view, range.va);
 	gmem_count(&core->stats.poisoned_pages, 1);
 	gmem_core_post(core, GMEM_EVENT_POISONED, view->session_id, range.va, 0, view->hnid, error);
 }
@@ -57,6 +73,7 @@ static void touch_outside(struct gmem_core *core, struct gmem_view *view, uint64
 		gmem_uffd_pmap_wake(gmem_view_pmap(view), small);
 		return;
 	}
+	mark(view, va);
 	err = gmem_uffd_pmap_poison(gmem_view_pmap(view), small);
 	if (err == -EINVAL)
 		err = gmem_uffd_pmap_poison(gmem_view_pmap(view), huge);
@@ -352,6 +369,8 @@ static void handle(struct gmem_core *core, struct gmem_view *view, const struct 
 		gmem_duty_begin(GMEM_DOING_EVENT, view->session_id, msg->arg.remove.start);
 		gmem_as_remove(view->as, msg->arg.remove.start, msg->arg.remove.end - msg->arg.remove.start,
 			       gmem_session_release_piece, core);
+		gmem_kept_forget(view->session->account, msg->arg.remove.start,
+				 msg->arg.remove.end - msg->arg.remove.start);
 		break;
 	default:
 		gmem_count(&core->stats.spurious_faults, 1);

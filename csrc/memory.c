@@ -7,7 +7,9 @@
 #include <fcntl.h>
 #include <string.h>
 
+#include <gmem/freeze.h>
 #include <gmem/internal.h>
+#include <gmem/prefetch.h>
 #include <gmem/uffd.h>
 
 #define BUSY_SPINS 2000
@@ -147,6 +149,7 @@ int gmem_object_reserve(struct gmem_session *session, const struct gmem_mmap_arg
 	uint64_t bytes = args->bytes, align, va;
 	struct gmem_file *file;
 	enum gmem_class class_;
+	bool kept = false;
 
 	if (shift < 0 || !bytes || bytes > INT64_MAX || args->fork > GMEM_FORK_COPY)
 		return -EINVAL;
@@ -159,6 +162,8 @@ int gmem_object_reserve(struct gmem_session *session, const struct gmem_mmap_arg
 		return err;
 	err = check_quotas(core, account, bytes);
 	if (!err)
+		kept = args->kept && !gmem_kept_take(account, class_, bytes, align, args->fork, &va);
+	if (!err && !kept)
 		err = take_range(core, &session->as, class_, bytes, align, &va);
 	if (err)
 		goto uncharge;
@@ -166,8 +171,10 @@ int gmem_object_reserve(struct gmem_session *session, const struct gmem_mmap_arg
 	if (!err)
 		err = gmem_object_create(core, account, files, class_, va - core->window.base, bytes, (uint8_t)shift,
 					 account == files && account == session->account ? 0 : GMEM_OBJECT_POOLED, ret);
-	if (!err)
+	if (!err) {
+		(*ret)->reused = kept;
 		return 0;
+	}
 	gmem_range_free(&core->va[class_], va, bytes);
 uncharge:
 	atomic_fetch_sub(&core->committed_bytes[class_], bytes);
@@ -195,7 +202,7 @@ int gmem_mmap(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args *
 	if (err)
 		goto out;
 	va = core->window.base + object->offset;
-	err = gmem_as_insert(&session->as, object, va, 0, object->bytes, args->fork, false);
+	err = gmem_as_insert(&session->as, object, va, 0, object->bytes, args->fork, object->reused);
 	if (!err)
 		err = gmem_object_file(object, GMEM_HOST, &file);
 	if (!err && args->asked && gmem_keeps(&core->keep))
@@ -203,7 +210,7 @@ int gmem_mmap(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args *
 	if (!err)
 		*ret = (struct gmem_region_info){ .va = va, .bytes = object->bytes, .offset = object->offset,
 						  .page_bytes = 1ull << shift, .class_ = object->class_,
-						  .fork = args->fork, .fd = file->fd };
+						  .fork = args->fork, .kept = object->reused, .fd = file->fd };
 	gmem_object_unref(object); /* on failure the last one: gives back range and charge */
 out:
 	gmem_session_unref(session);
@@ -335,6 +342,13 @@ int gmem_mmap_commit(struct gmem_core *core, uint64_t id, uint64_t va)
 	return err;
 }
 
+/* What comes to lie there later is not what the guesses were about. */
+static void unmap(struct gmem_session *session, uint64_t va, uint64_t bytes)
+{
+	gmem_stream_cancel(session->core, &session->as, -1, va, bytes);
+	gmem_as_remove(&session->as, va, bytes, gmem_session_release_piece, NULL);
+}
+
 int gmem_munmap(struct gmem_core *core, uint64_t id, uint64_t va, uint64_t bytes)
 {
 	struct gmem_session *session;
@@ -346,9 +360,49 @@ int gmem_munmap(struct gmem_core *core, uint64_t id, uint64_t va, uint64_t bytes
 	if (!session)
 		return -ENOENT;
 	hear_of_unmaps(session);
-	gmem_as_remove(&session->as, va, bytes, gmem_session_release_piece, NULL);
+	unmap(session, va, bytes);
 	gmem_session_unref(session);
 	return 0;
+}
+
+/* Its only region, and whole. */
+static bool is_alone(struct gmem_object *object, enum gmem_fork *ret_fork)
+{
+	bool alone;
+
+	gmem_mutex_lock(&object->lock);
+	alone = object->regions && !object->regions->next && object->regions->bytes == object->bytes;
+	if (alone)
+		*ret_fork = object->regions->fork;
+	gmem_mutex_unlock(&object->lock);
+	return alone;
+}
+
+int gmem_munmap_keep(struct gmem_core *core, uint64_t id, uint64_t va, uint64_t bytes)
+{
+	struct gmem_session *session = gmem_session_get(core, id);
+	struct gmem_object *object;
+	struct gmem_place place;
+	enum gmem_fork fork;
+	int err = -EAGAIN;
+
+	if (!session)
+		return -ENOENT;
+	if (gmem_as_lookup(&session->as, va, &place)) {
+		gmem_session_unref(session);
+		return -EINVAL;
+	}
+	object = place.object;
+	if (place.region_va == va && place.region_bytes == bytes && place.committed &&
+	    object->account == session->account && object->files == session->account &&
+	    !atomic_load(&object->source) && va - core->window.base == object->offset &&
+	    !gmem_object_frozen(object) && !atomic_load(&object->marked) && is_alone(object, &fork))
+		err = gmem_kept_leave(object, va, fork);
+	if (!err)
+		unmap(session, va, bytes);
+	gmem_object_unref(object);
+	gmem_session_unref(session);
+	return err;
 }
 
 static struct gmem_page_info info_of(gmem_word_t word, uint8_t shift)

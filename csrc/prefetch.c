@@ -10,6 +10,7 @@
 #define PIECE_BYTES (128ull << 10) /* a thread that catches up waits for so much at most, or for one page */
 #define HELP_WAITS 100     /* for a filler's piece; across a slow link it may come late all the same */
 #define HELP_WAIT_NS 200000
+#define AHEAD_PART 16
 #define TURNS (GMEM_RECENT / 3)
 #define HELPED_BYTES (64ull << 10) /* with smaller pages two threads mostly wait for each other in the kernel */
 
@@ -18,12 +19,17 @@ static uint64_t first_window(uint64_t page_bytes)
 	return page_bytes >= GMEM_HUGE_BYTES ? 1 : 4;
 }
 
-/* Pages that are not in a row are moved one by one. */
-static uint64_t last_window(uint64_t page_bytes, int64_t stride)
+/* Pages that are not in a row are moved one by one. A stream has no more than a small part of the hnode ahead: together with
+ * others it must not push out what it has just fetched. */
+static uint64_t last_window(struct gmem_core *core, int hnid, uint64_t page_bytes, int64_t stride)
 {
-	uint64_t pages = page_bytes >= GMEM_HUGE_BYTES ? 8 : page_bytes == 4096 ? 64 : 32;
+	struct gmem_hnode *hnode = gmem_core_hnode(core, hnid);
+	uint64_t pages = page_bytes >= GMEM_HUGE_BYTES ? 8 : page_bytes == 4096 ? 64 : 32, most = 1;
 
-	return stride == (int64_t)page_bytes ? pages : pages / 2;
+	if (hnode)
+		most = gmem_counter(&hnode->limit_bytes) / AHEAD_PART / page_bytes;
+	pages = stride == (int64_t)page_bytes ? pages : pages / 2;
+	return pages < most ? pages : most ? most : 1;
 }
 
 static uint64_t piece_bytes(uint64_t page_bytes)
@@ -144,13 +150,14 @@ static void advance(struct gmem_core *core, struct gmem_view *view, struct gmem_
 		    bool write, bool all)
 {
 	int64_t stride = stride_of(stream);
-	uint64_t page_bytes = 1ull << place->object->shift, last = last_window(page_bytes, stride), behind, window, end, passed;
+	uint64_t page_bytes = 1ull << place->object->shift, last = last_window(core, view->hnid, page_bytes, stride), behind, window, end, passed;
 
 	if (!stride)
 		return;
 	behind = next_place(place, stride);
 	window = all ? last : load(&stream->window) * 2;
-	window = window < first_window(page_bytes) ? first_window(page_bytes) : window > last ? last : window;
+	window = window < first_window(page_bytes) ? first_window(page_bytes) : window;
+	window = window < last ? window : last;
 	end = behind + in_region(place, behind, stride, window) * (uint64_t)stride;
 	/* Read, then written: what came read-only is gone over once more, and from now on pages come writable. */
 	if (write && !atomic_exchange_explicit(&stream->write, true, memory_order_relaxed))

@@ -69,7 +69,8 @@ static bool finish_op(struct gmem_ring_job *job, int err)
 static enum gmem_ring_blame check_form(const struct gmem_ring_sqe *sqe)
 {
 	static const uint16_t allowed[GMEM_RING_OP_COUNT] = {
-		[GMEM_RING_MMAP] = GMEM_RING_NO_INHERIT | GMEM_RING_COPY | GMEM_RING_SMALL,
+		[GMEM_RING_MMAP] = GMEM_RING_NO_INHERIT | GMEM_RING_COPY | GMEM_RING_SMALL | GMEM_RING_KEEP,
+		[GMEM_RING_MUNMAP] = GMEM_RING_KEEP,
 		[GMEM_RING_ADOPT] = GMEM_RING_NO_INHERIT | GMEM_RING_COPY, [GMEM_RING_ACQUIRE] = GMEM_RING_WRITE,
 		[GMEM_RING_HMEMCPY] = GMEM_RING_TOUCHED, [GMEM_RING_REGION] = GMEM_RING_NEXT,
 	};
@@ -181,6 +182,7 @@ static bool do_mmap(struct gmem_session *session, struct gmem_ring_job *job, boo
 	struct gmem_mmap_args args = {
 		.bytes = sqe->bytes, .page_bytes = sqe->arg, .small_only = sqe->flags & GMEM_RING_SMALL,
 		.fork = fork_of(sqe->flags), .asked = job->sq_index + 1ull, .again = job->again,
+		.kept = sqe->flags & GMEM_RING_KEEP,
 	};
 	struct gmem_region_info region;
 	int err;
@@ -198,8 +200,18 @@ static bool do_mmap(struct gmem_session *session, struct gmem_ring_job *job, boo
 		job->cqe.values[GMEM_RING_OFFSET] = region.offset;
 		job->cqe.values[GMEM_RING_PAGE_BYTES] = region.page_bytes;
 		job->cqe.values[GMEM_RING_HUGE] = region.class_ == GMEM_CLASS_HUGE;
+		job->cqe.values[GMEM_RING_KEPT] = region.kept;
 	}
 	return finish_op(job, err);
+}
+
+static bool do_munmap(struct gmem_session *session, struct gmem_ring_job *job)
+{
+	const struct gmem_ring_sqe *sqe = &job->sqe;
+
+	if (sqe->flags & GMEM_RING_KEEP)
+		return finish_op(job, gmem_munmap_keep(session->core, session->id, sqe->va, sqe->bytes));
+	return finish_op(job, gmem_munmap(session->core, session->id, sqe->va, sqe->bytes));
 }
 
 static bool do_region(struct gmem_session *session, struct gmem_ring_job *job)
@@ -232,7 +244,7 @@ static bool do_short(struct gmem_session *session, struct gmem_ring_job *job)
 	case GMEM_RING_MMAP_COMMIT:
 		return finish_op(job, gmem_mmap_commit(session->core, session->id, sqe->va));
 	case GMEM_RING_MUNMAP:
-		return finish_op(job, gmem_munmap(session->core, session->id, sqe->va, sqe->bytes));
+		return do_munmap(session, job);
 	case GMEM_RING_REGION:
 		return do_region(session, job);
 	default:

@@ -711,6 +711,7 @@ static void tear_down(struct gmem_session *session)
 	if (host)
 		gmem_session_unwatch(session, host);
 	gmem_view_unref(host);
+	gmem_kept_end(session->account);
 }
 
 int gmem_session_destroy(struct gmem_core *core, uint64_t id)

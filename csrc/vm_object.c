@@ -187,7 +187,8 @@ void gmem_object_unref(struct gmem_object *object)
 	if (!atomic_load(&object->succeeded)) {
 		gmem_account_map(object->account, -(int64_t)object->bytes);
 		atomic_fetch_sub(&core->committed_bytes[object->class_], object->bytes);
-		gmem_range_free(&core->va[object->class_], core->window.base + object->offset, object->bytes);
+		if (!atomic_load(&object->kept) || !gmem_kept_ready(object->account, core->window.base + object->offset))
+			gmem_range_free(&core->va[object->class_], core->window.base + object->offset, object->bytes);
 	}
 	atomic_fetch_sub(&core->object_count, 1);
 	gmem_source_release(atomic_load(&object->source)); /* perhaps the last reference on the one that has its range */

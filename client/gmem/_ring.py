@@ -23,6 +23,7 @@ _ADVICE = {
 _FORK = {"share": 0, "none": lib.GMEM_RING_NO_INHERIT}
 _FIELDS = {
     "mmap": {"bytes", "page_bytes", "fork", "small"}, "mmap_commit": {"va"}, "munmap": {"va", "bytes"},
+    "munmap_keep": {"va", "bytes"},
     "prefetch": {"hnid", "va", "bytes"}, "discard": {"va", "bytes"}, "advise": {"hnid", "va", "bytes", "advice"},
     "hmemcpy": {"hnid", "dst", "src", "bytes"}, "acquire": {"context", "ranges", "write"},
     "release": {"context", "ranges"},
@@ -49,11 +50,13 @@ def _entry(op: str, args: Mapping[str, Any], stream: int = 0) -> Any:
     try:
         if op == "mmap":
             flags = _FORK[args["fork"]] | (lib.GMEM_RING_SMALL if args["small"] else 0)
-            fields = (lib.GMEM_RING_MMAP, flags, 0, 0, args["bytes"], args["page_bytes"])
+            fields = (lib.GMEM_RING_MMAP, flags | lib.GMEM_RING_KEEP, 0, 0, args["bytes"], args["page_bytes"])
         elif op == "mmap_commit":
             fields = (lib.GMEM_RING_MMAP_COMMIT, 0, 0, args["va"], 0, 0)
         elif op == "munmap":
             fields = (lib.GMEM_RING_MUNMAP, 0, 0, args["va"], args["bytes"], 0)
+        elif op == "munmap_keep":
+            fields = (lib.GMEM_RING_MUNMAP, lib.GMEM_RING_KEEP, 0, args["va"], args["bytes"], 0)
         elif op == "prefetch":
             fields = (lib.GMEM_RING_PREFETCH, 0, args["hnid"], args["va"], args["bytes"], 0)
         elif op == "discard":
@@ -80,6 +83,7 @@ def _reply(sqe_op: int, cqe: Any) -> dict[str, Any]:
     return {
         "va": values[lib.GMEM_RING_VA], "bytes": values[lib.GMEM_RING_LENGTH], "offset": values[lib.GMEM_RING_OFFSET],
         "page_bytes": values[lib.GMEM_RING_PAGE_BYTES], "huge": bool(values[lib.GMEM_RING_HUGE]),
+        "kept": bool(values[lib.GMEM_RING_KEPT]),
     }  # fmt: skip
 
 

@@ -134,7 +134,11 @@ class Session:
             while True:
                 region = self.request("mmap", bytes=nbytes, page_bytes=page_bytes, fork=fork, small=small)
                 va, size = region["va"], region["bytes"]
-                err = lib.gmem_link_map(self._link, va, size, region["offset"], region["huge"], fork == "share")
+                kept = region.get("kept", False)  # mapped already, and committed
+                if kept:
+                    err = lib.gmem_link_reuse(self._link, va, size)
+                else:
+                    err = lib.gmem_link_map(self._link, va, size, region["offset"], region["huge"], fork == "share")
                 if not err:
                     break
                 refused.append((va, size))
@@ -143,6 +147,8 @@ class Session:
         finally:
             for start, length in refused:  # only now, so that they were not offered again
                 self.request("munmap", va=start, bytes=length)
+        if kept:
+            return va, size
         try:
             self.request("mmap_commit", va=va)
         except GmemError:
@@ -165,11 +171,24 @@ class Session:
         if self.closed or self._daemon_gone():
             return  # munmap(2) would wait for a gmemd that is not there to read its event
         with self._layout:
+            if self._keep(va, nbytes):
+                return
             err = lib.gmem_link_unmap(self._link, va, nbytes)
             if err:
                 raise from_errno(-err, f"munmap of 0x{va:x}: {os.strerror(-err)}")
             with suppress(ConnectionLost):
                 self.request("munmap", va=va, bytes=nbytes)
+
+    def _keep(self, va: int, nbytes: int) -> bool:
+        """Lets gmemd have the memory, and the addresses stay mapped for the next region of this size."""
+        if not lib.gmem_link_may_keep(self._link, va, nbytes):
+            return False
+        try:
+            self._ring.call("munmap_keep", {"va": va, "bytes": nbytes})
+        except (NotHere, GmemError):
+            return False
+        lib.gmem_link_kept(self._link, va, nbytes)
+        return True
 
     def owner_of(self, address: int) -> Mapping | None:
         """The mapping object that keeps this address alive."""

@@ -190,6 +190,7 @@ enum gmem_ring_op {
 #define GMEM_RING_TOUCHED (1u << 3)    /* HMEMCPY: pages of the source that nobody has touched leave dst as it is */
 #define GMEM_RING_NEXT (1u << 4)       /* REGION: or the next one behind va */
 #define GMEM_RING_COPY (1u << 5)       /* MMAP, ADOPT: a forked child puts a copy in its place */
+#define GMEM_RING_KEEP (1u << 6)       /* MMAP, MUNMAP: see below */
 
 /* Which argument a failure is about. */
 enum gmem_ring_blame {
@@ -214,9 +215,14 @@ enum gmem_ring_value {
 	GMEM_RING_OFFSET,
 	GMEM_RING_PAGE_BYTES,
 	GMEM_RING_HUGE,
-	GMEM_RING_COPIED, /* REGION: a forked child puts a copy in its place */
+	GMEM_RING_KEPT, /* MMAP: the range is one that the client keeps: it is mapped, and needs no commit */
+	GMEM_RING_COPIED = GMEM_RING_KEPT, /* REGION: a forked child puts a copy in its place */
 	GMEM_RING_VALUES,
 };
+
+/* MUNMAP with KEEP: of a whole region that is still mapped. It stays so, for a later region of its size, and nobody may touch
+ * it; its content goes. -EAGAIN: not this one, nothing has changed, unmap it. MMAP with KEEP: such a range will do. What
+ * is kept is the client's to unmap at any time; who has a successor of gmemd should, as that does not know of it. */
 
 struct gmem_ring_sqe {
 	uint64_t user_data; /* comes back with the completion */

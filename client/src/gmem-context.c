@@ -157,7 +157,7 @@ int main(void)
 	hello.device[sizeof(hello.device) - 1] = '\0';
 	if (join(&hello, &link))
 		return 1;
-	while ((n = get(&run, sizeof(run))) == (ssize_t)sizeof(run)) {
+	while (get(&run, sizeof(run)) == (ssize_t)sizeof(run)) {
 		run.library[sizeof(run.library) - 1] = '\0';
 		run.symbol[sizeof(run.symbol) - 1] = '\0';
 		if (run.arg_count > GMEM_ARGS_MAX)

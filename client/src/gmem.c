@@ -61,6 +61,7 @@ static int call_range(struct gmem *session, const char *op, uint16_t ring_op, co
 struct grant {
 	uint64_t va, bytes, offset;
 	bool huge;
+	bool kept; /* mapped already, and committed */
 };
 
 static int reserve_by_ring(struct gmem *session, size_t bytes, const struct gmem_mmap_options *options,
@@ -71,11 +72,12 @@ static int reserve_by_ring(struct gmem *session, size_t bytes, const struct gmem
 	int err;
 
 	sqe.flags |= options->flags & GMEM_MMAP_NO_INHERIT ? GMEM_RING_NO_INHERIT : 0;
-	sqe.flags |= options->flags & GMEM_MMAP_SMALL ? GMEM_RING_SMALL : 0;
+	sqe.flags |= GMEM_RING_KEEP | (options->flags & GMEM_MMAP_SMALL ? GMEM_RING_SMALL : 0);
 	err = gmem_session_call(session, &sqe, &cqe);
 	if (!err)
 		*ret = (struct grant){ cqe.values[GMEM_RING_VA], cqe.values[GMEM_RING_LENGTH],
-				       cqe.values[GMEM_RING_OFFSET], cqe.values[GMEM_RING_HUGE] };
+				       cqe.values[GMEM_RING_OFFSET], cqe.values[GMEM_RING_HUGE],
+				       cqe.values[GMEM_RING_KEPT] };
 	return err;
 }
 
@@ -97,6 +99,7 @@ static int reserve(struct gmem *session, size_t bytes, const struct gmem_mmap_op
 	if (err)
 		return err;
 	root = gmem_reply_root(&reply);
+	ret->kept = false;
 	if (gmem_map_uint(root, "va", &ret->va) || gmem_map_uint(root, "bytes", &ret->bytes) ||
 	    gmem_map_uint(root, "offset", &ret->offset) || gmem_map_bool(root, "huge", &ret->huge))
 		err = gmem_fail(-EPROTO, "mmap: gmemd's reply can't be read");
@@ -118,7 +121,8 @@ static int reserve_and_map(struct gmem *session, size_t bytes, const struct gmem
 		err = reserve(session, bytes, options, &got);
 		if (err)
 			break;
-		err = gmem_link_map(session->link, got.va, got.bytes, got.offset, got.huge, inherit);
+		err = got.kept ? gmem_link_reuse(session->link, got.va, got.bytes) :
+				 gmem_link_map(session->link, got.va, got.bytes, got.offset, got.huge, inherit);
 		if (err)
 			busy[count++] = got;
 	} while (err == -EEXIST && count < BUSY_RANGES_MAX);
@@ -189,7 +193,7 @@ int gmem_mmap(struct gmem *session, size_t bytes, const struct gmem_mmap_options
 	pthread_rwlock_rdlock(&session->mapping);
 	err = reserve_and_map(session, bytes, options, &region);
 	mapped = !err;
-	if (mapped)
+	if (mapped && !region.kept)
 		err = commit(session, region.va);
 	pthread_rwlock_unlock(&session->mapping);
 	if (mapped && err)
@@ -284,7 +288,30 @@ static int check_munmap(struct gmem *session, const void *va, size_t bytes)
 	return 0;
 }
 
-int gmem_munmap(struct gmem *session, void *va, size_t bytes)
+/* False: it has to be unmapped. */
+static bool keep(struct gmem *session, uint64_t va, uint64_t bytes)
+{
+	struct gmem_ring_sqe sqe = { .op = GMEM_RING_MUNMAP, .flags = GMEM_RING_KEEP, .va = va, .bytes = bytes };
+
+	if (!has_ring(session) || !gmem_link_may_keep(session->link, va, bytes) ||
+	    gmem_session_call(session, &sqe, NULL))
+		return false;
+	gmem_link_kept(session->link, va, bytes);
+	return true;
+}
+
+static int unmap(struct gmem *session, uint64_t va, uint64_t bytes)
+{
+	int err = gmem_link_unmap(session->link, va, bytes);
+
+	if (err)
+		return gmem_fail(err, "va: munmap of %p: %s", (void *)(uintptr_t)va, strerror(-err));
+	if (!in_window(session, va)) /* adopted: the event says it all */
+		return 0;
+	return call_range(session, "munmap", GMEM_RING_MUNMAP, NULL, (void *)(uintptr_t)va, bytes);
+}
+
+int gmem_session_munmap(struct gmem *session, void *va, size_t bytes, bool may_keep)
 {
 	uint64_t whole;
 	int err = check_munmap(session, va, bytes);
@@ -298,15 +325,15 @@ int gmem_munmap(struct gmem *session, void *va, size_t bytes)
 		err = gmem_session_check(session); /* without gmemd, munmap(2) would not return */
 	if (!err && session->cover && gmem_link_is_pooled(session->link, address(va), whole))
 		err = session->cover(session, address(va), whole);
-	if (!err) {
-		err = gmem_link_unmap(session->link, address(va), whole);
-		if (err)
-			gmem_fail(err, "va: munmap of %p: %s", va, strerror(-err));
-		else if (in_window(session, address(va)))
-			err = call_range(session, "munmap", GMEM_RING_MUNMAP, NULL, va, whole);
-	}
+	if (!err && !(may_keep && keep(session, address(va), whole)))
+		err = unmap(session, address(va), whole);
 	pthread_rwlock_unlock(&session->mapping);
 	return err;
+}
+
+int gmem_munmap(struct gmem *session, void *va, size_t bytes)
+{
+	return gmem_session_munmap(session, va, bytes, true);
 }
 
 /* ---- adopting ---- */

@@ -99,6 +99,7 @@ static void rejoin(struct gmem_link *link)
 		link->status = -ENOTCONN;
 		return;
 	}
+	link->kept_count = 0; /* what of it is mapped here is out of use: gmemd keeps it for the parent only */
 	for (size_t i = 0; i < link->region_count;) {
 		if (link->regions[i].inherit)
 			i++;

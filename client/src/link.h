@@ -18,6 +18,7 @@
 #include <gmem_wire.h>
 
 #define GMEM_FILES 2 /* small, huge */
+#define GMEM_LINK_KEPT 12 /* fewer than gmemd allows, so that it need not refuse */
 
 struct gmem_agent;
 struct gmem_ring;
@@ -45,9 +46,11 @@ struct gmem_link {
 	pid_t pid;
 	bool context;
 	char device[GMEM_WIRE_NAME_BYTES]; /* contexts: on which */
-	pthread_mutex_t lock;           /* guards regions */
+	pthread_mutex_t lock;           /* guards regions and kept */
 	struct gmem_link_region *regions;
 	size_t region_count, region_capacity;
+	struct gmem_link_region kept[GMEM_LINK_KEPT]; /* ranges given back and still mapped (GMEM_RING_KEEP); oldest first */
+	size_t kept_count;
 	struct gmem_link *next;         /* all links of the process, for fork */
 };
 
@@ -97,6 +100,13 @@ int gmem_link_map(struct gmem_link *link, uint64_t va, uint64_t bytes, uint64_t 
 int gmem_link_map_fd(struct gmem_link *link, uint64_t va, uint64_t bytes, int fd, uint64_t offset, bool read_only,
 		     bool inherit);
 int gmem_link_unmap(struct gmem_link *link, uint64_t va, uint64_t bytes);
+/* Whether the range is one region of the table, which gmemd may be asked to leave mapped; makes room for it. The caller
+ * keeps every mmap and munmap of this link out from before this call until gmem_link_kept(). */
+bool gmem_link_may_keep(struct gmem_link *link, uint64_t va, uint64_t bytes);
+/* gmemd has said yes. */
+void gmem_link_kept(struct gmem_link *link, uint64_t va, uint64_t bytes);
+/* gmemd has given a kept range out again: a region, and mapped. -EEXIST: it is not kept here. */
+int gmem_link_reuse(struct gmem_link *link, uint64_t va, uint64_t bytes);
 /* Drops a range from the table: it has been moved away, over a range that is in the table already. */
 int gmem_link_forget(struct gmem_link *link, uint64_t va, uint64_t bytes);
 /* Keeps the regions from children that are forked later. */

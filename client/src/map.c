@@ -121,6 +121,65 @@ int gmem_link_unmap(struct gmem_link *link, uint64_t va, uint64_t bytes)
 	return gmem_link_forget(link, va, bytes);
 }
 
+static struct gmem_link_region *entry(struct gmem_link_region *table, size_t count, uint64_t va, uint64_t bytes)
+{
+	for (size_t i = 0; i < count; i++)
+		if (table[i].va == va && table[i].bytes == bytes)
+			return &table[i];
+	return NULL;
+}
+
+static struct gmem_link_region take_kept(struct gmem_link *link, size_t at)
+{
+	struct gmem_link_region taken = link->kept[at];
+
+	memmove(&link->kept[at], &link->kept[at + 1], (--link->kept_count - at) * sizeof(taken));
+	return taken;
+}
+
+bool gmem_link_may_keep(struct gmem_link *link, uint64_t va, uint64_t bytes)
+{
+	struct gmem_link_region oldest = { 0 };
+	bool known;
+
+	pthread_mutex_lock(&link->lock);
+	known = entry(link->regions, link->region_count, va, bytes);
+	if (known && link->kept_count == GMEM_LINK_KEPT)
+		oldest = take_kept(link, 0);
+	pthread_mutex_unlock(&link->lock);
+	if (oldest.bytes)
+		gmem_sys_munmap((void *)(uintptr_t)oldest.va, oldest.bytes); /* gmemd forgets it by the event */
+	return known;
+}
+
+void gmem_link_kept(struct gmem_link *link, uint64_t va, uint64_t bytes)
+{
+	struct gmem_link_region *region;
+
+	pthread_mutex_lock(&link->lock);
+	region = entry(link->regions, link->region_count, va, bytes);
+	if (region && link->kept_count < GMEM_LINK_KEPT) {
+		link->kept[link->kept_count++] = *region;
+		*region = link->regions[--link->region_count];
+	}
+	pthread_mutex_unlock(&link->lock);
+}
+
+int gmem_link_reuse(struct gmem_link *link, uint64_t va, uint64_t bytes)
+{
+	struct gmem_link_region *kept;
+	int err = -EEXIST;
+
+	pthread_mutex_lock(&link->lock);
+	kept = entry(link->kept, link->kept_count, va, bytes);
+	if (kept)
+		err = remember(link, va, bytes, kept->inherit);
+	if (!err)
+		take_kept(link, (size_t)(kept - link->kept));
+	pthread_mutex_unlock(&link->lock);
+	return err;
+}
+
 void gmem_link_withhold_locked(struct gmem_link *link)
 {
 	for (size_t i = 0; i < link->region_count; i++)
@@ -133,11 +192,11 @@ void gmem_link_unmap_all(struct gmem_link *link)
 		struct gmem_link_region region;
 
 		pthread_mutex_lock(&link->lock);
-		if (!link->region_count) {
+		if (!link->region_count && !link->kept_count) {
 			pthread_mutex_unlock(&link->lock);
 			return;
 		}
-		region = link->regions[--link->region_count];
+		region = link->kept_count ? link->kept[--link->kept_count] : link->regions[--link->region_count];
 		pthread_mutex_unlock(&link->lock);
 		gmem_sys_munmap((void *)(uintptr_t)region.va, region.bytes);
 	}

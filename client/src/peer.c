@@ -287,12 +287,12 @@ static int replace(struct gmem *session, const struct peer *peer)
 			    MAP_FAILED)
 		err = gmem_fail(-errno, "mremap: %s", strerror(errno));
 	if (err) {
-		gmem_munmap(session, (void *)fresh, bytes);
+		gmem_session_munmap(session, (void *)fresh, bytes, false);
 		return err;
 	}
 	gmem_link_forget(session->link, fresh, bytes);
 	/* nothing is there any more: it returns when gmemd has heard of the move */
-	gmem_munmap(session, (void *)fresh, bytes);
+	gmem_session_munmap(session, (void *)fresh, bytes, false);
 	if (peer->prot != (PROT_READ | PROT_WRITE) && gmem_sys_mprotect((void *)peer->va, bytes, peer->prot))
 		err = -errno;
 	return err;
@@ -315,7 +315,7 @@ static void take_copies(struct gmem *session)
 		}
 		if (!peer->withheld)
 			say("memory could not be copied for a forked child, and is not mapped there");
-		gmem_munmap(session, (void *)peer->va, peer->end - peer->va);
+		gmem_session_munmap(session, (void *)peer->va, peer->end - peer->va, false);
 		remove_locked(i);
 	}
 }
@@ -457,7 +457,7 @@ static int map(size_t bytes, int prot, struct peer *ret)
 	if (!err)
 		err = put_in(ret);
 	if (err)
-		gmem_munmap(session, (void *)ret->va, ret->end - ret->va);
+		gmem_session_munmap(session, (void *)ret->va, ret->end - ret->va, false);
 	return err;
 }
 
@@ -481,7 +481,7 @@ static int unmap_peers(uintptr_t at, uintptr_t end)
 	int err;
 
 	while (!(err = take_out(at, end, &peer))) {
-		err = gmem_munmap(default_session, (void *)peer.va, peer.end - peer.va);
+		err = gmem_session_munmap(default_session, (void *)peer.va, peer.end - peer.va, false);
 		if (err) {
 			put_in(&peer);
 			return err;

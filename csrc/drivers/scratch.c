@@ -218,9 +218,7 @@ static int try_direct(int fd)
 
 	if (!page)
 		return -ENOMEM;
-	if (flags < 0 || fcntl(fd, F_SETFL, flags | O_DIRECT))
-		err = -errno;
-	else if (pread(fd, page, 4096, (off_t)GMEM_SCRATCH_DATA) < 0)
+	if (flags < 0 || fcntl(fd, F_SETFL, flags | O_DIRECT) || pread(fd, page, 4096, (off_t)GMEM_SCRATCH_DATA) < 0)
 		err = -errno;
 	if (err && flags >= 0)
 		fcntl(fd, F_SETFL, flags);

@@ -11,7 +11,9 @@
 #include <gmem/policies.h>
 
 #define COUNT_MAX 63
-#define WINDOW(frames) ((frames) / 128 + 1)
+/* What is used just now passes through the window together: however few frames there are, it must have room for the pages
+ * of a loop over several arrays, or they displace each other. */
+#define TOGETHER 8
 /* Counts are halved when what leaves has reached so much: the line between staying and leaving is then drawn among
  * counts that say something. At the earliest and at the latest after so many uses of each frame, on average. */
 #define HALVE_AT 31
@@ -32,6 +34,11 @@ struct lfu {
 static uint32_t list(const struct gmem_policy *policy, uint32_t number)
 {
 	return policy->frames + number;
+}
+
+static uint32_t window_frames(uint32_t frames)
+{
+	return frames / 128 + 1 + (frames / 3 < TOGETHER ? frames / 3 : TOGETHER);
 }
 
 static bool is_empty(const struct gmem_policy *policy, uint32_t number)
@@ -166,7 +173,7 @@ static void insert(struct gmem_policy *policy, uint32_t frame, uint64_t key)
 		count += count_of(policy, (uint8_t)note, (uint8_t)(note >> 8));
 	set_count(policy, frame, count);
 	push_window(policy, frame);
-	if (lfu->window > WINDOW(policy->count) + 1) {
+	if (lfu->window > window_frames(policy->count) + 1) {
 		uint32_t old = oldest(policy, WINDOW_LIST);
 
 		unlink_frame(policy, old);
@@ -226,7 +233,7 @@ static uint32_t next(struct gmem_policy *policy)
 	if (!lfu->filled)
 		return offer(policy, late);
 	least = oldest(policy, (uint32_t)least_count(lfu));
-	if (lfu->window <= WINDOW(policy->count))
+	if (lfu->window <= window_frames(policy->count))
 		return offer(policy, least);
 	if (count_at(policy, late) <= count_at(policy, least))
 		return offer(policy, late);

@@ -44,9 +44,12 @@ static uint32_t next(struct gmem_policy *policy)
 	return frame;
 }
 
+/* To the tail, where the hand begins: it finds what was cooled before behind it. */
 static void cool(struct gmem_policy *policy, uint32_t frame)
 {
 	gmem_node_set_used(policy, frame, 0);
+	gmem_queue_unlink(policy, frame);
+	gmem_queue_push_tail(policy, 0, frame);
 	policy->hand = frame;
 }
 

@@ -8,6 +8,7 @@ status 1 if a word was lost, a client failed or something was blocked for too lo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -108,6 +109,12 @@ class Target:
         self.process.terminate()
         return self.process.wait(60)
 
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()  # its daemon gets a signal with that
+            self.process.wait()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
 
 class Worker:
     def __init__(self, kind: str, target: Target, seed: int) -> None:
@@ -123,11 +130,16 @@ class Worker:
         try:
             out, _ = self.process.communicate(timeout=60)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            self.kill()
             return {"kind": self.kind, "wrong": ["it was blocked for a minute"], "slow": [], "steps": 0}
         if self.process.returncode:
             return {"kind": self.kind, "wrong": [f"ended with {self.process.returncode}"], "slow": [], "steps": 0}
         return json.loads(out)
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
 
 
 def wait_for(condition, seconds: float) -> bool:
@@ -166,9 +178,19 @@ def kill_once(target: Target, rng: random.Random, points: list[str], kills: int,
 def run(seconds: float, most: int, seed: int) -> int:
     rng = random.Random(seed)
     pace = Pace()
-    directory = Path(tempfile.mkdtemp(prefix="gmem-kill-"))
-    target = Target(directory)
-    workers = [Worker(kind, target, seed * 100 + n) for n, kind in enumerate(KINDS)]
+    with contextlib.ExitStack() as stack:  # whatever happens, nobody is left behind
+        target = Target(Path(tempfile.mkdtemp(prefix="gmem-kill-")))
+        stack.callback(target.kill)
+        workers = []
+        for n, kind in enumerate(KINDS):
+            workers.append(Worker(kind, target, seed * 100 + n))
+            stack.callback(workers[-1].kill)
+        return kill_often(target, workers, rng, seconds, most, seed, pace)
+
+
+def kill_often(
+    target: Target, workers: list[Worker], rng: random.Random, seconds: float, most: int, seed: int, pace: Pace
+) -> int:
     points, where, kills = crash_points(), Counter(), 0
     until = time.monotonic() + seconds
     failed = [worker.kind for worker in workers if not worker.ready]
@@ -192,7 +214,7 @@ class Pace:
     def __init__(self) -> None:
         self._seconds: list[float] = []
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
@@ -232,7 +254,6 @@ def report(
     if bad:
         print(f"seed {seed}; gmemd ended with {status}; longest: {what}, where {stall_max:.1f} s may be; its log:")
         print(target.log.read_text()[-3000:])
-    shutil.rmtree(target.directory, ignore_errors=True)
     print(f"kills={kills} lost={lost} longest_stall_s={stall:.2f}")
     return 1 if bad else 0
 

@@ -22,7 +22,7 @@ from kill import Target, wait_for  # noqa: E402
 def test_nothing_is_lost_whatever_kills_the_daemon():
     seed = os.environ.get("GMEM_KILL_SEED", "1")
     command = [sys.executable, str(HERE / "kill.py"), "--seconds", "20", "--seed", seed]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
     last = done.stdout.splitlines()[-1:]
     found = re.fullmatch(r"kills=(\d+) lost=(\d+) longest_stall_s=([\d.]+)", last[0] if last else "")
     assert found, done.stdout + done.stderr

@@ -6,6 +6,7 @@ import gc
 import os
 import signal
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import gmem
@@ -242,8 +243,8 @@ def test_numpy_integers_are_integers(session, tmp_path):
 
 def test_ranges_in_use_are_skipped_and_given_back(session):
     va, size = session.map(4 << 20, 65536, "share")
-    session.unmap(va, size)
     before = gmem.stats()["regions"]
+    va += size  # where the next one would come to lie
     taken = libc.mmap(va, 16 << 20, 0, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0)
     assert taken == va
     try:
@@ -253,6 +254,35 @@ def test_ranges_in_use_are_skipped_and_given_back(session):
         assert gmem.stats()["regions"] == before + 1
     finally:
         libc.munmap(va, 16 << 20)
+        session.unmap(va - size, size)
+
+
+def test_addresses_stay_mapped_for_the_next_region_of_their_size(session):
+    where = session.map(4 << 20, 65536, "share")
+    mapping = np.frombuffer((ctypes.c_uint8 * where[1]).from_address(where[0]), np.uint8)
+    for value in range(1, 6):
+        assert not mapping.any(), "what was there before has come back"
+        mapping[:] = value
+        assert (mapping == value).all()
+        session.unmap(*where)
+        other = session.map(4 << 20, 4096, "none")  # of another kind
+        assert other != where
+        session.unmap(*other)
+        wait_until(lambda: session.map(4 << 20, 65536, "share"), where, session)
+
+
+def wait_until(get, wanted, session):
+    """A mover may hold the old memory for a moment; what is got instead is given back."""
+    others = []
+    for _ in range(1000):
+        got = get()
+        if got == wanted:
+            break
+        others.append(got)
+        time.sleep(0.005)
+    for other in others:
+        session.unmap(*other)
+    assert got == wanted
 
 
 def test_more_than_could_be_held_is_out_of_memory(session):

@@ -188,3 +188,52 @@ def test_a_page_that_its_tier_has_lost_is_an_error(connect):
         """
     done = run_python(code, env={"PYTHONPATH": os.environ["PYTHONPATH"]})
     assert done.stdout.split() == ["written"] and done.returncode == -7, (done.stdout, done.stderr)
+
+
+@pytest.fixture
+def loop(tmp_path):
+    """A block device of 40 MiB over a file."""
+    backing = tmp_path / "disk"
+    backing.write_bytes(b"")
+    os.truncate(backing, 40 * MIB)
+    made = subprocess.run(["losetup", "--find", "--show", backing], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"no loop device: {made.stderr.strip()}")
+    yield made.stdout.strip()
+    subprocess.run(["losetup", "--detach", made.stdout.strip()], check=True)
+
+
+def test_a_block_device_below_the_host(connect, loop):
+    session = connect(settings=[f"host.limit={8 * MIB}"])
+    refused = ctl(session, "attach", "file", "disk", f"path={loop}", "capacity=32M")
+    assert refused.returncode == 1 and "erase=on" in refused.stderr
+    refused = ctl(session, "attach", "file", "disk", f"path={loop}", "capacity=64M", "erase=on")
+    assert refused.returncode == 1 and "capacity" in refused.stderr, "it is not that large"
+    done = ctl(session, "attach", "file", "disk", f"path={loop}", "capacity=32M", "erase=on")
+    assert done.returncode == 0, done.stderr
+    data = pattern(3 * MIB, 8)  # 24 MiB
+    a = gmem.empty(data.shape, np.int64, page_size="64K")
+    a[:] = data
+    assert row(session, "disk")["used_bytes"] >= 12 * MIB
+    assert np.array_equal(a, data)
+    del a
+    assert ctl(session, "detach", "disk").returncode == 0
+
+
+def test_a_filesystem_that_is_full_is_back_pressure(connect, tmp_path):
+    """The tier below takes what it has no room for, though it had promised more; nothing is lost."""
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=10M", "tmpfs", small]).returncode:
+        pytest.skip("no right to mount")
+    try:
+        disk = f"disk:driver=file,path={small},capacity=32M,preallocate=off,tier=1"
+        session = connect(disk, store("below", 64, tier=2), settings=[f"host.limit={8 * MIB}"])
+        data = pattern(4 * MIB, 9)  # 32 MiB: 8 here, 10 there, and the rest
+        a = gmem.empty(data.shape, np.int64, page_size="64K")
+        a[:] = data
+        assert row(session, "disk")["used_bytes"] <= 10 * MIB and row(session, "below")["used_bytes"] >= 10 * MIB
+        assert np.array_equal(a, data)
+        session.close()
+    finally:
+        subprocess.run(["umount", "-l", small], check=True)

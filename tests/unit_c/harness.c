@@ -19,7 +19,8 @@
 
 unsigned time_limit_s = 100; /* below that of tests/conftest.py */
 
-enum op { OP_UFFD, OP_MMAP, OP_COMMIT, OP_MUNMAP, OP_PREFETCH, OP_DISCARD, OP_ADVISE, OP_HMEMCPY, OP_QUERY };
+enum op { OP_UFFD, OP_MMAP, OP_COMMIT, OP_MUNMAP, OP_PREFETCH, OP_DISCARD, OP_ADVISE, OP_HMEMCPY, OP_QUERY,
+	  OP_KEEP };
 
 struct message {
 	enum op op;
@@ -28,6 +29,7 @@ struct message {
 	enum gmem_fork fork;
 	enum gmem_class class_;
 	struct gmem_page_info info;
+	bool kept; /* MMAP: may it be, and is it */
 };
 
 static bool try_send(int sock, const struct message *m, int fd)
@@ -91,7 +93,8 @@ static void serve_one(struct client *client, struct message *m, int fd)
 {
 	struct gmem_core *core = client->core;
 	struct gmem_region_info region = { 0 };
-	struct gmem_mmap_args args = { .bytes = m->bytes, .page_bytes = m->page_bytes, .fork = m->fork };
+	struct gmem_mmap_args args = { .bytes = m->bytes, .page_bytes = m->page_bytes, .fork = m->fork,
+					.kept = m->kept };
 	uint64_t context = 0;
 	size_t count;
 
@@ -109,12 +112,16 @@ static void serve_one(struct client *client, struct message *m, int fd)
 		m->bytes = region.bytes;
 		m->offset = region.offset;
 		m->class_ = region.class_;
+		m->kept = region.kept;
 		break;
 	case OP_COMMIT:
 		m->err = gmem_mmap_commit(core, client->session, m->va);
 		break;
 	case OP_MUNMAP:
 		m->err = gmem_munmap(core, client->session, m->va, m->bytes);
+		break;
+	case OP_KEEP:
+		m->err = gmem_munmap_keep(core, client->session, m->va, m->bytes);
 		break;
 	case OP_PREFETCH:
 		m->err = gmem_prefetch(core, client->session, m->hnid, m->va, m->bytes);
@@ -400,6 +407,18 @@ void *client_mmap(struct client *client, uint64_t bytes, uint64_t page_bytes, en
 	return at;
 }
 
+void *client_mmap_kept(struct client *client, uint64_t bytes, uint64_t page_bytes, enum gmem_fork fork)
+{
+	struct message m = { .op = OP_MMAP, .bytes = bytes, .page_bytes = page_bytes, .fork = fork, .kept = true };
+
+	CHECK_EQ(call(client, &m), 0);
+	if (m.kept)
+		return (void *)m.va;
+	m.op = OP_MUNMAP;
+	CHECK_EQ(call(client, &m), 0);
+	return NULL;
+}
+
 struct client *client_admit(struct gmem_core *core, int sock, pid_t pid, const struct client *of, int hnid)
 {
 	struct client *client = calloc(1, sizeof(*client));
@@ -466,6 +485,13 @@ int client_munmap(struct client *client, void *at, uint64_t bytes)
 	struct message m = { .op = OP_MUNMAP, .va = (uint64_t)at, .bytes = bytes };
 
 	CHECK(!munmap(at, bytes));
+	return call(client, &m);
+}
+
+int client_keep(struct client *client, void *at, uint64_t bytes)
+{
+	struct message m = { .op = OP_KEEP, .va = (uint64_t)at, .bytes = bytes };
+
 	return call(client, &m);
 }
 

@@ -79,6 +79,9 @@ int client_discard(struct client *client, void *at, uint64_t bytes);
 int client_advise(struct client *client, int hnid, void *at, uint64_t bytes, enum gmem_advice advice);
 int client_hmemcpy(struct client *client, int hnid, void *dst, const void *src, uint64_t bytes);
 int client_munmap(struct client *client, void *at, uint64_t bytes);
+/* munmap of a range that stays mapped (kept.h), and a region in such a range: NULL if there is none. */
+int client_keep(struct client *client, void *at, uint64_t bytes);
+void *client_mmap_kept(struct client *client, uint64_t bytes, uint64_t page_bytes, enum gmem_fork fork);
 struct gmem_page_info client_query(struct client *client, const void *at);
 
 /* Memory shared by all test processes, for flags and results; not managed by the core. */

@@ -9,6 +9,7 @@
 
 #include <sys/types.h>
 
+#include <gmem/kept.h>
 #include <gmem/lockrank.h>
 #include <gmem/memfd.h>
 #include <gmem/types.h>
@@ -45,6 +46,7 @@ struct gmem_account {
 	uint32_t mates[GMEM_HNODE_MAX];                  /* (H) its frames there, as a ring: the next to look at */
 	uint64_t pressure_ns[GMEM_HNODE_MAX];            /* (H) when it last reached its quota; 0: never, or long ago */
 	_Atomic uint64_t mapped_bytes;                   /* (A) */
+	struct gmem_kept kept;
 	_Atomic uint64_t host_faults, device_faults;     /* (A) */
 };
 

@@ -89,6 +89,7 @@ struct gmem_region_info {
 	enum gmem_class class_;
 	enum gmem_fork fork;
 	bool committed;
+	bool kept; /* the client has it mapped already, and need not commit */
 	bool read_only; /* to be mapped PROT_READ and MAP_PRIVATE */
 	int fd; /* borrowed; open for as long as the session lives, also if the region goes */
 };
@@ -127,6 +128,7 @@ struct gmem_mmap_args {
 	bool small_only;     /* never hugetlb */
 	uint64_t asked;      /* a number of the request's, 0: none */
 	bool again;          /* a predecessor may have reserved it for the request of that number: then that range */
+	bool kept;           /* one that the client keeps will do */
 };
 /* Reserves a range. The client maps it, then commits; without a commit it goes away with the session. */
 int gmem_mmap(struct gmem_core *core, uint64_t session, const struct gmem_mmap_args *args,
@@ -140,6 +142,8 @@ int gmem_adopt(struct gmem_core *core, uint64_t session, uint64_t at, const stru
 	       struct gmem_region_info *ret);
 /* The client has unmapped [va, va + bytes) already (its UNMAP event may or may not have been seen). */
 int gmem_munmap(struct gmem_core *core, uint64_t session, uint64_t va, uint64_t bytes);
+/* A whole region, which stays mapped for a later one of its size (kept.h). -EAGAIN: this one does not; nothing is done. */
+int gmem_munmap_keep(struct gmem_core *core, uint64_t session, uint64_t va, uint64_t bytes);
 /* The region that begins at va, as a context on hnid (GMEM_HOST: the process itself) is to map it; fd is the caller's. */
 int gmem_region_file(struct gmem_core *core, uint64_t session, uint64_t va, int hnid, struct gmem_region_info *ret);
 

@@ -45,6 +45,7 @@ struct gmem_core {
 	struct gmem_tenant *tenants;                         /* tenants_lock */
 	_Atomic uint64_t session_quota[GMEM_HNODE_MAX], uid_quota[GMEM_HNODE_MAX]; /* (A) for those to come; 0: none */
 	_Atomic uint64_t committed_bytes[GMEM_CLASS_COUNT];  /* (A) */
+	_Atomic uint64_t kept_bytes;                         /* (A) addresses that clients keep (kept.h) */
 	_Atomic uint64_t hugepages_used_bytes;               /* (A) by frames in hugetlb files, the host's and devices' */
 	struct gmem_stats stats;
 	struct gmem_events events;

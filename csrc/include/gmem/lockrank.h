@@ -21,6 +21,7 @@ enum gmem_rank {
 	GMEM_RANK_HNODE,       /* frames and reclaim lists of one hnode */
 	GMEM_RANK_ACCOUNT,     /* files of one account */
 	GMEM_RANK_TENANTS,     /* table of tenants */
+	GMEM_RANK_KEPT,        /* ranges that the client of one account keeps */
 	GMEM_RANK_RANGE,       /* range allocators */
 	GMEM_RANK_SLOTS,       /* watched views */
 	GMEM_RANK_WORK,        /* work queue */

@@ -36,6 +36,9 @@ struct gmem_object {
 	_Atomic(struct gmem_source *) source; /* (A) set once; where the content of pages comes from that are nowhere here; NULL: zeros */
 	uint32_t record;          /* (C) or, of a pool's, its publishing's */
 	_Atomic uint64_t frozen_by; /* (A) a session; 0: none (freeze.h) */
+	atomic_bool kept;         /* (A) its addresses stay its client's (kept.h) */
+	bool reused;              /* (C) its addresses were kept, and are mapped already */
+	atomic_bool marked;       /* (A) some of it is poisoned in the client's page table, for as long as that is mapped */
 	struct gmem_mutex lock;
 	struct gmem_region *regions;  /* (O) */
 	uint64_t regions_generation;  /* (O) grows with each change of the list or of a region in it */
@@ -56,7 +59,7 @@ int gmem_object_adopt(struct gmem_core *core, struct gmem_account *account, stru
 struct gmem_object *gmem_object_ref(struct gmem_object *object);
 /* False if it is being destroyed. */
 bool gmem_object_tryref(struct gmem_object *object);
-/* The last reference frees every page, the extent and the VA range. */
+/* The last reference frees every page, the extent and the VA range, unless that is kept. */
 void gmem_object_unref(struct gmem_object *object);
 
 /* Nobody writes to it from now on. Its pages are copies of those of next, which has the same offsets: what is not here is

@@ -69,7 +69,7 @@ class ByHand(Engine):
 
     def finish(self) -> None:
         if self._plan:
-            self.move(self._plan.flush(), Moves([], [], [], []))
+            self.move(self._plan.flush(), Moves([], [], [], [], []))
 
     def counters(self) -> dict[str, float]:
         return {"h2d_bytes": self.copied_bytes[True], "d2h_bytes": self.copied_bytes[False]}

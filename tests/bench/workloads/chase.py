@@ -25,18 +25,18 @@ def _words(nodes: Array) -> Any:
     return memoryview(nodes.reshape(-1))  # type: ignore[arg-type]
 
 
-def chase(nodes: Array, out: Array, hops: int) -> None:
+def chase(nodes: Array, out: Array, start: int, hops: int) -> None:
     """Plain Python: tens of nanoseconds a hop beside microseconds of a fault."""
-    following, at, total = _words(nodes), 0, 0
+    following, at, total = _words(nodes), start, 0
     for _ in range(hops):
         at = following[at * (NODE // 8)]
         total += at
     out[:] = at, total
 
 
-def chase_asking(device: Array, nodes: int, hops: int, address: str) -> tuple[int, int]:
+def chase_asking(device: Array, nodes: int, start: int, hops: int, address: str) -> tuple[int, int]:
     """The same where the device holds some pages: the kernel keeps their table, and asks the host for the others."""
-    following, at, total = _words(device), 0, 0
+    following, at, total = _words(device), start, 0
     slots = _slots.setdefault(address, [-1] * (nodes // PAGE_NODES))
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as link:
         link.connect(address)
@@ -78,11 +78,15 @@ class Chase(Workload):
     def steps(self, round: int) -> list[Step]:
         specs = self.specs
         accesses = (Access(whole("nodes", specs["nodes"]), READ), Access(whole("out", specs["out"]), WRITE))
-        return [Step(chase, accesses, (self.hops,))]
+        return [Step(chase, accesses, (self.start(round), self.hops))]
+
+    def start(self, round: int) -> int:
+        """Each round goes on where the one before has ended: what it needs has not been seen lately."""
+        return int(self.order[round * self.hops % self.nodes])
 
     def check(self, arrays: Arrays, round: int) -> str | None:
         """From the permutation that the cycle was made of."""
-        visited = self.order[np.arange(1, self.hops + 1) % self.nodes]
+        visited = self.order[(round * self.hops + np.arange(1, self.hops + 1)) % self.nodes]
         have, want = arrays["out"].tolist(), [int(visited[-1]), int(visited.sum())]
         return None if have == want else f"arrived at {have}, not at {want}"
 
@@ -111,7 +115,7 @@ class Chase(Workload):
                 link.send(slot.to_bytes(4, "little") + gone.to_bytes(4, "little"))
 
         def one_round(number: int) -> None:
-            arguments = (self.nodes, self.hops, listener.getsockname())
+            arguments = (self.nodes, self.start(number), self.hops, listener.getsockname())
             fence = hand.launcher.launch(asking, window, arguments)
             link, _ = listener.accept()
             with link:
@@ -121,5 +125,5 @@ class Chase(Workload):
         return one_round
 
 
-def asking(window: arena.Window, arguments: tuple[int, int, str]) -> tuple[int, int]:
+def asking(window: arena.Window, arguments: tuple[int, int, int, str]) -> tuple[int, int]:
     return chase_asking(window.open(), *arguments)

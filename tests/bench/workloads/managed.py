@@ -4,7 +4,7 @@ knows, in the calls that docs/user.md has: what is never written, what comes nex
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -80,10 +80,18 @@ class Managed(Engine):
             super().round(number)
 
     def move(self, queue: Sequence[Move], moves: Moves) -> None:
-        tiles = [move.tile for move in queue if move.inwards]
-        for tile in tiles + (moves.fresh if queue is moves.early else []):
-            if pins.nbytes(tile, self.workload.specs) >= TOLD_BYTES:
-                gmem.prefetch(self.tile(tile), self.place, session=self.session)
+        early = queue is moves.early
+        for tile in (tile for late, tile in moves.gone if late != early):
+            self._tell(tile, lambda view: gmem.advise(view, "cold", self.place, session=self.session))
+        fresh = moves.fresh if early else []
+        for tile in fresh:  # all of it will be written: nothing has to be copied
+            self._tell(tile, lambda view: gmem.discard(view, session=self.session))
+        for tile in [move.tile for move in queue if move.inwards] + fresh:
+            self._tell(tile, lambda view: gmem.prefetch(view, self.place, session=self.session))
+
+    def _tell(self, tile: Tile, say: Callable[[Array], object]) -> None:
+        if pins.nbytes(tile, self.workload.specs) >= TOLD_BYTES:
+            say(self.tile(tile))
 
     def launch(self, step: Step, moves: Moves | None = None) -> Fence:
         views = [_readable(self.tile(access.tile), access.mode) for access in step.accesses]

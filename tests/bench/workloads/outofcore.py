@@ -94,15 +94,18 @@ class Random(Workload):
     hints = False  # a prefetch of one page costs what a fault does, also where the page is there already
 
     def __init__(self, quick: bool = False) -> None:
-        self.pages, self.batch, batches = (1024, 64, 4) if quick else (24320, 256, 16)
-        rng = np.random.default_rng(0)
-        self.numbers = np.stack([rng.choice(self.pages, self.batch, replace=False) for _ in range(batches)])
+        self.pages, self.batch, self.batches = (1024, 64, 4) if quick else (24320, 256, 16)
+
+    def numbers(self, round: int) -> Array:
+        """Of the pages of each batch; others in each round, or what a round touches would soon be all there is."""
+        rng = np.random.default_rng(round)
+        return np.stack([rng.choice(self.pages, self.batch, replace=False) for _ in range(self.batches)])
 
     @property
     def specs(self) -> dict[str, Spec]:
         return {
             "pages": Spec((self.pages, PAGE), np.int64, 4096, constant=True),
-            "out": Spec((self.numbers.size,), np.int64, 4096),
+            "out": Spec((self.batches * self.batch,), np.int64, 4096),
         }
 
     def fill(self, arrays: Arrays) -> None:
@@ -118,23 +121,23 @@ class Random(Workload):
     def steps(self, round: int) -> list[Step]:
         pages = Access(whole("pages", self.specs["pages"]), READ)
         return [
-            Step(add_pages, (pages, Access(self.out(n), WRITE)), (numbers,)) for n, numbers in enumerate(self.numbers)
+            Step(add_pages, (pages, Access(self.out(n), WRITE)), (numbers,))
+            for n, numbers in enumerate(self.numbers(round))
         ]
 
     def check(self, arrays: Arrays, round: int) -> str | None:
         """Each page's sum in Python's own integers, once."""
         pages = {"pages": np.empty((self.pages, PAGE), np.int64)}
         self.fill(pages)
-        sums = {number: sum(pages["pages"][number].tolist()) for number in np.unique(self.numbers).tolist()}
-        wrong = sum(
-            have != sums[number]
-            for have, number in zip(arrays["out"].tolist(), self.numbers.reshape(-1).tolist(), strict=True)
-        )
+        numbers = self.numbers(round)
+        sums = {number: sum(pages["pages"][number].tolist()) for number in np.unique(numbers).tolist()}
+        want = [sums[number] for number in numbers.reshape(-1).tolist()]
+        wrong = sum(have != each for have, each in zip(arrays["out"].tolist(), want, strict=True))
         return f"{wrong} sums of pages" if wrong else None
 
     def by_hand(self, hand: ByHand) -> Callable[[int], None]:
         """As many pages as fit stay; the others of a batch are copied into one of two staging buffers."""
-        pages, outs = hand.arrays["pages"], self.numbers.size * 8
+        pages, outs = hand.arrays["pages"], self.batches * self.batch * 8
         kept = min((hand.capacity - outs) // 4096 - 2 * self.batch, self.pages)
         near = hand.device.array(0, (kept + 2 * self.batch, PAGE), np.int64)
         near[:kept] = pages[:kept]
@@ -142,7 +145,7 @@ class Random(Workload):
 
         def one_round(number: int) -> None:
             fences: list[Fence] = []
-            for batch, numbers in enumerate(self.numbers):
+            for batch, numbers in enumerate(self.numbers(number)):
                 base = kept + batch % 2 * self.batch
                 missing = np.flatnonzero(numbers >= kept)
                 slots = numbers.copy()

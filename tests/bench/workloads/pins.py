@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from workloads.workload import Spec, Step, Tile
 
-AHEAD = 2  # steps whose other pieces must have room: the one that runs, and the next
+AHEAD = 3  # steps whose other pieces must have room: that runs, the next, and the last, whose are on their way out
 
 
 def choose(steps: Sequence[Step], specs: Mapping[str, Spec], capacity: int) -> list[Tile]:

@@ -31,12 +31,13 @@ class View(NamedTuple):
 
 class Moves(NamedTuple):
     """early: while the step before still runs; late: after its end. fresh: what takes room without being copied in,
-    because all of it is written."""
+    because all of it is written. gone: what makes room, whether it is copied home or not; True: after the end."""
 
     early: list[Move]
     late: list[Move]
     fresh: list[Tile]
     views: list[View]
+    gone: list[tuple[bool, Tile]]
 
 
 @dataclass
@@ -72,11 +73,11 @@ class Plan:
         return tile, slot.offset + (tile.first - slot.tile.first) * self._specs[tile.array].row_bytes
 
     def _moves(self, now: int) -> Moves:
-        moves = Moves([], [], [], [])
+        moves = Moves([], [], [], [], [])
         slots = self._bring_all(now, moves)
         if slots is None:  # there is room, but in pieces: once more, from the start of empty memory
             for slot in list(self._slots):
-                self._evict(slot, moves.late)
+                self._evict(slot, moves, moves.late)
             slots = self._bring_all(now, moves, late=True)
         if slots is None:
             raise ValueError(f"step {now} needs more than {self._capacity} bytes at once")
@@ -113,21 +114,22 @@ class Plan:
     def _bring(self, access: Access, now: int, moves: Moves, late: bool) -> Slot | None:
         queue = moves.late if late else moves.early
         for other in [slot for slot in self._slots if slot.tile.overlaps(access.tile)]:
-            self._evict(other, queue)
-        slot = self._room(access.tile, now, now if late else now - 1, queue)
+            self._evict(other, moves, queue)
+        slot = self._room(access.tile, now, now if late else now - 1, moves, queue)
         if slot and access.mode == WRITE:
             moves.fresh.append(access.tile)
         elif slot:
             queue.append(Move(True, access.tile, slot.offset))
         return slot
 
-    def _room(self, tile: Tile, now: int, kept_from: int, queue: list[Move]) -> Slot | None:
+    def _room(self, tile: Tile, now: int, kept_from: int, moves: Moves, queue: list[Move]) -> Slot | None:
         nbytes = -(-(tile.last - tile.first) * self._specs[tile.array].row_bytes // ALIGN) * ALIGN
         while (offset := self._gap(nbytes)) is None:
             victims = [slot for slot in self._slots if slot.used < kept_from]
             if not victims:
                 return None
-            self._evict(max(victims, key=lambda slot: (self._next_use(slot, now), -slot.used)), queue)
+            victim = max(victims, key=lambda slot: (self._next_use(slot, now), -slot.used))
+            self._evict(victim, moves, queue)
         slot = Slot(tile, offset, nbytes, now)
         self._slots.append(slot)
         self._slots.sort(key=lambda slot: slot.offset)
@@ -141,7 +143,8 @@ class Plan:
             at = slot.offset + slot.nbytes
         return at if self._capacity - at >= nbytes else None
 
-    def _evict(self, slot: Slot, queue: list[Move]) -> None:
+    def _evict(self, slot: Slot, moves: Moves, queue: list[Move]) -> None:
+        moves.gone.append((queue is moves.late, slot.tile))
         queue.extend(Move(False, *self._place(slot, part)) for part in slot.dirty)
         self._slots.remove(slot)
 

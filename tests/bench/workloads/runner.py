@@ -20,7 +20,7 @@ from workloads.managed import Managed
 from workloads.workload import Workload
 
 HINTS, PLAIN, ONDEMAND, BYHAND, ZRAM = "hints", "plain", "ondemand", "byhand", "zram"
-TIER = "shelf0:driver=workloads.shelf:Shelf"
+TIER = "packed0:driver=zstd,algorithm=lz4"  # what zram is set to, too
 FIRST_WINDOW, WINDOW_BYTES, WINDOWS = 0x6600_0000_0000, 1 << 40, 8
 ON_DEMAND = ("daemon.fault_ahead=false",)
 
