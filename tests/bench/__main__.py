@@ -18,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import anyprog
 import client_rows
 import control
 import heap
@@ -42,10 +43,13 @@ def has_liburing(compiler: str) -> bool:
     return header.returncode == 0
 
 
+CLIENTS = ("anyprog.c", "heap.c", "preload.c")  # programs of their own, without the core
+
+
 def build() -> Path:
     """The C program: this folder's sources, the core's and the C tests' harness, compiled again where older."""
     sources = [
-        *(source for source in sorted(HERE.glob("*.c")) if source.name not in ("heap.c", "preload.c")),  # clients
+        *(source for source in sorted(HERE.glob("*.c")) if source.name not in CLIENTS),
         *sorted(ROOT.glob("csrc/**/*.c")),
         ROOT / "tests/unit_c/harness.c",
     ]
@@ -166,6 +170,9 @@ def main(argv: list[str] | None = None) -> int:
         progress.remove_task(task)
         task = progress.add_task(preload.PREFIX, total=None)
         measured += preload.measure(BUILD, args.only)
+        progress.remove_task(task)
+        task = progress.add_task(anyprog.PREFIX, total=None)
+        measured += anyprog.measure(BUILD, args.only)
         progress.remove_task(task)
         if wants(args.only, control.ID):
             task = progress.add_task(control.ID, total=None)
