@@ -227,7 +227,7 @@ static int settle_owners(struct gmem_core *core, struct numbered *objects, size_
 
 		set_owner(objects, count, r->pool.object, true);
 		if (r->pool.other)
-			set_owner(objects, count, r->pool.other, false);
+			set_owner(objects, count, r->pool.other - 1, false);
 	}
 	if (!err)
 		free(pools);
@@ -241,7 +241,7 @@ static int load_sources(struct gmem_recovery *recovery)
 
 	for (size_t i = 0; !err && i < recovery->object_count; i++) {
 		struct gmem_object *object = recovery->objects[i];
-		struct gmem_object *next = object->successor ? find_object(recovery, object->successor) : NULL;
+		struct gmem_object *next = object->successor ? find_object(recovery, object->successor - 1) : NULL;
 
 		if (object->successor)
 			err = next ? gmem_object_seal(object, next) : -EPROTO;
@@ -260,7 +260,7 @@ static int load_pools(struct gmem_core *core, struct gmem_recovery *recovery)
 	for (size_t i = 0; !err && i < count; i++) {
 		const struct gmem_record *r = &all[i].record;
 		struct gmem_object *object = find_object(recovery, r->pool.object);
-		struct gmem_object *next = r->pool.other && !r->pool.published ? find_object(recovery, r->pool.other) : NULL;
+		struct gmem_object *next = r->pool.other && !r->pool.published ? find_object(recovery, r->pool.other - 1) : NULL;
 
 		if (!object) {
 			gmem_record_drop(&core->keep, &all[i].number);

@@ -140,7 +140,7 @@ int gmem_object_seal(struct gmem_object *object, struct gmem_object *next)
 
 	if (err)
 		return err;
-	object->successor = next ? next->pn : 0;
+	object->successor = next ? next->pn + 1 : 0;
 	if (source)
 		gmem_source_set(object, source);
 	atomic_store(&object->sealed, true);

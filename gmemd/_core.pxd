@@ -256,7 +256,6 @@ cdef extern from "gmem/core.h" nogil:
     int gmem_pool_open(gmem_core *, uint64_t, uint64_t, c_bool, gmem_region_info *)
     int gmem_pool_unlink(gmem_core *, uint64_t)
     int gmem_pool_publish(gmem_core *, uint64_t)
-    int gmem_pool_renew(gmem_core *, uint64_t, uint64_t, uint64_t)
     int gmem_pool_info_ "gmem_pool_info"(gmem_core *, uint64_t, gmem_pool_info *)
     void gmem_pool_ids(gmem_core *, uint64_t *, size_t, size_t *)
     int gmem_mmap(gmem_core *, uint64_t, const gmem_mmap_args *, gmem_region_info *)

@@ -715,15 +715,6 @@ cdef class Core:
         if err:
             _raise(err)
 
-    def pool_renew(self, uint64_t session, uint64_t pool, uint64_t va):
-        cdef gmem_core *core = self._enter()
-        cdef int err
-        with nogil:
-            err = gmem_pool_renew(core, session, pool, va)
-        self._leave()
-        if err:
-            _raise(err)
-
     def pool_info(self, uint64_t pool):
         cdef gmem_core *core = self._enter()
         cdef gmem_pool_info i

@@ -31,7 +31,6 @@ _BLAME: dict[str, dict[int, str]] = {
     "mmap": {errno.ENOMEM: "bytes", errno.EINVAL: "bytes", errno.EDQUOT: "bytes"},
     "pool_create": {errno.ENOMEM: "bytes", errno.EINVAL: "bytes", errno.EDQUOT: "bytes"},
     "pool_publish": {errno.ENOMEM: "name", errno.EDQUOT: "name", errno.EIO: "name"},
-    "pool_renew": {errno.EINVAL: "va", errno.EEXIST: "va"},
     "limit": {errno.EINVAL: "bytes", errno.EBUSY: "bytes", errno.ENOMEM: "bytes", errno.EAGAIN: "bytes"},
     "quota": {
         errno.EINVAL: "bytes", errno.ENOMEM: "bytes", errno.EAGAIN: "bytes", errno.EDQUOT: "bytes",
@@ -60,8 +59,6 @@ _MEANING: dict[tuple[str, int], str] = {
     ("pool_create", errno.EDQUOT): "more than the quotas of this session or this user allow on all hnodes together",
     ("pool_publish", errno.ENOMEM): "there is no room to move it; nobody writes to it any more, publish it again",
     ("pool_publish", errno.EDQUOT): "the owner's quota leaves no room to move it; publish it again",
-    ("pool_renew", errno.EINVAL): "not where this session has mapped the published pool, or it was not open before",
-    ("pool_renew", errno.EEXIST): "the session has something else there",
     ("adopt", errno.ENOMEM): "more than the host and all devices together could hold, or than the window has room for",
     ("adopt", errno.EDQUOT): "more than the quotas of this session or this user allow on all hnodes together",
     ("adopt", errno.EINVAL): "not whole pages of 4096 bytes outside the window",
@@ -252,10 +249,6 @@ class Operations:
 
     def _op_pool_publish(self, session: Session, args: Args) -> Reply:
         self._pools.publish(session, args["name"])
-        return {}
-
-    def _op_pool_renew(self, session: Session, args: Args) -> Reply:
-        self._pools.renew(session, args["name"], args["va"])
         return {}
 
     def _op_pools(self, session: Session, args: Args) -> Reply:

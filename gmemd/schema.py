@@ -240,7 +240,6 @@ OPS: dict[str, Op] = {
     ),
     "pool_unlink": Op(ANY, {"name": _POOL}),
     "pool_publish": Op(ANY, {"name": _POOL}),
-    "pool_renew": Op(SESSION, {"name": _POOL, "va": Field(page_aligned)}),
     "pools": Op(ANY, {}),
     "devices": Op(ANY, {}),
     "drivers": Op(ANY, {}),

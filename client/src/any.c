@@ -115,6 +115,8 @@ __attribute__((constructor(101))) static void start_any(void)
 	int err;
 
 	free(malloc(1)); /* jemalloc's fork handlers are known from now on */
+	/* A program with one thread can tell when there are two: its rights are a thread's own. */
+	gmem_link_may_start_agent = false;
 	gmem_enter(&visit);
 	err = start(path);
 	if (err && gmem_any.session) {
@@ -123,8 +125,12 @@ __attribute__((constructor(101))) static void start_any(void)
 	}
 	gmem_leave(&visit);
 	if (err) {
-		gmem_any_say("%s: plain memory is used: %s", program_invocation_short_name, gmem_last_error());
-		if (setting("GMEM_RUN_REQUIRE", 0))
+		bool required = setting("GMEM_RUN_REQUIRE", 0);
+
+		if (required || !setting("GMEM_RUN_QUIET", 0))
+			gmem_any_say("%s: %s: %s", program_invocation_short_name,
+				     required ? "no managed memory" : "plain memory is used", gmem_last_error());
+		if (required)
 			_exit(EXIT_OURS);
 		gmem_any_heap_init();
 		gmem_any_fork_last();

@@ -20,6 +20,8 @@
 #define AGAIN_NS 50000000
 #define ANSWER_S 30 /* a daemon that is silent for so long is not one */
 
+bool gmem_link_may_start_agent = true;
+
 static struct gmem_wire_header header(enum gmem_wire_type type)
 {
 	return (struct gmem_wire_header){ GMEM_WIRE_MAGIC, GMEM_WIRE_VERSION, (uint16_t)type };
@@ -219,7 +221,7 @@ static int attempt(struct gmem_link *link, uint32_t kind, const uint8_t *token, 
 	link->message[0] = '\0';
 	link->ring = NULL;
 	link->agent = NULL;
-	if (wanted("GMEM_AGENT"))
+	if (gmem_link_may_start_agent && wanted("GMEM_AGENT"))
 		hello.flags |= GMEM_WIRE_WANT_AGENT;
 	if (kind != GMEM_WIRE_CONTEXT && wanted("GMEM_RING"))
 		hello.flags |= GMEM_WIRE_WANT_RING;

@@ -131,6 +131,9 @@ void gmem_link_touch(uint64_t va, uint64_t bytes, bool write);
 
 /* ---- handshake.c ---- */
 
+/* False: no thread is to be started in this process. */
+extern bool gmem_link_may_start_agent;
+
 /* The whole handshake on a fresh connection to link->path. token and device: NULL where the kind has none. */
 int gmem_link_handshake(struct gmem_link *link, uint32_t kind, const uint8_t *token, const char *device);
 /* Has gmemd make a region over a file of ours, to be mapped and committed as any other; nothing is opened there. fd stays

@@ -18,11 +18,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import anyprog
 import client_rows
 import control
 import heap
 import machine
 import preload
+import remote
 import rows
 import umap
 from rich.console import Console
@@ -42,10 +44,13 @@ def has_liburing(compiler: str) -> bool:
     return header.returncode == 0
 
 
+CLIENTS = ("anyprog.c", "heap.c", "preload.c")  # programs of their own, without the core
+
+
 def build() -> Path:
     """The C program: this folder's sources, the core's and the C tests' harness, compiled again where older."""
     sources = [
-        *(source for source in sorted(HERE.glob("*.c")) if source.name not in ("heap.c", "preload.c")),  # clients
+        *(source for source in sorted(HERE.glob("*.c")) if source.name not in CLIENTS),
         *sorted(ROOT.glob("csrc/**/*.c")),
         ROOT / "tests/unit_c/harness.c",
     ]
@@ -90,7 +95,10 @@ def measure_core(program: Path, only: list[str], progress: Progress) -> tuple[li
     """Rows, and whether the program ended well."""
     task = progress.add_task("first rows", total=None)
     measured = []
-    with subprocess.Popen([str(program), *only], stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+    environment = {**os.environ, "GMEM_BENCH_VALKEY": remote.server()}
+    with subprocess.Popen(
+        [str(program), *only], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+    ) as process:
         assert process.stdout
         signal.signal(signal.SIGALRM, _too_long)
         signal.alarm(TIMEOUT_S)
@@ -166,6 +174,12 @@ def main(argv: list[str] | None = None) -> int:
         progress.remove_task(task)
         task = progress.add_task(preload.PREFIX, total=None)
         measured += preload.measure(BUILD, args.only)
+        progress.remove_task(task)
+        task = progress.add_task(remote.PREFIX, total=None)
+        measured += remote.measure(args.only)
+        progress.remove_task(task)
+        task = progress.add_task(anyprog.PREFIX, total=None)
+        measured += anyprog.measure(BUILD, args.only)
         progress.remove_task(task)
         if wants(args.only, control.ID):
             task = progress.add_task(control.ID, total=None)

@@ -56,7 +56,8 @@ def test_handshake(data, kind, length):
 
 @pytest.mark.skipif(not RING.exists(), reason="not built: needs clang with libFuzzer (clang, libclang-rt-14-dev)")
 @pytest.mark.skipif(not os.access("/dev/userfaultfd", os.R_OK | os.W_OK), reason="needs /dev/userfaultfd")
-def test_ring():
-    command = [RING, "-max_total_time=4", "-seed=1", HERE / "corpus" / "ring"]
+def test_ring(tmp_path):
+    # what it finds worth keeping goes into the first folder
+    command = [RING, "-max_total_time=4", "-seed=1", tmp_path, HERE / "corpus" / "ring"]
     done = subprocess.run(command, cwd=RING.parent, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr[-4000:]

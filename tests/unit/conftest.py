@@ -253,10 +253,6 @@ class FakeCore:
     def do_pool_publish(self, pool: int) -> None:
         self._pool(pool)["sealed"] = True
 
-    def do_pool_renew(self, session: int, pool: int, va: int) -> None:
-        self._known(session)
-        self._pool(pool)
-
     def do_pool_info(self, pool: int) -> dict[str, Any]:
         return {
             "pool": pool, "va": WINDOW + (1 << 38) + (pool << 30), "huge": False, "writers": 0, "readers": 0,

@@ -36,7 +36,6 @@ GOOD = {
     "pool_open": {"name": "table", "write": True, "uid": 1000},
     "pool_unlink": {"name": "table"},
     "pool_publish": {"name": "table"},
-    "pool_renew": {"name": "table", "va": VA},
     "pools": {},
     "devices": {},
     "drivers": {},

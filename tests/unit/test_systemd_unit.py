@@ -27,3 +27,6 @@ def test_the_service_keeps_what_it_needs():
     assert settings["Restart"] == "always" and settings["Type"] == "notify"
     assert settings["RuntimeDirectoryPreserve"] == "yes", "else its socket is deleted under gmemd.socket"
     assert "PrivateDevices" not in settings, "it would hide /dev/userfaultfd"
+    allowed = re.findall(r"^SystemCallFilter=([^~].*)", text, re.MULTILINE)
+    for call in ("userfaultfd", "pidfd_getfd", "sched_setscheduler", "sched_setaffinity"):
+        assert any(call in line.split() for line in allowed), f"{call} is not in @system-service, or is taken out again"

@@ -193,9 +193,6 @@ int gmem_pool_unlink(struct gmem_core *core, uint64_t pool);
  * -EBUSY: it is under way, or a device holds a page of it for writing; -EOPNOTSUPP: the kernel has no write-protecting
  * CONTINUE (before 6.4). After any error nobody can write, and it may be asked for again. (blocks) */
 int gmem_pool_publish(struct gmem_core *core, uint64_t pool);
-/* The session, which has it open since before it was published, has mapped it as it is now at va: serves it there. When
- * the process has moved that over the old region, it has the new one. (mremap) */
-int gmem_pool_renew(struct gmem_core *core, uint64_t session, uint64_t pool, uint64_t va);
 struct gmem_pool_info {
 	uint64_t pool, va, bytes, page_bytes;
 	enum gmem_class class_;

@@ -33,7 +33,7 @@ struct gmem_object {
 	bool pooled;              /* (C) its content stays while nobody maps it */
 	atomic_bool sealed;       /* (A) nobody writes to it any more */
 	atomic_bool succeeded;    /* (A) VA range and charge are another object's */
-	uint64_t successor;       /* (C) before sealed: first page of that object; 0: none */
+	uint64_t successor;       /* (C) once sealed: one more than the first page of that object; 0: none */
 	_Atomic(struct gmem_source *) source; /* (A) set once; where the content of pages comes from that are nowhere here; NULL: zeros */
 	bool uncharged;           /* (C) once it has regions; its pages can always go where they came from */
 	uint32_t record;          /* (C) or, of a pool's, its publishing's */
