@@ -154,6 +154,10 @@ model: $(VENV)/.test build ## a state machine over the core, with kills, and fau
 test-gpu: $(VENV)/.test build ## the cuda driver on this machine's GPU 0: facts, tests, figures, examples (PyTorch, CuPy, Numba if they are there)
 	PYTHON=$(BIN)/python tests/gpu/run.sh
 
+test-remote: $(VENV)/.test build c-plain ## a cluster of servers is killed, hung and cut off for SOAK_SECONDS=60 under load; every word is checked
+	$(BIN)/python -m pytest tests/unit_c/test_remote.c tests/integration/test_remote.py $(PYTEST_FLAGS)
+	$(BIN)/python tests/fault/remote.py --seconds $(SOAK_SECONDS)
+
 # libFuzzer over the ring; over what gmemd decodes by atheris, which is libFuzzer for Python.
 FUZZ_SECONDS ?= 60
 FUZZ_OBJECTS := $(patsubst %.c,build/fuzz/%.o,$(CORE_SOURCES) tests/fuzz/fuzz_ring.c client/src/agent.c)
@@ -183,6 +187,7 @@ spin: $(VENV)/.test ## checks the model of the page protocol, and that each of i
 soak: $(VENV)/.test build c-plain ## the coherence tests for SOAK_SECONDS=60 each
 	build/c/test_coherence $(SOAK_SECONDS)
 	$(BIN)/python tests/fault/kill.py --seconds 86400 --kills 1000
+	$(BIN)/python tests/fault/remote.py --seconds $$((10 * $(SOAK_SECONDS)))
 	$(MAKE) fuzz FUZZ_SECONDS=$(SOAK_SECONDS)
 	$(MAKE) model
 	GMEM_KILL_ROUNDS=500 $(BIN)/python -m pytest --timeout 600 -o faulthandler_timeout=900 tests/adversity $(PYTEST_FLAGS)
@@ -253,4 +258,4 @@ clean: ## remove everything that was built, the environment as well
 	rm -rf build dist *.egg-info $(VENV) client/gmem/_*.so client/gmem/_client.c gmemd/_*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help run test test-kill test-gpu test-systemd model fuzz check build lib c-plain c-asan c-tsan asan tsan bench bench-workloads soak lint tidy fmt dist install uninstall clean
+.PHONY: help run test test-kill test-gpu test-remote test-systemd model fuzz check build lib c-plain c-asan c-tsan asan tsan bench bench-workloads soak lint tidy fmt dist install uninstall clean

@@ -18,7 +18,7 @@ static int prefetch_page(struct gmem_request *request, struct gmem_page *page, s
 {
 	struct gmem_hnode *hnode = gmem_core_hnode(request->core, request->hnid);
 	struct gmem_view *view = gmem_request_view(request);
-	bool read_mostly = gmem_word_flags(page->word) & GMEM_PAGE_READ_MOSTLY, mapped;
+	bool read_mostly = gmem_word_flags(page->word) & GMEM_PAGE_READ_MOSTLY || gmem_object_tracks(page->object), mapped;
 	const struct gmem_use use = { GMEM_ACCESS_PREFETCH, request->hnid, request->session->id, range.va, page->word, false };
 	int err;
 
@@ -54,7 +54,8 @@ int gmem_request_run(struct gmem_request *request, const struct gmem_place *plac
 		     enum gmem_why why)
 {
 	struct gmem_run_args args = { .object = place->object, .index = place->index, .hnid = request->hnid,
-				      .view = gmem_request_view(request), .va = va, .own = own && !place->read_only,
+				      .view = gmem_request_view(request), .va = va, .own = own && !place->read_only &&
+				      !gmem_object_tracks(place->object),
 				      .private_view = place->read_only, .hint = place->hint, .why = why, .wanted = true };
 	struct gmem_hnode *hnode = gmem_core_hnode(request->core, request->hnid);
 	uint64_t page_bytes = 1ull << place->object->shift, region_end = place->region_va + place->region_bytes, most;

@@ -7,6 +7,7 @@
 
 #include <gmem/crash.h>
 #include <gmem/evict.h>
+#include <gmem/freeze.h>
 #include <gmem/internal.h>
 #include <gmem/migrate.h>
 #include <gmem/tier.h>
@@ -87,10 +88,30 @@ static int preferred_target(struct gmem_hnode *hnode, const struct gmem_page *pa
 	return to && !atomic_load(&to->draining) && gmem_hnode_free_bytes(to) >= page->bytes ? preferred : -1;
 }
 
-/* A copy of what its source has. */
-static bool is_copy(const struct gmem_page *page)
+static int write_back(struct gmem_hnode *hnode, struct gmem_page *page)
 {
-	return atomic_load(&page->object->source) && gmem_object_sealed(page->object);
+	struct gmem_source *source = atomic_load(&page->object->source);
+	uint8_t *alias;
+	int err = source->ops->push && !gmem_hnode_is_peer(hnode) ? gmem_page_downgrade(page) : -EOPNOTSUPP;
+
+	if (!err)
+		err = gmem_object_alias(page->object, hnode->hnid, &alias);
+	if (!err)
+		err = source->ops->push(source, page->index, alias + page->offset, page->bytes);
+	if (!err)
+		page->word &= ~GMEM_WORD_FLAG(GMEM_PAGE_CHANGED);
+	return err;
+}
+
+/* A copy of what its source has, or takes back now. */
+static bool is_copy(struct gmem_hnode *hnode, struct gmem_page *page)
+{
+	if (atomic_load(&page->object->source) && gmem_object_sealed(page->object))
+		return true;
+	if (!gmem_object_tracks(page->object) || gmem_word_flags(page->word) & GMEM_PAGE_PINNED ||
+	    gmem_object_frozen(page->object))
+		return false;
+	return !(gmem_word_flags(page->word) & GMEM_PAGE_CHANGED) || !write_back(hnode, page);
 }
 
 static int give_back(struct gmem_hnode *hnode, struct gmem_page *page, bool forced)
@@ -117,7 +138,7 @@ static int evict_one(struct gmem_hnode *hnode, struct gmem_page *page, bool forc
 	uint32_t refused = 0;
 	int err = 0;
 
-	if (!clean && is_copy(page))
+	if (!clean && is_copy(hnode, page))
 		return give_back(hnode, page, forced);
 
 	while (!clean) {
@@ -257,7 +278,7 @@ int gmem_evict(struct gmem_hnode *hnode, struct gmem_page *pages, size_t count, 
 		result = may_go(hnode, &pages[i], forced);
 		if (result > 0)
 			announce(hnode, &pages[i]);
-		if (result > 0 && (is_clean(hnode, &pages[i]) || is_copy(&pages[i]) || preferred_target(hnode, &pages[i]) >= 0))
+		if (result > 0 && (is_clean(hnode, &pages[i]) || is_copy(hnode, &pages[i]) || preferred_target(hnode, &pages[i]) >= 0))
 			result = evict_one(hnode, &pages[i], forced);
 		else if (result > 0)
 			leaving[leaving_count++] = &pages[i];

@@ -144,7 +144,7 @@ static bool may_own(struct gmem_page *page, uint32_t here)
 	if (!page->core->features.continue_wp)
 		return true;
 	return gmem_word_valid(page->word) == here && !(gmem_word_flags(page->word) & GMEM_PAGE_READ_MOSTLY) &&
-	       !gmem_object_frozen(page->object);
+	       !gmem_object_frozen(page->object) && !gmem_object_tracks(page->object);
 }
 
 static int resolve_locked(struct gmem_page *page, struct gmem_view *view, struct gmem_range range, uint32_t flags)

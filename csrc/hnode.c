@@ -333,7 +333,9 @@ void gmem_hnode_cool(struct gmem_hnode *hnode, struct gmem_object *object, uint6
 
 bool gmem_hnode_takes(const struct gmem_hnode *hnode, const struct gmem_object *object)
 {
-	return !gmem_hnode_own_frames(hnode) || ((hnode->info.page_bytes_mask >> object->shift & 1) && !object->pooled);
+	if (!gmem_hnode_own_frames(hnode))
+		return true;
+	return hnode->info.page_bytes_mask >> object->shift & 1 && !object->pooled && !atomic_load(&object->source);
 }
 
 void gmem_hnode_failed(struct gmem_hnode *hnode)

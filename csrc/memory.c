@@ -149,6 +149,7 @@ int gmem_object_reserve(struct gmem_session *session, const struct gmem_mmap_arg
 	uint64_t bytes = args->bytes, align, va;
 	struct gmem_file *file;
 	enum gmem_class class_;
+	bool uncharged = args->source && args->uncharged;
 	bool kept = false;
 
 	if (shift < 0 || !bytes || bytes > INT64_MAX || args->fork > GMEM_FORK_COPY)
@@ -157,10 +158,10 @@ int gmem_object_reserve(struct gmem_session *session, const struct gmem_mmap_arg
 	class_ = shift == GMEM_SHIFT_2M && core->hugepages && !args->small_only && huge_fits(core, bytes) ?
 			 GMEM_CLASS_HUGE : GMEM_CLASS_SMALL;
 	align = bytes >= GMEM_HUGE_BYTES ? GMEM_HUGE_BYTES : 1ull << shift;
-	err = commit_charge(core, class_, bytes);
+	err = uncharged ? 0 : commit_charge(core, class_, bytes);
 	if (err)
 		return err;
-	err = check_quotas(core, account, bytes);
+	err = uncharged ? 0 : check_quotas(core, account, bytes);
 	if (!err)
 		kept = args->kept && !gmem_kept_take(account, class_, bytes, align, args->fork, &va);
 	if (!err && !kept)
@@ -177,11 +178,14 @@ int gmem_object_reserve(struct gmem_session *session, const struct gmem_mmap_arg
 	}
 	gmem_range_free(&core->va[class_], va, bytes);
 uncharge:
-	atomic_fetch_sub(&core->committed_bytes[class_], bytes);
+	if (!uncharged)
+		atomic_fetch_sub(&core->committed_bytes[class_], bytes);
 	return err;
 }
 
-int gmem_mmap(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args *args, struct gmem_region_info *ret)
+/* *ret_taken: the source has become an object's. */
+static int map(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args *args, struct gmem_region_info *ret,
+	       bool *ret_taken)
 {
 	int shift = shift_of(args->page_bytes, args->bytes), err;
 	struct gmem_session *session;
@@ -202,7 +206,11 @@ int gmem_mmap(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args *
 	if (err)
 		goto out;
 	va = core->window.base + object->offset;
-	err = gmem_as_insert(&session->as, object, va, 0, object->bytes, args->fork, object->reused);
+	*ret_taken = args->source;
+	if (args->source)
+		err = gmem_object_set_file(object, args->source, args->uncharged);
+	if (!err)
+		err = gmem_as_insert(&session->as, object, va, 0, object->bytes, args->fork, object->reused);
 	if (!err)
 		err = gmem_object_file(object, GMEM_HOST, &file);
 	if (!err && args->asked && gmem_keeps(&core->keep))
@@ -214,6 +222,16 @@ int gmem_mmap(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args *
 	gmem_object_unref(object); /* on failure the last one: gives back range and charge */
 out:
 	gmem_session_unref(session);
+	return err;
+}
+
+int gmem_mmap(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args *args, struct gmem_region_info *ret)
+{
+	bool taken = false;
+	int err = map(core, id, args, ret, &taken);
+
+	if (err && args->source && !taken)
+		gmem_source_release(args->source);
 	return err;
 }
 

@@ -240,6 +240,7 @@ static int drop_all_but(struct gmem_page *page, uint32_t keep, enum gmem_dir dir
 int gmem_page_own(struct gmem_page *page, int hnid)
 {
 	uint32_t mine = 1u << hnid;
+	gmem_word_t before;
 	int err;
 
 	if (gmem_word_writer(page->word) == hnid)
@@ -257,10 +258,15 @@ int gmem_page_own(struct gmem_page *page, int hnid)
 		gmem_count(&page->core->stats.invalidations, 1);
 	}
 	page->word = gmem_word_set_writer(page->word, hnid) | GMEM_WORD_FLAG(GMEM_PAGE_DIRTY);
+	if (gmem_object_tracks(page->object))
+		page->word |= GMEM_WORD_FLAG(GMEM_PAGE_CHANGED);
+	before = atomic_load_explicit(word_of(page), memory_order_relaxed);
 	/* What was filled just now is nothing to a successor before the word says that it is valid; and once it is mapped
 	 * writable, it is all there is. */
-	if (gmem_word_valid(atomic_load_explicit(word_of(page), memory_order_relaxed)) != mine)
+	if (gmem_word_valid(before) != mine)
 		gmem_page_mark(page, GMEM_DIR_UPGRADE, hnid);
+	else if ((before ^ page->word) & GMEM_WORD_FLAG(GMEM_PAGE_CHANGED)) /* nor may he drop it for one not changed */
+		gmem_page_mark(page, GMEM_DIR_MAP, 0);
 	gmem_crash(GMEM_CRASH_OWN);
 	return 0;
 }

@@ -62,12 +62,13 @@ static void destroy(struct gmem_pool *pool)
 	free(pool);
 }
 
-static int write_record(struct gmem_pool *pool, uint64_t object, uint64_t other, bool published)
+static int write_record(struct gmem_pool *pool, const struct gmem_object *object, const struct gmem_object *other,
+			bool published)
 {
 	struct gmem_record record = { .kind = GMEM_RECORD_POOL, .id = pool->id };
 
-	record.pool.object = object;
-	record.pool.other = other;
+	record.pool.object = object->pn;
+	record.pool.other = other ? other->pn + 1 : 0;
 	record.pool.published = published;
 	return gmem_record_put(&pool->core->keep, &record, &pool->record);
 }
@@ -146,7 +147,7 @@ int gmem_pool_create(struct gmem_core *core, uint64_t id, const struct gmem_pool
 		err = gmem_object_reserve(session, &args->memory, args->persistent ? files : session->account, files,
 					  &pool->object);
 	if (!err)
-		err = write_record(pool, pool->object->pn, 0, false);
+		err = write_record(pool, pool->object, NULL, false);
 	gmem_account_unref(files);
 	gmem_session_unref(session);
 	if (err) {
@@ -176,7 +177,7 @@ int gmem_pool_adopt(struct gmem_core *core, const struct gmem_record *known, uin
 /* What the session has there: this pool, as it was opened. */
 static int open_already(const struct gmem_place *place, struct gmem_object *object, bool write)
 {
-	bool before = place->object->successor && place->object->successor == object->pn;
+	bool before = place->object->successor == object->pn + 1;
 
 	if (place->object != object && !before)
 		return -EEXIST;
@@ -372,20 +373,20 @@ static int make_next(struct gmem_pool *pool)
 	err = gmem_object_create(pool->core, object->account, files, object->class_, object->offset, object->bytes,
 				 object->shift, GMEM_OBJECT_POOLED | GMEM_OBJECT_SEALED | GMEM_OBJECT_SUCCEEDED, &pool->next);
 	gmem_account_unref(files);
-	return err ? err : write_record(pool, object->pn, pool->next->pn, false);
+	return err ? err : write_record(pool, object, pool->next, false);
 }
 
 /* Range, charge and name are those of the next one from now on. */
 static int replace(struct gmem_pool *pool)
 {
 	struct gmem_object *object = pool->object, *next = pool->next;
-	int err = write_record(pool, next->pn, object->pn, true);
+	int err = write_record(pool, next, object, true);
 
 	gmem_crash(GMEM_CRASH_PUBLISHED);
 	if (!err)
 		err = gmem_object_succeed(object, next);
 	if (!err)
-		err = write_record(pool, next->pn, 0, true);
+		err = write_record(pool, next, NULL, true);
 	if (err)
 		return err;
 	gmem_mutex_lock(&pool->core->pools_lock);
@@ -434,38 +435,6 @@ int gmem_pool_publish(struct gmem_core *core, uint64_t id)
 	if (gone)
 		destroy(pool);
 	return err == -EAGAIN ? -EBUSY : err;
-}
-
-int gmem_pool_renew(struct gmem_core *core, uint64_t id, uint64_t number, uint64_t va)
-{
-	struct gmem_session *session = gmem_session_get(core, id);
-	struct gmem_object *object = object_of(core, number);
-	struct gmem_view *view = session ? gmem_as_view(&session->as, GMEM_HOST) : NULL;
-	struct gmem_region region = { .va = va, .object = object, .fork = GMEM_FORK_SHARE, .read_only = true,
-				      .committed = true };
-	struct gmem_place place;
-	int err = !session || !object ? -ENOENT : !view ? -ENOTCONN : 0;
-
-	if (!err && (!gmem_object_sealed(object) || va & ((1ull << object->shift) - 1) || va + object->bytes < va ||
-		     gmem_as_lookup(&session->as, core->window.base + object->offset, &place)))
-		err = -EINVAL;
-	if (!err) {
-		err = place.object->successor == object->pn ? 0 : -EINVAL;
-		gmem_object_unref(place.object);
-	}
-	if (!err) {
-		region.bytes = object->bytes;
-		err = gmem_as_insert_like(&session->as, &region);
-	}
-	if (!err) {
-		err = gmem_uffd_register(view->uffd, va, region.bytes);
-		if (err)
-			gmem_as_remove(&session->as, va, region.bytes, NULL, NULL);
-	}
-	gmem_view_unref(view);
-	gmem_object_unref(object);
-	gmem_session_unref(session);
-	return err;
 }
 
 /* ---- recovery, end ---- */

@@ -158,6 +158,27 @@ static int load_sessions(struct gmem_core *core, struct gmem_recovery *recovery)
 	return err;
 }
 
+/* One whose descriptor was not kept is lost: its reads fail. */
+static int load_file(struct gmem_core *core, struct gmem_object *object, const struct gmem_record *record)
+{
+	struct gmem_file_args args = { .offset = record->object.source_offset,
+				       .bytes = record->object.bytes - record->object.source_tail,
+				       .write = record->object.source == GMEM_RECORD_FILE_WRITE,
+				       .private_ = record->object.source == GMEM_RECORD_FILE_PRIVATE };
+	struct gmem_source *source;
+	int err;
+
+	if (record->object.source == GMEM_RECORD_NO_SOURCE)
+		return 0;
+	err = gmem_filesource_create(gmem_keep_take(&core->keep, "source.%llu", (unsigned long long)object->pn), &args,
+				     &source);
+	if (!err) {
+		gmem_source_set(object, source);
+		atomic_fetch_add(&object->account->sources, 1);
+	}
+	return err;
+}
+
 static int load_object(struct gmem_core *core, struct gmem_recovery *recovery, const struct numbered *one)
 {
 	struct gmem_account *account = find_account(recovery, one->record.object.account);
@@ -177,10 +198,11 @@ static int load_object(struct gmem_core *core, struct gmem_recovery *recovery, c
 		err = gmem_object_adopt(core, account, files, r, one->number, &recovery->objects[recovery->object_count]);
 	if (err)
 		return err == -EEXIST ? -EPROTO : err;
-	if (has_range)
+	if (r->object.source == GMEM_RECORD_FILE || r->object.source == GMEM_RECORD_FILE_WRITE)
+		gmem_object_uncharge(recovery->objects[recovery->object_count]);
+	else if (has_range)
 		atomic_fetch_add(&core->committed_bytes[r->object.class_], r->object.bytes);
-	recovery->object_count++;
-	return 0;
+	return load_file(core, recovery->objects[recovery->object_count++], r);
 }
 
 static void set_owner(struct numbered *objects, size_t count, uint64_t pn, bool owns)
@@ -205,7 +227,7 @@ static int settle_owners(struct gmem_core *core, struct numbered *objects, size_
 
 		set_owner(objects, count, r->pool.object, true);
 		if (r->pool.other)
-			set_owner(objects, count, r->pool.other, false);
+			set_owner(objects, count, r->pool.other - 1, false);
 	}
 	if (!err)
 		free(pools);
@@ -219,7 +241,7 @@ static int load_sources(struct gmem_recovery *recovery)
 
 	for (size_t i = 0; !err && i < recovery->object_count; i++) {
 		struct gmem_object *object = recovery->objects[i];
-		struct gmem_object *next = object->successor ? find_object(recovery, object->successor) : NULL;
+		struct gmem_object *next = object->successor ? find_object(recovery, object->successor - 1) : NULL;
 
 		if (object->successor)
 			err = next ? gmem_object_seal(object, next) : -EPROTO;
@@ -238,7 +260,7 @@ static int load_pools(struct gmem_core *core, struct gmem_recovery *recovery)
 	for (size_t i = 0; !err && i < count; i++) {
 		const struct gmem_record *r = &all[i].record;
 		struct gmem_object *object = find_object(recovery, r->pool.object);
-		struct gmem_object *next = r->pool.other && !r->pool.published ? find_object(recovery, r->pool.other) : NULL;
+		struct gmem_object *next = r->pool.other && !r->pool.published ? find_object(recovery, r->pool.other - 1) : NULL;
 
 		if (!object) {
 			gmem_record_drop(&core->keep, &all[i].number);

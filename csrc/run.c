@@ -271,6 +271,8 @@ static int own(struct run *run)
 
 		page->word = gmem_word_set_valid(page->word, 1u << hnid);
 		page->word = gmem_word_set_writer(page->word, hnid) | GMEM_WORD_FLAG(GMEM_PAGE_DIRTY);
+		if (gmem_object_tracks(run->args->object))
+			page->word |= GMEM_WORD_FLAG(GMEM_PAGE_CHANGED);
 	}
 	/* First touches, too: what is mapped writable must be valid in the words that a successor finds. */
 	mark_all(run, GMEM_DIR_UPGRADE, hnid);
@@ -331,7 +333,8 @@ int gmem_run_move(const struct gmem_run_args *args)
 	if (!err && run.count) {
 		gmem_word_t word = run.pages[0].word;
 
-		sole = gmem_word_valid(word) == 1u << args->hnid && !(gmem_word_flags(word) & GMEM_PAGE_READ_MOSTLY);
+		sole = gmem_word_valid(word) == 1u << args->hnid && !(gmem_word_flags(word) & GMEM_PAGE_READ_MOSTLY) &&
+		       !gmem_object_tracks(args->object);
 		if ((args->own || sole || !run.core->features.continue_wp) && !shared)
 			err = own(&run);
 	}

@@ -72,6 +72,19 @@ int gmem_object_adopt(struct gmem_core *core, struct gmem_account *account, stru
 	return 0;
 }
 
+static void fill_file(struct gmem_object *object, struct gmem_record *record)
+{
+	const struct gmem_file_args *args;
+	int fd;
+
+	args = gmem_filesource_args(atomic_load(&object->source), &fd);
+	if (!args)
+		return;
+	record->object.source = args->write ? GMEM_RECORD_FILE_WRITE : args->private_ ? GMEM_RECORD_FILE_PRIVATE : GMEM_RECORD_FILE;
+	record->object.source_offset = args->offset;
+	record->object.source_tail = (uint32_t)(object->bytes - args->bytes);
+}
+
 static int rewrite_record(struct gmem_object *object)
 {
 	struct gmem_record record = { .kind = GMEM_RECORD_OBJECT, .id = object->pn };
@@ -86,7 +99,39 @@ static int rewrite_record(struct gmem_object *object)
 	record.object.flags = (uint8_t)((object->pooled ? GMEM_OBJECT_POOLED : 0) |
 					(atomic_load(&object->sealed) ? GMEM_OBJECT_SEALED : 0) |
 					(atomic_load(&object->succeeded) ? GMEM_OBJECT_SUCCEEDED : 0));
+	fill_file(object, &record);
 	return gmem_record_put(&object->core->keep, &record, &object->record);
+}
+
+void gmem_object_uncharge(struct gmem_object *object)
+{
+	object->uncharged = true;
+	gmem_account_map(object->account, -(int64_t)object->bytes);
+}
+
+/* The descriptor first: a record without it is a file that is lost. */
+int gmem_object_set_file(struct gmem_object *object, struct gmem_source *source, bool uncharged)
+{
+	int fd = -1, err = 0;
+
+	gmem_filesource_args(source, &fd);
+	gmem_source_set(object, source);
+	atomic_fetch_add(&object->account->sources, 1);
+	if (uncharged)
+		gmem_object_uncharge(object);
+	if (gmem_keeps(&object->core->keep))
+		err = gmem_keep_fd(&object->core->keep, fd, "source.%llu", (unsigned long long)object->pn);
+	return err ? err : rewrite_record(object);
+}
+
+static void forget_file(struct gmem_object *object)
+{
+	int fd;
+
+	if (!gmem_filesource_args(atomic_load(&object->source), &fd))
+		return;
+	gmem_keep_forget(&object->core->keep, "source.%llu", (unsigned long long)object->pn);
+	atomic_fetch_sub(&object->account->sources, 1);
 }
 
 int gmem_object_seal(struct gmem_object *object, struct gmem_object *next)
@@ -96,7 +141,7 @@ int gmem_object_seal(struct gmem_object *object, struct gmem_object *next)
 
 	if (err)
 		return err;
-	object->successor = next ? next->pn : 0;
+	object->successor = next ? next->pn + 1 : 0;
 	if (source)
 		gmem_source_set(object, source);
 	atomic_store(&object->sealed, true);
@@ -189,12 +234,15 @@ void gmem_object_unref(struct gmem_object *object)
 	gmem_crash(GMEM_CRASH_OBJECT_FORGOTTEN);
 	gmem_lpt_extent_free(&core->lpt, object->pn, object->pages);
 	if (!atomic_load(&object->succeeded)) {
-		gmem_account_map(object->account, -(int64_t)object->bytes);
-		atomic_fetch_sub(&core->committed_bytes[object->class_], object->bytes);
+		if (!object->uncharged) {
+			gmem_account_map(object->account, -(int64_t)object->bytes);
+			atomic_fetch_sub(&core->committed_bytes[object->class_], object->bytes);
+		}
 		if (!atomic_load(&object->kept) || !gmem_kept_ready(object->account, core->window.base + object->offset))
 			gmem_range_free(&core->va[object->class_], core->window.base + object->offset, object->bytes);
 	}
 	atomic_fetch_sub(&core->object_count, 1);
+	forget_file(object);
 	gmem_source_release(atomic_load(&object->source)); /* perhaps the last reference on the one that has its range */
 	gmem_account_unref(object->files);
 	gmem_account_unref(object->account);

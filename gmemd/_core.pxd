@@ -127,6 +127,11 @@ cdef extern from "gmem/keep.h" nogil:
         int fd
 
 
+cdef extern from "gmem/source.h" nogil:
+    struct gmem_file_args:
+        uint64_t offset, bytes
+        c_bool write, private_
+
 cdef extern from "gmem/core.h" nogil:
     struct gmem_core:
         pass
@@ -253,10 +258,12 @@ cdef extern from "gmem/core.h" nogil:
     int gmem_pool_open(gmem_core *, uint64_t, uint64_t, c_bool, gmem_region_info *)
     int gmem_pool_unlink(gmem_core *, uint64_t)
     int gmem_pool_publish(gmem_core *, uint64_t)
-    int gmem_pool_renew(gmem_core *, uint64_t, uint64_t, uint64_t)
     int gmem_pool_info_ "gmem_pool_info"(gmem_core *, uint64_t, gmem_pool_info *)
     void gmem_pool_ids(gmem_core *, uint64_t *, size_t, size_t *)
     int gmem_mmap(gmem_core *, uint64_t, const gmem_mmap_args *, gmem_region_info *)
+    int gmem_map_file(
+        gmem_core *, uint64_t, int, const gmem_file_args *, const gmem_mmap_args *, gmem_region_info *, const char **)
+    int gmem_flush(gmem_core *, uint64_t, uint64_t, uint64_t)
     int gmem_adopt(gmem_core *, uint64_t, uint64_t, const gmem_mmap_args *, gmem_region_info *)
     int gmem_mmap_commit(gmem_core *, uint64_t, uint64_t)
     int gmem_munmap(gmem_core *, uint64_t, uint64_t, uint64_t)

@@ -505,12 +505,11 @@ cdef class Core:
         cdef gmem_mmap_args args
         cdef gmem_region_info region
         cdef int err
+        memset(&args, 0, sizeof(args))
         args.bytes = size
         args.page_bytes = page_bytes
         args.fork = <gmem_fork>fork_number
         args.small_only = small
-        args.asked = 0
-        args.again = False
         with nogil:
             err = gmem_mmap(core, session, &args, &region)
         self._leave()
@@ -534,6 +533,43 @@ cdef class Core:
         if err:
             _raise(err)
         return _region(&region)
+
+    def map_file(
+        self, uint64_t session, int fd, uint64_t offset, uint64_t size, *, uint64_t page_bytes=0, bint write=False,
+        bint private=False, str fork="share",
+    ):
+        """Takes the descriptor in every case. The OSError of a file that will not do says why."""
+        cdef int fork_number = _FORK[fork]
+        cdef gmem_core *core = self._enter_with(fd, -1)
+        cdef gmem_file_args file
+        cdef gmem_mmap_args args
+        cdef gmem_region_info region
+        cdef const char *why = NULL
+        cdef int err
+        memset(&args, 0, sizeof(args))
+        file.offset = offset
+        file.bytes = size
+        file.write = write
+        file.private_ = private
+        args.page_bytes = page_bytes
+        args.fork = <gmem_fork>fork_number
+        with nogil:
+            err = gmem_map_file(core, session, fd, &file, &args, &region, &why)
+        self._leave()
+        if err and why is not NULL:
+            raise OSError(-err, (<bytes>why).decode())
+        if err:
+            _raise(err)
+        return _region(&region)
+
+    def flush(self, uint64_t session, uint64_t va, uint64_t size):
+        cdef gmem_core *core = self._enter()
+        cdef int err
+        with nogil:
+            err = gmem_flush(core, session, va, size)
+        self._leave()
+        if err:
+            _raise(err)
 
     def mmap_commit(self, uint64_t session, uint64_t va):
         cdef gmem_core *core = self._enter()
@@ -695,15 +731,6 @@ cdef class Core:
         cdef int err
         with nogil:
             err = gmem_pool_publish(core, pool)
-        self._leave()
-        if err:
-            _raise(err)
-
-    def pool_renew(self, uint64_t session, uint64_t pool, uint64_t va):
-        cdef gmem_core *core = self._enter()
-        cdef int err
-        with nogil:
-            err = gmem_pool_renew(core, session, pool, va)
         self._leave()
         if err:
             _raise(err)

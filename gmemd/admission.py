@@ -58,6 +58,7 @@ class Admission:
     find_agent: Callable[[], int] | None = None
     answer: Callable[[wire.Ask], tuple[bytes, int]] | None = None  # (blocks) of FILES; the descriptor is the caller's
     keep: Callable[[bool], tuple[int, int]] | None = None  # (blocks) SessionTable.note(), or note_context()
+    map_file: Callable[[wire.File, int], bytes] | None = None  # (blocks) takes the descriptor; REGION
 
     def agent(self) -> int | None:
         """(blocks) The descriptor for the process's agent, once it is attached; None where there is no use for one."""
@@ -94,6 +95,7 @@ class Admissions:
             wire.FORK_CHILD: self._fork_child,
             wire.CONTEXT: self._context,
             wire.ADMIN: self._admin,
+            wire.MAP_FILE: self._file,
             wire.FILES: self._files,
         }
 
@@ -254,6 +256,25 @@ class Admissions:
         admission.welcome_fds, admission.lent = [channel], {channel: channel}
         admission.welcome = self._welcome(session.core_id, wire.HAS_CHANNEL, hello.token, 0, hnid)
         return admission
+
+    def _file(self, who: Claimant, hello: wire.Hello) -> Admission:
+        """A file is opened by the client, never here: what may be read or written was decided when it did."""
+        session = self._owned(who, hello)
+
+        def map_file(file: wire.File, fd: int) -> bytes:
+            try:
+                region = self._core.map_file(
+                    session.core_id, fd, file.offset, file.size, page_bytes=file.page_bytes, write=file.write,
+                    private=file.private, fork=file.fork,
+                )  # fmt: skip
+            except OSError as error:
+                number = error.errno or errno.EIO
+                if number in (errno.ENOMEM, errno.EDQUOT):
+                    raise as_request_error(error, "bytes: can't be held", "bytes") from None
+                raise RequestError(number, f"fd: {error.strerror}", "fd") from None
+            return wire.pack_region(region["va"], region["bytes"], region["offset"], 0, region["page_bytes"])
+
+        return Admission(self._welcome(session.core_id, 0, hello.token, 0), map_file=map_file)
 
     def _cover(self, context_id: int, overlays: list[dict[str, Any]]) -> None:
         """What was lent to it is what it has mapped."""

@@ -291,7 +291,12 @@ class HandshakeServer:
             if admission.finish is not None:
                 uffd = await self._receive_uffd(peer)
                 admission.close = await self._in_pool(peer, admission.finish, uffd)
-            if admission.ready:
+            if admission.map_file is not None:
+                file, fd = await self._receive_file(peer)
+                region = await self._in_pool(peer, admission.map_file, file, fd)
+                await self._send(peer, wire.pack_ready(), [])
+                await self._send(peer, region, [])
+            elif admission.ready:
                 agent = await self._in_pool(peer, admission.agent) if hello.wants_agent else None
                 flags, fds = (0, []) if agent is None else (wire.HAS_AGENT, [agent])
                 if admission.keep is not None:
@@ -361,6 +366,17 @@ class HandshakeServer:
             await self._discard(peer, fds)
             raise
         return fds[0]
+
+    async def _receive_file(self, peer: Peer) -> tuple[wire.File, int]:
+        data, fds = await self._receive(peer)
+        try:
+            file = wire.unpack_file(data)
+            if len(fds) != 1:
+                raise RequestError(errno.EBADF, f"fd: FILE carries {len(fds)} descriptors instead of one", "fd")
+        except BaseException:
+            await self._discard(peer, fds)
+            raise
+        return file, fds[0]
 
     async def _receive(self, peer: Peer) -> tuple[bytes, list[int]]:
         await self._wait(peer.sock, self._limits.handshake_timeout_s)

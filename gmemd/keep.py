@@ -21,7 +21,7 @@ from gmemd.systemd import Notifier, listening_socket
 log = structlog.get_logger("gmemd.keep")
 
 _OURS = ("listen", "notes", "conn.")
-_CORES = ("state", "lpt", "file.", "uffd.", "pid.", "agent.", "ring.", "bell.", "jobs.", "driver.")
+_CORES = ("state", "lpt", "file.", "uffd.", "pid.", "agent.", "ring.", "bell.", "jobs.", "driver.", "source.")
 
 
 class Keep:

@@ -31,7 +31,6 @@ _BLAME: dict[str, dict[int, str]] = {
     "mmap": {errno.ENOMEM: "bytes", errno.EINVAL: "bytes", errno.EDQUOT: "bytes"},
     "pool_create": {errno.ENOMEM: "bytes", errno.EINVAL: "bytes", errno.EDQUOT: "bytes"},
     "pool_publish": {errno.ENOMEM: "name", errno.EDQUOT: "name", errno.EIO: "name"},
-    "pool_renew": {errno.EINVAL: "va", errno.EEXIST: "va"},
     "limit": {errno.EINVAL: "bytes", errno.EBUSY: "bytes", errno.ENOMEM: "bytes", errno.EAGAIN: "bytes"},
     "quota": {
         errno.EINVAL: "bytes", errno.ENOMEM: "bytes", errno.EAGAIN: "bytes", errno.EDQUOT: "bytes",
@@ -44,6 +43,7 @@ _BLAME: dict[str, dict[int, str]] = {
     "advise": _RANGE,
     "prefetch": _RANGE,
     "discard": {errno.EINVAL: "va"},
+    "flush": {errno.EINVAL: "va"},
     "hmemcpy": {errno.EINVAL: "dst", errno.ENODEV: "hnid", errno.EOPNOTSUPP: "hnid", errno.ENOMEM: "bytes"},
     "query": {errno.EINVAL: "va"},
     "acquire": _RANGES,
@@ -59,8 +59,6 @@ _MEANING: dict[tuple[str, int], str] = {
     ("pool_create", errno.EDQUOT): "more than the quotas of this session or this user allow on all hnodes together",
     ("pool_publish", errno.ENOMEM): "there is no room to move it; nobody writes to it any more, publish it again",
     ("pool_publish", errno.EDQUOT): "the owner's quota leaves no room to move it; publish it again",
-    ("pool_renew", errno.EINVAL): "not where this session has mapped the published pool, or it was not open before",
-    ("pool_renew", errno.EEXIST): "the session has something else there",
     ("adopt", errno.ENOMEM): "more than the host and all devices together could hold, or than the window has room for",
     ("adopt", errno.EDQUOT): "more than the quotas of this session or this user allow on all hnodes together",
     ("adopt", errno.EINVAL): "not whole pages of 4096 bytes outside the window",
@@ -74,6 +72,9 @@ _MEANING: dict[tuple[str, int], str] = {
     ("quota", errno.EDQUOT): "there is nowhere for the rest to go within its other quotas; nothing has changed",
     ("quota", errno.EAGAIN): "the rest is in use just now; nothing has changed",
     ("quota", errno.ENOENT): "there is no such session, or no session of that user",
+    ("flush", errno.EIO): "the file can't be written, or has become shorter",
+    ("flush", errno.ENOSPC): "there is no room in the file system",
+    ("flush", errno.EBUSY): "a page is held on a device",
     ("mmap_commit", errno.EINVAL): "not the start of a region, or not mapped there",
     ("mmap_commit", errno.ENOTCONN): "the session's userfaultfd has not been attached",
     ("trace_start", errno.ENOMEM): "there is not so much memory",
@@ -202,6 +203,11 @@ class Operations:
         self._core.discard(session.core_id, args["va"], args["bytes"])
         return {}
 
+    def _op_flush(self, session: Session, args: Args) -> Reply:
+        self._check_window(session, "va", args["va"], args["bytes"])
+        self._core.flush(session.core_id, args["va"], args["bytes"])
+        return {}
+
     def _op_hmemcpy(self, session: Session, args: Args) -> Reply:
         self._devices.check_hnid(args["hnid"], -1)  # -1: the host, as openEuler's hmemcpy has it
         for name in ("dst", "src"):
@@ -243,10 +249,6 @@ class Operations:
 
     def _op_pool_publish(self, session: Session, args: Args) -> Reply:
         self._pools.publish(session, args["name"])
-        return {}
-
-    def _op_pool_renew(self, session: Session, args: Args) -> Reply:
-        self._pools.renew(session, args["name"], args["va"])
         return {}
 
     def _op_pools(self, session: Session, args: Args) -> Reply:

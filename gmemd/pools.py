@@ -228,12 +228,6 @@ class PoolTable:
             raise RequestError(number, f"name: {name}: {words[number]}", "name") from None
         log.info("pool published", pool=name, uid=pool.uid)
 
-    def renew(self, session: Session, name: str, va: int) -> None:
-        pool = self._find(name)
-        if not pool.allows(session, READ):
-            raise RequestError(errno.EACCES, f"name: the mode of {name} does not allow reading to this user", "name")
-        self._core.pool_renew(session.core_id, pool.id, va)
-
     def describe(self, session: Session) -> list[dict[str, Any]]:
         """(blocks) Those that the session may open; all for an administrator."""
         with self._lock:

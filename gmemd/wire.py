@@ -17,10 +17,10 @@ PATH_BYTES = 108
 NAME_BYTES = 32
 MESSAGE_BYTES = 160
 
-HELLO, WELCOME, REGION, UFFD, READY, ASK, ANSWER = 1, 2, 3, 4, 5, 6, 7
-CLIENT, FORK_CHILD, CONTEXT, ADMIN, FILES = 1, 2, 3, 4, 5
+HELLO, WELCOME, REGION, UFFD, READY, ASK, ANSWER, FILE = 1, 2, 3, 4, 5, 6, 7, 8
+CLIENT, FORK_CHILD, CONTEXT, ADMIN, FILES, MAP_FILE = 1, 2, 3, 4, 5, 6
 KIND_NAMES = {CLIENT: "client", FORK_CHILD: "fork child", CONTEXT: "context", ADMIN: "admin",
-              FILES: "files"}  # fmt: skip
+              FILES: "files", MAP_FILE: "file"}  # fmt: skip
 
 WANT_RING = 1 << 0
 WANT_AGENT = 1 << 1
@@ -41,6 +41,10 @@ REGION_READ_ONLY = 1 << 1
 
 ASK_FILE, ASK_MAPPED, ASK_RESTORED = 1, 2, 3
 
+FILE_WRITE = 1 << 0
+FILE_NO_INHERIT = 1 << 1
+FILE_PRIVATE = 1 << 2
+
 # A message longer than this is truncated by the kernel, and so refused; an honest one is at most WELCOME's size.
 RECEIVE_BYTES = 1024
 
@@ -49,6 +53,7 @@ _HELLO = struct.Struct("=IHHII32s32s")
 _WELCOME = struct.Struct("=IHHiIQQQQQQQIi32s108s108s160s")
 _REGION = struct.Struct("=IHHQQQII")
 _UFFD = struct.Struct("=IHHII")
+_FILE = struct.Struct("=IHHQQII")
 _READY = struct.Struct("=IHHiI160s")
 _ASK = struct.Struct("=IHHIIQQ")
 _ANSWER = struct.Struct("=IHHiIQQQII160s")
@@ -59,6 +64,7 @@ SIZES = {
     "region": _REGION.size,
     "uffd": _UFFD.size,
     "ready": _READY.size,
+    "file": _FILE.size,
     "ask": _ASK.size,
     "answer": _ANSWER.size,
 }
@@ -177,6 +183,37 @@ def unpack_uffd(data: bytes) -> bool:
     if user_mode_only > 1 or reserved:
         raise _malformed("UFFD: a field is out of range")
     return bool(user_mode_only)
+
+
+@dataclass(frozen=True)
+class File:
+    """A range of a file, to be a region."""
+
+    offset: int
+    size: int
+    page_bytes: int
+    write: bool
+    private: bool
+    fork: str
+
+
+def pack_file(offset: int, size: int, page_bytes: int = 0, flags: int = 0) -> bytes:
+    return _FILE.pack(MAGIC, VERSION, FILE, offset, size, page_bytes, flags)
+
+
+def unpack_file(data: bytes) -> File:
+    _check_header(data, FILE, _FILE, "FILE")
+    offset, size, page_bytes, flags = _FILE.unpack(data)[3:]
+    if flags & ~(FILE_WRITE | FILE_NO_INHERIT | FILE_PRIVATE) or flags & FILE_WRITE and flags & FILE_PRIVATE:
+        raise _malformed(f"FILE: unknown flags 0x{flags:x}")
+    if offset % 4096 or offset >= 1 << 63:
+        raise RequestError(errno.EINVAL, f"offset: {offset} is not a multiple of 4096 below 2^63", "offset")
+    if not 0 < size < 1 << 63 or offset + size >= 1 << 63:
+        raise RequestError(errno.EINVAL, f"bytes: {size} is out of range", "bytes")
+    if page_bytes not in (0, 4096, 65536, 2 << 20):
+        raise RequestError(errno.EINVAL, f"page_bytes: {page_bytes} is not a page size", "page_bytes")
+    fork = "none" if flags & FILE_NO_INHERIT else "share"
+    return File(offset, size, page_bytes, bool(flags & FILE_WRITE), bool(flags & FILE_PRIVATE), fork)
 
 
 def pack_ready(status: int = 0, message: str = "", flags: int = 0) -> bytes:

@@ -40,7 +40,7 @@ from gmem._errors import (
     QuotaExceeded,
 )  # fmt: skip
 from gmem._fence import Fence
-from gmem._file import from_file
+from gmem._file import flush, from_file, memmap
 from gmem._launch import cfunc
 from gmem._memory import array, empty, full, zeros
 from gmem._pool import Pool, pool
@@ -52,5 +52,6 @@ __all__ = [
     "MemoryResource", "NotFound", "NotSupported", "OutOfMemory", "PAGE_DTYPE", "PINNED", "PermissionDenied",
     "Poisoned", "Pool", "QuotaExceeded", "READ_MOSTLY", "STATES", "Session", "acquire", "adopt", "advise",
     "advise_async", "alloc", "array", "cfunc", "connect", "default", "device", "devices", "discard", "empty",
-    "from_file", "full", "memcpy", "memcpy_async", "pool", "prefetch", "prefetch_async", "stats", "where", "zeros",
+    "flush", "from_file", "full", "memcpy", "memcpy_async", "memmap", "pool", "prefetch", "prefetch_async", "stats",
+    "where", "zeros",
 ]  # fmt: skip

@@ -39,6 +39,10 @@ def view(
     return result
 
 
+def _is_plain(kind: type) -> bool:
+    return kind is np.ndarray or getattr(kind, "_gmem_plain", False)
+
+
 class NotWhole(ValueError):
     """An array only a part of which is unified memory: a copy of it would be neither the one nor the other."""
 
@@ -53,7 +57,7 @@ class Pickler(cloudpickle.Pickler):
         self.arrays: list[np.ndarray[Any, Any]] = []
 
     def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, np.ndarray) and type(obj) is np.ndarray and obj.size and not obj.dtype.hasobject:
+        if isinstance(obj, np.ndarray) and _is_plain(type(obj)) and obj.size and not obj.dtype.hasobject:
             low, high = np.lib.array_utils.byte_bounds(obj)
             near = [(base, end) for base, end in self._ranges if base < high and low < end]
             if any(low < base or end < high for base, end in near):

@@ -8,9 +8,10 @@ import errno
 import os
 import select
 import threading
+import warnings
 import weakref
+from collections.abc import Callable, Sequence
 from collections.abc import Mapping as MappingABC
-from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -53,6 +54,7 @@ class Session:
         self.sharing = threading.RLock()
         self.window = (lib.gmem_link_window_base(self._link), lib.gmem_link_window_bytes(self._link))
         self.adopted: dict[int, int] = {}  # address: length
+        self.changed_files: dict[int, int] = {}  # the same, of what is to be written back to files
 
     # ---- the link ----
 
@@ -128,11 +130,31 @@ class Session:
         with self._layout:
             return self._map(nbytes, page_bytes, fork, small)
 
+    def map_file(self, fd: int, offset: int, nbytes: int, page_bytes: int, mode: str, fork: str) -> tuple[int, int]:
+        """Address and size of a region over a range of a file. The descriptor stays the caller's."""
+        self._check()
+        flags = {"r": 0, "c": lib.GMEM_WIRE_FILE_PRIVATE}.get(mode, lib.GMEM_WIRE_FILE_WRITE)
+        flags |= lib.GMEM_WIRE_FILE_NO_INHERIT if fork == "none" else 0
+
+        def reserve() -> dict[str, Any]:
+            region, message = ffi.new("struct gmem_wire_region *"), ffi.new("char[]", lib.GMEM_WIRE_MESSAGE_BYTES)
+            err = lib.gmem_link_give_file(self._link, fd, offset, nbytes, page_bytes, flags, region, message)
+            _refuse(err, message)
+            return {"va": region.va, "bytes": region.bytes, "offset": region.offset, "huge": False}
+
+        with self._layout:
+            return self._map_reserved(reserve, fork)
+
     def _map(self, nbytes: int, page_bytes: int, fork: str, small: bool) -> tuple[int, int]:
+        return self._map_reserved(
+            lambda: self.request("mmap", bytes=nbytes, page_bytes=page_bytes, fork=fork, small=small), fork
+        )
+
+    def _map_reserved(self, reserve: Callable[[], dict[str, Any]], fork: str) -> tuple[int, int]:
         refused: list[tuple[int, int]] = []
         try:
             while True:
-                region = self.request("mmap", bytes=nbytes, page_bytes=page_bytes, fork=fork, small=small)
+                region = reserve()
                 va, size = region["va"], region["bytes"]
                 kept = region.get("kept", False)  # mapped already, and committed
                 if kept:
@@ -269,6 +291,8 @@ class Session:
             return
         for context in list(self.contexts):
             context.close()
+        for va in list(self.changed_files):
+            self.write_back(va)
         with _adopting:
             lib.gmem_link_give_back(self._link)
             self.adopted.clear()
@@ -278,6 +302,16 @@ class Session:
         lib.gmem_link_close(self._link)
         if self.embedded:
             self.embedded.close()
+
+    def write_back(self, va: int) -> None:
+        """Of a file's region that is about to go; there is nobody to tell of an error but everybody."""
+        nbytes = self.changed_files.pop(va, None)
+        if nbytes is None:
+            return
+        try:
+            self.request("flush", va=va, bytes=nbytes)
+        except GmemError as error:
+            warnings.warn(f"what was changed at 0x{va:x} is not in its file: {error}", stacklevel=2)
 
     def __enter__(self) -> Session:
         return self
@@ -306,7 +340,7 @@ def _refuse(err: int, message: Any) -> None:
     if err:
         text = ffi.string(message).decode(errors="replace")
         name = text.split(":")[0]
-        raise from_errno(-err, text, name if name in ("va", "bytes", "page_bytes") else None)
+        raise from_errno(-err, text, name if name in ("va", "bytes", "page_bytes", "offset", "fd") else None)
 
 
 def _in_child() -> None:

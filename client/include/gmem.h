@@ -67,6 +67,32 @@ GMEM_API int gmem_mmap(struct gmem *session, size_t bytes, const struct gmem_mma
 /* Any page-aligned part of a region. Returns when gmemd has let go of the memory. */
 GMEM_API int gmem_munmap(struct gmem *session, void *va, size_t bytes);
 
+#define GMEM_MAP_FILE_WRITE 0x1u      /* gmem_flush() writes back what was changed */
+#define GMEM_MAP_FILE_PRIVATE 0x2u    /* may be written to, and the file stays as it is */
+#define GMEM_MAP_FILE_NO_INHERIT 0x4u /* a forked child does not get the region */
+
+struct gmem_map_file_options {
+	size_t size;
+	size_t page_bytes; /* what is read at once: 4096, 65536 or 2097152; 0: 65536, of ranges below that 4096 */
+	uint32_t flags;    /* GMEM_MAP_FILE_*; without WRITE and PRIVATE the memory can only be read */
+	uint32_t reserved;
+};
+
+/* A file's bytes as memory: read when they are touched, by whichever hnode touches them; what is not changed costs no memory
+ * but while there is room. fd: a regular file of a local file system, open for reading, with WRITE for both; it may be closed afterwards. offset:
+ * a multiple of 4096; the range must lie in the file. Behind bytes the last page reads zero. What others do to
+ * the file meanwhile is seen in pages that are read later, or not at all. A page that can't be read (the file was cut short,
+ * the disk fails) is SIGBUS at the touch. gmem_munmap() does not write back.
+ *
+ * -EBADF: not open in that way; -EINVAL: no regular file, with O_APPEND or O_DIRECT, or too short; -EOPNOTSUPP: a file
+ * system of another machine or of a program; -EMFILE: 512 files are mapped already; -ENOMEM, -EDQUOT as of gmem_mmap(). */
+GMEM_API int gmem_map_file(struct gmem *session, int fd, uint64_t offset, size_t bytes,
+			   const struct gmem_map_file_options *options, void **ret);
+/* Writes what was changed in the range (whole pages) back to its files, and waits until it is on the disk. Memory of other
+ * kinds is passed over. -EIO: the file has become shorter, or the disk fails; -ENOSPC; -EBUSY: held by an acquire. What could not be written
+ * is still there, and goes with the next flush. */
+GMEM_API int gmem_flush(struct gmem *session, void *va, size_t bytes);
+
 #define GMEM_ADOPT_EDGES 0x1u /* also the pages that the range does not fill, with whatever else lies in them */
 
 struct gmem_adopt_options {

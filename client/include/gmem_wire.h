@@ -13,6 +13,12 @@
  *     UFFD + fd ───────────────────────────►   checks the fd, UFFDIO_API, UFFDIO_REGISTER
  *                ◄─────────────────────────── READY    + fds: [agent]
  *
+ *   FILE, on a connection of its own:
+ *     HELLO ───────────────────────────────►
+ *                ◄─────────────────────────── WELCOME
+ *     FILE + fd ───────────────────────────►   checks the fd, makes a region over it
+ *                ◄─────────────────────────── READY, REGION (without a fd: it is in the session's small file)
+ *
  * The connection stays open for as long as the session (or context) lives; its end is the session's end.
  * All integers are in host byte order: both ends are on one machine. Reserved fields are zero.
  */
@@ -34,6 +40,7 @@ enum gmem_wire_type {
 	GMEM_WIRE_REGION = 3,
 	GMEM_WIRE_UFFD = 4,
 	GMEM_WIRE_READY = 5,
+	GMEM_WIRE_FILE = 8,
 	GMEM_WIRE_ASK = 6,
 	GMEM_WIRE_ANSWER = 7,
 };
@@ -42,6 +49,7 @@ enum gmem_wire_kind {
 	GMEM_WIRE_CLIENT = 1,     /* a new session; token ignored */
 	GMEM_WIRE_FORK_CHILD = 2, /* child of the session whose token is sent; becomes a session of its own */
 	GMEM_WIRE_CONTEXT = 3,    /* device context process of the session whose token is sent */
+	GMEM_WIRE_MAP_FILE = 6,   /* hands over a file for the session whose token is sent, and ends then */
 	GMEM_WIRE_FILES = 5,      /* for files of the session whose token is sent: WELCOME, then ASK and ANSWER in turn; device:
 				   * empty, or that of the context which the process is */
 	GMEM_WIRE_ADMIN = 4,      /* a token for requests only: no memory, no uffd, ends after WELCOME */
@@ -108,6 +116,18 @@ struct gmem_wire_uffd { /* + 1 fd: O_NONBLOCK userfaultfd, no ioctl done on it y
 	struct gmem_wire_header header;
 	uint32_t user_mode_only; /* 1 if made with UFFD_USER_MODE_ONLY */
 	uint32_t reserved;
+};
+
+/* file.flags */
+#define GMEM_WIRE_FILE_WRITE (1u << 0)      /* `flush` writes back what was changed */
+#define GMEM_WIRE_FILE_NO_INHERIT (1u << 1) /* a forked child gets nothing of the region */
+#define GMEM_WIRE_FILE_PRIVATE (1u << 2)    /* it may be changed and the file not: not with WRITE */
+
+struct gmem_wire_file { /* + 1 fd: a regular file, open for reading, with WRITE for both */
+	struct gmem_wire_header header;
+	uint64_t offset, bytes; /* of the file; offset is a multiple of 4096 */
+	uint32_t page_bytes;    /* as of mmap */
+	uint32_t flags;
 };
 
 enum gmem_wire_ask_what {

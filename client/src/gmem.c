@@ -14,6 +14,7 @@
 #include "error.h"
 #include "peer.h"
 #include "session.h"
+#include "syscalls.h"
 
 #define SMALL_BYTES 4096ull
 #define HUGE_BYTES (2ull << 20)
@@ -334,6 +335,104 @@ int gmem_session_munmap(struct gmem *session, void *va, size_t bytes, bool may_k
 int gmem_munmap(struct gmem *session, void *va, size_t bytes)
 {
 	return gmem_session_munmap(session, va, bytes, true);
+}
+
+/* ---- files ---- */
+
+static int check_map_file(struct gmem *session, uint64_t offset, size_t bytes,
+			  const struct gmem_map_file_options *options, void **ret)
+{
+	const uint32_t known = GMEM_MAP_FILE_WRITE | GMEM_MAP_FILE_PRIVATE | GMEM_MAP_FILE_NO_INHERIT;
+	int err = check_session(session);
+
+	if (!err && !ret)
+		err = gmem_fail(-EINVAL, "ret: is NULL");
+	if (!err)
+		err = gmem_check_options(options->size, sizeof(*options), "gmem_map_file_options");
+	if (!err && (options->flags & ~known))
+		err = gmem_fail(-EINVAL, "options: flags 0x%x are not known", options->flags & ~known);
+	if (!err && (options->flags & GMEM_MAP_FILE_WRITE) && (options->flags & GMEM_MAP_FILE_PRIVATE))
+		err = gmem_fail(-EINVAL, "options: flags have both WRITE and PRIVATE");
+	if (!err && options->reserved)
+		err = gmem_fail(-EINVAL, "options: reserved is not zero");
+	if (!err && offset % SMALL_BYTES)
+		err = gmem_fail(-EINVAL, "offset: %llu is not a multiple of %llu", (unsigned long long)offset, SMALL_BYTES);
+	if (!err)
+		err = gmem_check_bytes(bytes);
+	return err ? err : gmem_session_check(session);
+}
+
+/* Reserves and maps; see reserve_and_map(). */
+static int give_and_map(struct gmem *session, int fd, uint64_t offset, size_t bytes,
+			const struct gmem_map_file_options *options, struct grant *ret)
+{
+	bool inherit = !(options->flags & GMEM_MAP_FILE_NO_INHERIT);
+	uint32_t flags = (options->flags & GMEM_MAP_FILE_WRITE ? GMEM_WIRE_FILE_WRITE : 0) |
+			 (options->flags & GMEM_MAP_FILE_PRIVATE ? GMEM_WIRE_FILE_PRIVATE : 0) |
+			 (inherit ? 0 : GMEM_WIRE_FILE_NO_INHERIT);
+	char message[GMEM_WIRE_MESSAGE_BYTES] = "";
+	struct gmem_wire_region busy[BUSY_RANGES_MAX], got;
+	size_t count = 0;
+	int err;
+
+	do {
+		err = gmem_link_give_file(session->link, fd, offset, bytes, (uint32_t)options->page_bytes, flags, &got, message);
+		if (err)
+			break;
+		err = gmem_link_map(session->link, got.va, got.bytes, got.offset, false, inherit);
+		if (err) {
+			snprintf(message, sizeof(message), "bytes: %zu bytes can't be mapped at 0x%llx: %s", bytes,
+				 (unsigned long long)got.va, strerror(-err));
+			busy[count++] = got;
+		}
+	} while (err == -EEXIST && count < BUSY_RANGES_MAX);
+	for (size_t i = 0; i < count; i++)
+		call_range(session, "munmap", GMEM_RING_MUNMAP, NULL, (void *)(uintptr_t)busy[i].va, busy[i].bytes);
+	if (err)
+		return gmem_fail(err, "%s", message);
+	*ret = (struct grant){ .va = got.va, .bytes = got.bytes, .offset = got.offset };
+	return 0;
+}
+
+int gmem_map_file(struct gmem *session, int fd, uint64_t offset, size_t bytes, const struct gmem_map_file_options *options,
+		  void **ret)
+{
+	const struct gmem_map_file_options defaults = { .size = sizeof(defaults) };
+	struct grant region;
+	bool mapped;
+	int err;
+
+	options = options ? options : &defaults;
+	err = check_map_file(session, offset, bytes, options, ret);
+	if (err)
+		return err;
+	pthread_rwlock_rdlock(&session->mapping);
+	err = give_and_map(session, fd, offset, bytes, options, &region);
+	mapped = !err;
+	if (mapped)
+		err = commit(session, region.va);
+	if (!err && !(options->flags & (GMEM_MAP_FILE_WRITE | GMEM_MAP_FILE_PRIVATE)) &&
+	    gmem_sys_mprotect((void *)(uintptr_t)region.va, region.bytes, PROT_READ))
+		err = gmem_fail(-errno, "mprotect: %s", strerror(errno));
+	pthread_rwlock_unlock(&session->mapping);
+	if (mapped && err)
+		err = undo(session, &region, err);
+	if (!err)
+		*ret = (void *)(uintptr_t)region.va;
+	return err;
+}
+
+int gmem_flush(struct gmem *session, void *va, size_t bytes)
+{
+	struct gmem_request request;
+	int err = check_session(session);
+
+	if (err)
+		return err;
+	gmem_request_init(&request, "flush", 2);
+	gmem_request_uint(&request, "va", address(va));
+	gmem_request_uint(&request, "bytes", bytes);
+	return gmem_rpc_call(session->rpc, &request, NULL);
 }
 
 /* ---- adopting ---- */

@@ -297,3 +297,54 @@ void gmem_link_hang_up(struct gmem_link *link)
 		*fds[i] = -1;
 	}
 }
+
+/* ---- files ---- */
+
+static int hand_over(struct gmem_link *link, const uint8_t *token, const struct gmem_wire_file *file, int fd,
+		     struct gmem_wire_region *ret)
+{
+	struct gmem_wire_hello hello = { .header = header(GMEM_WIRE_HELLO), .kind = GMEM_WIRE_MAP_FILE };
+	struct gmem_wire_ready ready;
+	int fds[FDS_MAX], err;
+	size_t count;
+
+	memcpy(hello.token, token, sizeof(hello.token));
+	err = dial(link);
+	if (!err)
+		err = put(link, &hello, sizeof(hello), -1);
+	if (!err || err == -EPIPE)
+		err = get_welcome(link);
+	if (!err)
+		err = put(link, file, sizeof(*file), fd);
+	if (!err)
+		err = get(link, GMEM_WIRE_READY, &ready, sizeof(ready), fds, &count);
+	if (!err && ready.status) {
+		snprintf(link->message, sizeof(link->message), "%.*s", (int)sizeof(ready.message) - 1, ready.message);
+		err = ready.status;
+	}
+	if (!err)
+		err = get(link, GMEM_WIRE_REGION, ret, sizeof(*ret), fds, &count);
+	return err;
+}
+
+int gmem_link_give_file(const struct gmem_link *link, int fd, uint64_t offset, uint64_t bytes, uint32_t page_bytes,
+			uint32_t flags, struct gmem_wire_region *ret, char *message)
+{
+	const struct gmem_wire_file file = { header(GMEM_WIRE_FILE), offset, bytes, page_bytes, flags };
+	const struct timespec pause = { 0, AGAIN_NS };
+	struct gmem_link other = { .sock = -1 };
+	int err = -ECONNRESET;
+
+	strcpy(other.path, link->path);
+	for (int tries = 0; (err == -ECONNRESET || err == -EPIPE) && tries < TRIES_MAX; tries++) {
+		if (tries)
+			nanosleep(&pause, NULL);
+		other.message[0] = '\0';
+		other.sock = other.files_sock = other.uffd = other.uffd_dev = other.files[0] = other.files[1] = -1;
+		err = hand_over(&other, link->hello.token, &file, fd, ret);
+		gmem_link_hang_up(&other);
+	}
+	if (err)
+		snprintf(message, GMEM_WIRE_MESSAGE_BYTES, "%s", other.message);
+	return err;
+}

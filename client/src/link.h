@@ -140,6 +140,10 @@ extern bool gmem_link_may_start_agent;
 
 /* The whole handshake on a fresh connection to link->path. token and device: NULL where the kind has none. */
 int gmem_link_handshake(struct gmem_link *link, uint32_t kind, const uint8_t *token, const char *device);
+/* Has gmemd make a region over a file of ours, to be mapped and committed as any other; nothing is opened there. fd stays
+ * ours. flags: GMEM_WIRE_FILE_*. message: GMEM_WIRE_MESSAGE_BYTES, filled on failure, argument first. */
+int gmem_link_give_file(const struct gmem_link *link, int fd, uint64_t offset, uint64_t bytes, uint32_t page_bytes,
+			uint32_t flags, struct gmem_wire_region *ret, char *message);
 /* Closes the handshake's descriptors. */
 void gmem_link_hang_up(struct gmem_link *link);
 

@@ -139,10 +139,11 @@ static void put_chunk(struct lane *lane, struct gmem_request *request)
 	piece->crc = gmem_crc32c(piece->crc, to, bytes);
 	wire->tx_end += bytes;
 	lane->done += (uint32_t)bytes;
-	if (lane->done == piece->bytes) {
-		lane->piece++;
-		lane->done = 0;
-	}
+	if (lane->done < piece->bytes)
+		return;
+	lane->done = 0;
+	if (++lane->piece == request->count)
+		gmem_wire_bytes(wire, "\r\n", 2); /* in the same packet: the server is not woken twice */
 }
 
 static void put_wait(struct run *run, struct lane *lane)
@@ -160,26 +161,20 @@ static void put_wait(struct run *run, struct lane *lane)
 /* Until there is enough for a call, or nothing left. */
 static void fill(struct run *run, struct lane *lane)
 {
-	while (lane->wire->tx_end < CHUNK && gmem_wire_room(lane->wire) > COMMAND_ROOM) {
-		struct gmem_request *request;
+	while (lane->sent < lane->queued && lane->wire->tx_end < CHUNK && gmem_wire_room(lane->wire) > COMMAND_ROOM) {
+		struct gmem_request *request = &run->requests[lane->queue[lane->sent]];
 
-		if (lane->sent == lane->queued) {
-			if (lane->wait == WANTED)
-				put_wait(run, lane);
-			return;
-		}
-		request = &run->requests[lane->queue[lane->sent]];
-		if (!lane->begun) {
+		if (!lane->begun)
 			put_head(lane, request);
-		} else if (request->kind == GMEM_PUT && lane->piece < request->count) {
+		else
 			put_chunk(lane, request);
-		} else {
-			if (request->kind == GMEM_PUT)
-				gmem_wire_bytes(lane->wire, "\r\n", 2);
-			lane->begun = false;
-			lane->sent++;
-		}
+		if (request->kind == GMEM_PUT && lane->piece < request->count)
+			continue;
+		lane->begun = false;
+		lane->sent++;
 	}
+	if (lane->sent == lane->queued && lane->wait == WANTED && gmem_wire_room(lane->wire) > COMMAND_ROOM)
+		put_wait(run, lane);
 }
 
 static int push_out(struct run *run, struct lane *lane)
@@ -500,9 +495,12 @@ static void wait_and_serve(struct run *run, uint64_t until_ns)
 			gmem_nodes_wait(run->x->nodes, until_ns - now);
 		return;
 	}
-	for (unsigned l = 0; l < count; l++)
-		fds[l] = (struct pollfd){ .fd = run->lanes[l].wire->fd,
-					  .events = gmem_wire_events(run->lanes[l].wire, expects(&run->lanes[l])) };
+	for (unsigned l = 0; l < count; l++) {
+		struct lane *lane = &run->lanes[l];
+
+		gmem_wire_expect(lane->wire, lane->in_body ? (size_t)lane->left : 0);
+		fds[l] = (struct pollfd){ .fd = lane->wire->fd, .events = gmem_wire_events(lane->wire, expects(lane)) };
+	}
 	poll(fds, count, until_ns > now ? (int)((until_ns - now) / 1000000 + 1) : 0);
 	now = gmem_now_ns();
 	for (unsigned l = count; l-- > 0;) /* the last takes the place of one that ends */

@@ -28,6 +28,7 @@
 #define PATIENCE_MIN_NS 200000000ull
 #define PATIENCE_MAX_NS 2000000000ull
 #define SWEEP_MS 1000
+#define GATHER_MS 30
 #define FAREWELL_NS 2000000000ull
 #define MEASURE_READS 8
 
@@ -99,8 +100,10 @@ static void *keeper_thread(void *arg)
 		poll(fds, 2, SWEEP_MS);
 		if (fds[1].revents && gmem_nodes_listen(&tier->nodes) == -EPIPE)
 			fds[1].fd = -1;
-		if (fds[0].revents)
+		if (fds[0].revents && !atomic_load(&tier->stop)) {
+			poll(fds + 1, 1, GATHER_MS); /* there will be more of them, and together they cost less */
 			(void)!read(tier->bell, &rings, sizeof(rings));
+		}
 		while (!atomic_load(&tier->stop) && gmem_remote_sweep(tier, tier->nodes.connect_ns))
 			more = true;
 		if (!atomic_load(&tier->stop) && is_sparse(tier))

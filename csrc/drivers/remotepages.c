@@ -94,6 +94,14 @@ static void leave_page(struct gmem_device *tier, uint64_t word)
 		gmem_remote_ring(tier);
 }
 
+static void end_drop(struct gmem_device *tier, uint32_t value, int result)
+{
+	if (result)
+		gmem_values_bury(&tier->values, value);
+	else
+		gmem_values_forget(&tier->values, value);
+}
+
 bool gmem_remote_sweep(struct gmem_device *tier, uint64_t ns)
 {
 	struct gmem_request requests[GMEM_EXCHANGE_MAX];
@@ -107,10 +115,7 @@ bool gmem_remote_sweep(struct gmem_device *tier, uint64_t ns)
 	if (count)
 		gmem_remote_exchange(tier, requests, count, ns);
 	for (unsigned i = 0; i < count; i++) {
-		if (requests[i].result)
-			gmem_values_bury(&tier->values, dead[i]);
-		else
-			gmem_values_forget(&tier->values, dead[i]);
+		end_drop(tier, dead[i], requests[i].result);
 		dropped += !requests[i].result;
 	}
 	return dropped;
@@ -121,7 +126,7 @@ bool gmem_remote_sweep(struct gmem_device *tier, uint64_t ns)
 struct batch {
 	struct gmem_device *tier;
 	struct gmem_peer_io *io;
-	unsigned count, pages;
+	unsigned count, pages, drops; /* drops come behind the values */
 	struct gmem_request requests[GMEM_EXCHANGE_MAX];
 	uint32_t values[GMEM_EXCHANGE_MAX];
 	struct gmem_piece pieces[GMEM_EXCHANGE_MAX]; /* a request's follow each other */
@@ -309,6 +314,33 @@ static void end_value(struct batch *batch, unsigned v)
 	gmem_crash(GMEM_CRASH_STORE_FLIPPED);
 }
 
+/* Values that nobody wants go on the same way, if they are where something is sent to anyhow: the server has their memory
+ * for what comes next, and nobody has to ask it for that. */
+static void start_drops(struct batch *batch)
+{
+	struct gmem_device *tier = batch->tier;
+	unsigned nodes[GMEM_EXCHANGE_MAX], room = GMEM_EXCHANGE_MAX - batch->count, found;
+	uint32_t dead[GMEM_EXCHANGE_MAX];
+
+	for (unsigned v = 0; v < batch->count; v++)
+		nodes[v] = gmem_nodes_of_slot(&tier->nodes, batch->requests[v].slot);
+	found = gmem_values_dead(&tier->values, dead, room < batch->count ? room : batch->count);
+	for (unsigned d = 0; d < found; d++) {
+		struct gmem_request *request = &batch->requests[batch->count + batch->drops];
+		unsigned node, v = 0;
+
+		*request = (struct gmem_request){ .kind = GMEM_DROP };
+		name_value(tier, dead[d], request);
+		node = gmem_nodes_of_slot(&tier->nodes, request->slot);
+		while (v < batch->count && nodes[v] != node)
+			v++;
+		if (v == batch->count)
+			gmem_values_bury(&tier->values, dead[d]);
+		else
+			batch->values[batch->count + batch->drops++] = dead[d];
+	}
+}
+
 static int start_or_fail(struct batch *batch, const uint8_t *ios, unsigned slots)
 {
 	int err = start_value(batch, ios, slots);
@@ -328,7 +360,7 @@ static void push_some(struct gmem_device *tier, struct gmem_peer_io *io, unsigne
 
 	batch.tier = tier;
 	batch.io = io;
-	batch.count = batch.pages = 0;
+	batch.count = batch.pages = batch.drops = 0;
 	for (uint8_t i = 0; i < count; i++) {
 		io[i].result = !is_page(tier, &io[i]) ? -EINVAL : !tries ? -EIO : 0;
 		if (io[i].result)
@@ -345,10 +377,14 @@ static void push_some(struct gmem_device *tier, struct gmem_peer_io *io, unsigne
 	}
 	if (smalls)
 		start_or_fail(&batch, small, smalls);
-	if (batch.count)
-		gmem_remote_exchange(tier, batch.requests, batch.count, tier->timeout_ns);
+	if (!batch.count)
+		return;
+	start_drops(&batch);
+	gmem_remote_exchange(tier, batch.requests, batch.count + batch.drops, tier->timeout_ns);
 	for (unsigned v = 0; v < batch.count; v++)
 		end_value(&batch, v);
+	for (unsigned d = 0; d < batch.drops; d++)
+		end_drop(tier, batch.values[batch.count + d], batch.requests[batch.count + d].result);
 }
 
 void gmem_remote_push(struct gmem_device *tier, struct gmem_peer_io *io, size_t count)

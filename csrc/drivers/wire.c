@@ -17,6 +17,7 @@
 #include "wire.h"
 
 #define SECRET_MAX 512
+#define LOW_WATER (192 << 10)
 #define KEEPALIVE_IDLE_S 30
 #define KEEPALIVE_INTERVAL_S 5
 #define KEEPALIVE_PROBES 3
@@ -162,6 +163,16 @@ int gmem_wire_receive(struct gmem_wire *wire)
 	return 0;
 }
 
+void gmem_wire_expect(struct gmem_wire *wire, size_t bytes)
+{
+	int low_water = bytes >= LOW_WATER ? LOW_WATER : 1;
+
+	if (low_water == wire->low_water)
+		return;
+	wire->low_water = low_water;
+	setsockopt(wire->fd, SOL_SOCKET, SO_RCVLOWAT, &low_water, sizeof(low_water));
+}
+
 short gmem_wire_events(const struct gmem_wire *wire, bool wants_reply)
 {
 	return (short)((wire->tx_begin < wire->tx_end ? POLLOUT : 0) | (wants_reply ? POLLIN : 0));
@@ -296,6 +307,7 @@ static struct gmem_wire *new_wire(void)
 	if (!wire)
 		return NULL;
 	wire->fd = -1;
+	wire->low_water = 1;
 	wire->tx = mmap(NULL, 2 * GMEM_WIRE_BUFFER, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (wire->tx == MAP_FAILED) {
 		free(wire);

@@ -45,6 +45,7 @@ struct gmem_wire {
 	bool wants_read;            /* TLS: what it has to do before it can write; and to write before it can read */
 	bool wants_write;
 	void *session;              /* TLS */
+	int low_water;              /* poll() waits for so much */
 	size_t tx_begin, tx_end, rx_begin, rx_end;
 	uint8_t *tx, *rx;
 };
@@ -58,6 +59,8 @@ void gmem_wire_close(struct gmem_wire *wire);
 /* Moves what is there between buffer and socket. -EAGAIN: not now; -EPIPE, -ECONNRESET, ...: it is over. */
 int gmem_wire_send(struct gmem_wire *wire);
 int gmem_wire_receive(struct gmem_wire *wire);
+/* So much is to come: who waits is not woken for each packet. */
+void gmem_wire_expect(struct gmem_wire *wire, size_t bytes);
 /* What poll() is to wait for. */
 short gmem_wire_events(const struct gmem_wire *wire, bool wants_reply);
 

@@ -24,6 +24,7 @@ import control
 import heap
 import machine
 import preload
+import remote
 import rows
 import umap
 from rich.console import Console
@@ -94,7 +95,10 @@ def measure_core(program: Path, only: list[str], progress: Progress) -> tuple[li
     """Rows, and whether the program ended well."""
     task = progress.add_task("first rows", total=None)
     measured = []
-    with subprocess.Popen([str(program), *only], stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+    environment = {**os.environ, "GMEM_BENCH_VALKEY": remote.server()}
+    with subprocess.Popen(
+        [str(program), *only], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+    ) as process:
         assert process.stdout
         signal.signal(signal.SIGALRM, _too_long)
         signal.alarm(TIMEOUT_S)
@@ -170,6 +174,9 @@ def main(argv: list[str] | None = None) -> int:
         progress.remove_task(task)
         task = progress.add_task(preload.PREFIX, total=None)
         measured += preload.measure(BUILD, args.only)
+        progress.remove_task(task)
+        task = progress.add_task(remote.PREFIX, total=None)
+        measured += remote.measure(args.only)
         progress.remove_task(task)
         task = progress.add_task(anyprog.PREFIX, total=None)
         measured += anyprog.measure(BUILD, args.only)

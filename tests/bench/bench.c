@@ -38,6 +38,7 @@ static const struct {
 	{ { "ring" }, ring_requests, true },
 	{ { "file" }, file_tier, true },
 	{ { "zstd", "lz4" }, compressed_tier, true },
+	{ { "remote" }, remote_tier, true },
 	{ { "trace" }, trace_rows, true },
 	{ { "bare" }, primitives, false },
 };

@@ -39,6 +39,7 @@ void page_table(void);
 void ring_requests(void);
 void file_tier(void);
 void compressed_tier(void);
+void remote_tier(void);
 void trace_rows(void);
 void primitives(void);
 

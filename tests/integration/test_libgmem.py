@@ -46,6 +46,13 @@ def test_program(builder: Builder, daemon: Daemon, name: str, device: str) -> No
 
 
 @pytest.mark.parametrize("ring", ["1", "0"])
+def test_files(builder: Builder, daemon: Daemon, ring: str) -> None:
+    kernels = builder.kernels(SOURCES / "kernels.c")
+    run_ok([builder.program(SOURCES / "files.c"), "simgpu0", kernels], env={**daemon.environment, "GMEM_RING": ring})
+    assert daemon.process.poll() is None, daemon.log()
+
+
+@pytest.mark.parametrize("ring", ["1", "0"])
 def test_requests_that_nobody_waits_for(builder: Builder, daemon: Daemon, ring: str) -> None:
     program = builder.program(SOURCES / "async.c")
     if ring == "0":  # done at once then: what is left to check is the other path of each call

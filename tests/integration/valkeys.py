@@ -39,8 +39,9 @@ def free_port(host: str = "127.0.0.1") -> int:
     while True:
         port = random.randrange(12000, 22000)
         with socket.socket() as one, socket.socket() as other, contextlib.suppress(OSError):
-            one.bind((host, port))
-            other.bind((host, port + 10000))
+            if host == "127.0.0.1":
+                one.bind((host, port))
+                other.bind((host, port + 10000))
             return port
 
 

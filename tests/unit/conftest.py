@@ -253,10 +253,6 @@ class FakeCore:
     def do_pool_publish(self, pool: int) -> None:
         self._pool(pool)["sealed"] = True
 
-    def do_pool_renew(self, session: int, pool: int, va: int) -> None:
-        self._known(session)
-        self._pool(pool)
-
     def do_pool_info(self, pool: int) -> dict[str, Any]:
         return {
             "pool": pool, "va": WINDOW + (1 << 38) + (pool << 30), "huge": False, "writers": 0, "readers": 0,
@@ -282,6 +278,15 @@ class FakeCore:
         }  # fmt: skip
         known["regions"].append(region)
         return region
+
+    def do_map_file(
+        self, session: int, fd: int, offset: int, size: int, *, page_bytes: int, write: bool, private: bool, fork: str
+    ) -> dict[str, Any]:
+        os.close(fd)
+        return self.do_mmap(session, size, page_bytes=page_bytes, fork=fork, small=True)
+
+    def do_flush(self, session: int, va: int, size: int) -> None:
+        self._known(session)
 
     def do_adopt(self, session: int, va: int, size: int, *, page_bytes: int, fork: str) -> dict[str, Any]:
         return self.do_mmap(session, size, page_bytes=page_bytes, fork=fork, small=True)

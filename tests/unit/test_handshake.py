@@ -380,6 +380,49 @@ def test_a_malformed_uffd_message(rig, fake_core, eventually):
     eventually(lambda: not fake_core.sessions)
 
 
+def test_a_file_comes_by_descriptor(rig, fake_core, eventually):
+    _, welcome = rig.client()
+    before, files = open_fds(), len(fake_core.fds)
+    both = wire.FILE_WRITE | wire.FILE_PRIVATE
+    for count, data, number in [
+        (1, wire.pack_file(4096, 8192, flags=wire.FILE_WRITE), 0),
+        (0, wire.pack_file(0, 4096), errno.EBADF), (2, wire.pack_file(0, 1), errno.EBADF),
+        (1, wire.pack_file(5, 4096), errno.EINVAL), (1, wire.pack_file(0, 0), errno.EINVAL),
+        (1, wire.pack_file(0, 1 << 63), errno.EINVAL), (1, wire.pack_file(0, 1, 5), errno.EINVAL),
+        (1, wire.pack_file(0, 1, flags=8), errno.EPROTO), (1, wire.pack_file(0, 1, flags=both), errno.EPROTO),
+        (1, b"x", errno.EPROTO), (1, wire.pack_uffd(), errno.EPROTO), (9, wire.pack_file(0, 1), errno.EPROTO),
+    ]:  # fmt: skip
+        given = [os.memfd_create("file") for _ in range(count)]
+        sock, answer, _ = rig.hello(wire.MAP_FILE, welcome.token)
+        assert answer.status == 0
+        socket.send_fds(sock, [data], given)
+        close_all(given)
+        if number:
+            assert refusal(sock)[0] == number, data
+        else:
+            assert wire.unpack_ready(sock.recv(1024))[0] == 0
+            assert wire.unpack_region(sock.recv(1024))[1] == 8192
+        sock.close()
+    assert len(fake_core.called("map_file")) == 1
+    eventually(lambda: open_fds() <= before)
+    assert len(fake_core.fds) == files
+    _, answer, _ = rig.hello(wire.MAP_FILE, bytes(32))
+    assert answer.status == -errno.EPERM
+
+
+def test_a_file_that_the_core_refuses(rig, fake_core):
+    _, welcome = rig.client()
+    cases = [(errno.EBADF, "it is only a path"), (errno.EMFILE, "as many as it may"), (errno.ENOMEM, "bytes")]
+    for number, words in cases:
+        fake_core.fail["map_file"] = OSError(number, words)
+        sock, _, _ = rig.hello(wire.MAP_FILE, welcome.token)
+        fd = os.memfd_create("file")
+        socket.send_fds(sock, [wire.pack_file(0, 4096)], [fd])
+        os.close(fd)
+        said = refusal(sock)
+        assert said[0] == number and words in said[1]
+
+
 def test_what_the_core_refuses_is_said(rig, fake_core, eventually):
     fake_core.fail["session_create"] = errno.ENOMEM
     _, welcome, _ = rig.hello()

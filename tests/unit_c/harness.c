@@ -15,12 +15,13 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <gmem/source.h>
 #include <gmem/uffd.h>
 
 unsigned time_limit_s = 100; /* below that of tests/conftest.py */
 
 enum op { OP_UFFD, OP_MMAP, OP_COMMIT, OP_MUNMAP, OP_PREFETCH, OP_DISCARD, OP_ADVISE, OP_HMEMCPY, OP_QUERY,
-	  OP_KEEP };
+	  OP_KEEP, OP_MAP_FILE, OP_FLUSH };
 
 struct message {
 	enum op op;
@@ -96,6 +97,7 @@ static void serve_one(struct client *client, struct message *m, int fd)
 	struct gmem_mmap_args args = { .bytes = m->bytes, .page_bytes = m->page_bytes, .fork = m->fork,
 					.kept = m->kept };
 	uint64_t context = 0;
+	const char *why;
 	size_t count;
 
 	switch (m->op) {
@@ -113,6 +115,17 @@ static void serve_one(struct client *client, struct message *m, int fd)
 		m->offset = region.offset;
 		m->class_ = region.class_;
 		m->kept = region.kept;
+		break;
+	case OP_MAP_FILE:
+		m->err = gmem_map_file(core, client->session, dup(m->hnid),
+				       &(struct gmem_file_args){ .bytes = m->bytes, .write = m->advice }, &args, &region, &why);
+		m->va = region.va;
+		m->bytes = region.bytes;
+		m->offset = region.offset;
+		m->class_ = region.class_;
+		break;
+	case OP_FLUSH:
+		m->err = gmem_flush(core, client->session, m->va, m->bytes);
 		break;
 	case OP_COMMIT:
 		m->err = gmem_mmap_commit(core, client->session, m->va);
@@ -393,9 +406,8 @@ int client_wait(struct client *client)
 
 /* ---- client side ---- */
 
-void *client_mmap(struct client *client, uint64_t bytes, uint64_t page_bytes, enum gmem_fork fork)
+static void *map_region(struct client *client, struct message m)
 {
-	struct message m = { .op = OP_MMAP, .bytes = bytes, .page_bytes = page_bytes, .fork = fork };
 	void *at;
 
 	CHECK_EQ(call(client, &m), 0);
@@ -405,6 +417,24 @@ void *client_mmap(struct client *client, uint64_t bytes, uint64_t page_bytes, en
 	m.op = OP_COMMIT;
 	CHECK_EQ(call(client, &m), 0);
 	return at;
+}
+
+void *client_mmap(struct client *client, uint64_t bytes, uint64_t page_bytes, enum gmem_fork fork)
+{
+	return map_region(client, (struct message){ .op = OP_MMAP, .bytes = bytes, .page_bytes = page_bytes, .fork = fork });
+}
+
+void *client_mmap_file(struct client *client, int fd, uint64_t bytes, uint64_t page_bytes, bool write)
+{
+	return map_region(client, (struct message){ .op = OP_MAP_FILE, .hnid = fd, .bytes = bytes,
+						    .page_bytes = page_bytes, .advice = write });
+}
+
+int client_flush(struct client *client, void *at, uint64_t bytes)
+{
+	struct message m = { .op = OP_FLUSH, .va = (uintptr_t)at, .bytes = bytes };
+
+	return call(client, &m);
 }
 
 void *client_mmap_kept(struct client *client, uint64_t bytes, uint64_t page_bytes, enum gmem_fork fork)

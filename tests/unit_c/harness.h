@@ -73,6 +73,9 @@ int client_join(int sock, client_fn fn, void *arg);
 
 /* ---- in the client's process ---- */
 void *client_mmap(struct client *client, uint64_t bytes, uint64_t page_bytes, enum gmem_fork fork);
+/* Over a file that the daemon's side has open at the same number. */
+void *client_mmap_file(struct client *client, int fd, uint64_t bytes, uint64_t page_bytes, bool write);
+int client_flush(struct client *client, void *at, uint64_t bytes);
 /* Requests by name: the daemon side runs the core's function and answers with its result. */
 int client_prefetch(struct client *client, int hnid, void *at, uint64_t bytes);
 int client_discard(struct client *client, void *at, uint64_t bytes);

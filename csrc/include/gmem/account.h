@@ -50,6 +50,7 @@ struct gmem_account {
 	_Atomic uint64_t mapped_bytes;                   /* (A) */
 	struct gmem_kept kept;
 	_Atomic uint64_t host_faults, device_faults;     /* (A) */
+	_Atomic uint32_t sources;                        /* (A) objects with a source: each may be a descriptor */
 };
 
 /* A predecessor's account has its record already: number, else 0. */

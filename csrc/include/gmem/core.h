@@ -15,6 +15,8 @@
 
 struct gmem_core;
 struct gmem_kept_fd;
+struct gmem_source;
+struct gmem_file_args;
 
 struct gmem_core_config {
 	uint64_t window_base;       /* 2 MiB aligned; 0: default */
@@ -130,6 +132,8 @@ struct gmem_mmap_args {
 	uint64_t page_bytes; /* 4096, 65536, 2 MiB, or 0: 2 MiB for 2 MiB and more, else 4 KiB */
 	enum gmem_fork fork;
 	bool small_only;     /* never hugetlb */
+	struct gmem_source *source; /* of fresh pages, taken over in every case; NULL: they are zero */
+	bool uncharged;      /* with a source: its pages can always go back there */
 	uint64_t asked;      /* a number of the request's, 0: none */
 	bool again;          /* a predecessor may have reserved it for the request of that number: then that range */
 	bool kept;           /* one that the client keeps will do */
@@ -144,6 +148,13 @@ int gmem_mmap_commit(struct gmem_core *core, uint64_t session, uint64_t va);
  * there is managed; -EINVAL: not whole pages, or in the window. */
 int gmem_adopt(struct gmem_core *core, uint64_t session, uint64_t at, const struct gmem_mmap_args *args,
 	       struct gmem_region_info *ret);
+/* A region over a client's file (source.h), whose pages are read when they are touched. Takes fd in every case; *ret_why says
+ * why it was refused, NULL: for no reason of the file's. */
+int gmem_map_file(struct gmem_core *core, uint64_t session, int fd, const struct gmem_file_args *file,
+		  const struct gmem_mmap_args *args, struct gmem_region_info *ret, const char **ret_why);
+/* Writes what was changed back to the sources of the range's objects, and returns when it would survive the machine's end;
+ * what is not changed, and memory without a source that is written to, is passed over. -EBUSY: a device holds a page. (blocks) */
+int gmem_flush(struct gmem_core *core, uint64_t session, uint64_t va, uint64_t bytes);
 /* The client has unmapped [va, va + bytes) already (its UNMAP event may or may not have been seen). */
 int gmem_munmap(struct gmem_core *core, uint64_t session, uint64_t va, uint64_t bytes);
 /* A whole region, which stays mapped for a later one of its size (kept.h). -EAGAIN: this one does not; nothing is done. */
@@ -186,9 +197,6 @@ int gmem_pool_unlink(struct gmem_core *core, uint64_t pool);
  * -EBUSY: it is under way, or a device holds a page of it for writing; -EOPNOTSUPP: the kernel has no write-protecting
  * CONTINUE (before 6.4). After any error nobody can write, and it may be asked for again. (blocks) */
 int gmem_pool_publish(struct gmem_core *core, uint64_t pool);
-/* The session, which has it open since before it was published, has mapped it as it is now at va: serves it there. When
- * the process has moved that over the old region, it has the new one. (mremap) */
-int gmem_pool_renew(struct gmem_core *core, uint64_t session, uint64_t pool, uint64_t va);
 struct gmem_pool_info {
 	uint64_t pool, va, bytes, page_bytes;
 	enum gmem_class class_;

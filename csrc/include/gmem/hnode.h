@@ -103,7 +103,7 @@ void gmem_hnode_pinned(struct gmem_hnode *hnode, int64_t bytes);
 /* Its memory is reached by its copy engine alone. */
 static inline bool gmem_hnode_own_frames(const struct gmem_hnode *hnode) { return hnode->info.caps & GMEM_CAP_OWN_FRAMES; }
 
-/* Whether pages of the object can be there: not of any size, and not of pools, where only the copy engine reaches them. */
+/* Whether pages of the object can be there: not of any size, and not of pools and files, where only the copy engine reaches them. */
 bool gmem_hnode_takes(const struct gmem_hnode *hnode, const struct gmem_object *object);
 /* Its driver has failed: if it says that the device is lost, that is told, once. */
 void gmem_hnode_failed(struct gmem_hnode *hnode);

@@ -43,6 +43,8 @@ enum gmem_record_kind {
 #define GMEM_OBJECT_SEALED 2
 #define GMEM_OBJECT_SUCCEEDED 4
 
+enum gmem_record_source { GMEM_RECORD_NO_SOURCE, GMEM_RECORD_FILE, GMEM_RECORD_FILE_WRITE, GMEM_RECORD_FILE_PRIVATE };
+
 struct gmem_record {
 	_Atomic uint32_t kind;
 	uint32_t replaces; /* number of a record, 0: none */
@@ -60,8 +62,10 @@ struct gmem_record {
 		} session;
 		struct {
 			uint64_t account, files, offset, bytes; /* files: the account whose they are */
-			uint64_t successor; /* first page number of the object that its pages are copies of; 0: none */
-			uint8_t shift, class_, flags;
+			uint64_t successor; /* one more than the first page number of the object that its pages are copies of; 0: none */
+			uint64_t source_offset;
+			uint32_t source_tail; /* so much less than bytes is the file's */
+			uint8_t shift, class_, flags, source; /* enum gmem_record_source */
 		} object;
 		struct {
 			uint64_t session, va, bytes, offset, asked;
@@ -81,7 +85,7 @@ struct gmem_record {
 			uint64_t va, bytes;
 		} hold;
 		struct {
-			uint64_t object, other; /* first page numbers; other: of the one that is to take its place, or, when
+			uint64_t object, other; /* first page number; other: one more than that of the one that is to take its place, or, when
 						 * published, of the one whose place it has taken; 0: none */
 			uint8_t published;
 		} pool;

@@ -23,12 +23,17 @@ struct gmem_source_ops {
 	 * tried again; any other -errno: it can't be had, the access gets SIGBUS. On any thread, several at a time; the pages
 	 * are BUSY, no lock is held. It must not wait for another page of this daemon. */
 	void (*pull)(struct gmem_source *source, struct gmem_peer_io *io, size_t count);
+	/* The other way, NULL: what was changed is kept like other memory. */
+	int (*push)(struct gmem_source *source, uint64_t index, const uint8_t *memory, uint64_t bytes);
+	/* What was pushed is to survive the machine's end; NULL: it does. */
+	int (*sync)(struct gmem_source *source);
 	/* The object is gone. */
 	void (*release)(struct gmem_source *source);
 };
 
 struct gmem_source {
 	const struct gmem_source_ops *ops;
+	bool tracks; /* (C) pages may be written to: GMEM_PAGE_CHANGED says that one is not what the source has */
 	bool slow; /* (C) for fillers, who may wait, and never for fault threads */
 };
 
@@ -40,5 +45,21 @@ int gmem_source_pull(struct gmem_object *object, uint64_t index, size_t count, u
 
 /* Whose pages are copies of another object's at the same offsets. References it. */
 int gmem_source_of_object(struct gmem_object *from, struct gmem_source **ret);
+
+/* ---- files (filesource.c) ---- */
+
+struct gmem_file_args {
+	uint64_t offset, bytes; /* of the file: what is mapped; offset is a multiple of 4096 */
+	bool write;             /* gmem_flush() writes back, and so does reclaim */
+	bool private_;          /* may be changed, and is kept as other memory then: room for all of it is promised */
+};
+
+/* -EBADF: not a descriptor that can be read (and written); -EINVAL: not a regular file, or one opened with O_APPEND or O_DIRECT, or
+ * it ends before; -EOPNOTSUPP: not a local file system. *ret_why says which, for people. */
+int gmem_file_check(int fd, const struct gmem_file_args *args, const char **ret_why);
+/* Takes fd over on success; -1: one that is lost, and whose reads fail. */
+int gmem_filesource_create(int fd, const struct gmem_file_args *args, struct gmem_source **ret);
+/* NULL, or which file it is. */
+const struct gmem_file_args *gmem_filesource_args(const struct gmem_source *source, int *ret_fd);
 
 #endif

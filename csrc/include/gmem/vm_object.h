@@ -11,6 +11,7 @@
 #include <gmem/lockrank.h>
 #include <gmem/lpt.h>
 #include <gmem/memfd.h>
+#include <gmem/source.h>
 #include <gmem/view.h>
 
 struct gmem_core;
@@ -32,8 +33,9 @@ struct gmem_object {
 	bool pooled;              /* (C) its content stays while nobody maps it */
 	atomic_bool sealed;       /* (A) nobody writes to it any more */
 	atomic_bool succeeded;    /* (A) VA range and charge are another object's */
-	uint64_t successor;       /* (C) before sealed: first page of that object; 0: none */
+	uint64_t successor;       /* (C) once sealed: one more than the first page of that object; 0: none */
 	_Atomic(struct gmem_source *) source; /* (A) set once; where the content of pages comes from that are nowhere here; NULL: zeros */
+	bool uncharged;           /* (C) once it has regions; its pages can always go where they came from */
 	uint32_t record;          /* (C) or, of a pool's, its publishing's */
 	_Atomic uint64_t frozen_by; /* (A) a session; 0: none (freeze.h) */
 	atomic_bool kept;         /* (A) its addresses stay its client's (kept.h) */
@@ -56,6 +58,9 @@ int gmem_object_reserve(struct gmem_session *session, const struct gmem_mmap_arg
 /* One of a predecessor's, whose extent and VA range have been taken. */
 int gmem_object_adopt(struct gmem_core *core, struct gmem_account *account, struct gmem_account *files,
 		      const struct gmem_record *known, uint32_t record, struct gmem_object **ret);
+/* A file's, before anybody knows the object; kept for a successor. uncharged: no room is promised for it. Takes it over, also on failure. */
+int gmem_object_set_file(struct gmem_object *object, struct gmem_source *source, bool uncharged);
+void gmem_object_uncharge(struct gmem_object *object); /* a predecessor's, that was so */
 struct gmem_object *gmem_object_ref(struct gmem_object *object);
 /* False if it is being destroyed. */
 bool gmem_object_tryref(struct gmem_object *object);
@@ -67,6 +72,13 @@ void gmem_object_unref(struct gmem_object *object);
 int gmem_object_seal(struct gmem_object *object, struct gmem_object *next);
 /* Gives VA range and charge to that object. */
 int gmem_object_succeed(struct gmem_object *object, struct gmem_object *next);
+/* Its pages come from a source, and which of them were changed since is known (GMEM_PAGE_CHANGED). */
+static inline bool gmem_object_tracks(struct gmem_object *object)
+{
+	const struct gmem_source *source = atomic_load(&object->source);
+
+	return source && source->tracks;
+}
 static inline bool gmem_object_sealed(struct gmem_object *object) { return atomic_load(&object->sealed); }
 
 int gmem_object_file(struct gmem_object *object, int hnid, struct gmem_file **ret);
