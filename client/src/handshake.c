@@ -340,7 +340,7 @@ int gmem_link_give_file(const struct gmem_link *link, int fd, uint64_t offset, u
 		if (tries)
 			nanosleep(&pause, NULL);
 		other.message[0] = '\0';
-		other.sock = other.files_sock = other.uffd = other.uffd_dev = other.files[0] = other.files[1] = -1;
+		other.sock = other.files_sock = other.uffd = other.uffd_dev = other.files[0] = other.files[1] = other.channel = -1;
 		err = hand_over(&other, link->hello.token, &file, fd, ret);
 		gmem_link_hang_up(&other);
 	}
