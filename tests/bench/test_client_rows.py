@@ -77,7 +77,7 @@ def test_rows_have_targets_in_the_form_that_is_understood():
     for id, (unit, target, floor_is) in client.ROWS.items():
         assert id.startswith("client_") and floor_is
         assert unit in ("us", "GB/s")
-        assert target is None or re.fullmatch(r"ratio [<>]= \d+\.\d+", target)
+        assert target is None or re.fullmatch(r"(ratio|value) [<>]= \d+(\.\d+)?", target)
     assert len(client.ROWS) == 31
 
 

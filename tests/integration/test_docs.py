@@ -10,6 +10,7 @@ from helpers import ROOT, run_python
 
 
 def snippets(name: str) -> str:
+    """What is marked ```python gpu runs only where there is one."""
     return "\n".join(re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(), re.DOTALL))
 
 
