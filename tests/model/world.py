@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import gc
 import importlib.machinery
 import importlib.util
 import mmap
@@ -93,6 +94,9 @@ def start(main, *args, keep=()) -> tuple[int, socket.socket]:
         theirs.close()
         return pid, ours
     status = 1
+    # Sockets and files of ours that are garbage there would be closed by number when they are collected: by then the number
+    # may be another descriptor's, as a userfaultfd's that is then watched by nobody.
+    gc.freeze()
     try:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
@@ -250,6 +254,7 @@ class Daemon:
         if self.pid:
             os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
+        if self.sock:
             self.sock.close()
         for _, fd in self.kept:
             os.close(fd)
