@@ -94,8 +94,8 @@ def start(main, *args, keep=()) -> tuple[int, socket.socket]:
         theirs.close()
         return pid, ours
     status = 1
-    # Sockets and files of ours that are garbage there would be closed by number when they are collected: by then the number
-    # may be another descriptor's, as a userfaultfd's that is then watched by nobody.
+    # Sockets of ours that are garbage would be closed by number when they are collected there: by then it may be
+    # another descriptor's, as a userfaultfd's, which nobody watches any more.
     gc.freeze()
     try:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
