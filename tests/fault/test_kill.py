@@ -31,8 +31,8 @@ def test_nothing_is_lost_whatever_kills_the_daemon():
 
 
 def killed_at(point: str, code: str, check: str = "") -> None:
-    """Runs code as a client. When it waits for its standard input, the daemon is ended, and the next life dies at point,
-    on what the client does then; it ends by itself at the end of its input. check: a program that runs meanwhile."""
+    """Runs code as a client. When it waits for its standard input, the daemon is ended, and the next life dies at point
+    on what the client does; it ends by itself at the end of its input. check: a program that runs meanwhile."""
     target = Target(Path(tempfile.mkdtemp(prefix="gmem-kill-")))
     lives = target.lives()
     client = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), target.socket], text=True,
