@@ -76,3 +76,40 @@ def test_a_pool_is_published_whoever_is_killed_meanwhile(point):
         owner.stdout.close()
         assert target.stop() == 0
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.mark.parametrize("point", ["PUBLISH_COPY:40", "PUBLISH_MOVED:80"])
+def test_a_pool_is_published_without_room_whoever_is_killed_meanwhile(point):
+    """What has not been moved yet must not be dropped for lack of room, before the daemon dies or after."""
+    code = """
+        import sys
+        import gmem, numpy as np
+        gmem.connect(sys.argv[1])
+        pool = gmem.pool("table", size=14 << 20, page_size="64K")
+        numbers = pool.array(np.int64)
+        numbers[:] = np.arange(1, numbers.size + 1)
+        print("filled", flush=True)
+        sys.stdin.readline()
+        pool.publish()
+        assert pool.published and (numbers == np.arange(1, numbers.size + 1)).all()
+        """
+    directory = Path(tempfile.mkdtemp(prefix="gmem-kill-"))
+    target = Target(directory)
+    owner = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), target.socket], text=True,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    try:
+        assert owner.stdout.readline() == "filled\n"
+        target.spec.write_text(point)
+        lives = target.lives()
+        os.kill(target.child(), signal.SIGKILL)
+        assert wait_for(lambda: target.lives() > lives, 30)
+        target.spec.write_text("")
+        owner.communicate("\n", timeout=60)
+        assert owner.returncode == 0
+        assert target.lives() > lives + 1, "it did not come by there"
+        assert not target.left()
+    finally:
+        owner.kill()
+        owner.wait()
+        assert target.stop() == 0
+        shutil.rmtree(directory, ignore_errors=True)
