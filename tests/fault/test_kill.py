@@ -31,8 +31,8 @@ def test_nothing_is_lost_whatever_kills_the_daemon():
 
 
 def killed_at(point: str, code: str, check: str = "") -> None:
-    """Runs code as a client. When it waits for its standard input, the daemon is ended, and the next life dies at point
-    on what the client does; it ends by itself at the end of its input. check: a program that runs meanwhile."""
+    """Runs code as a client. When it waits for its standard input, the daemon is ended; the next life dies at point,
+    on what the client does then; it ends by itself at the end of its input. check: a program that runs meanwhile."""
     target = Target(Path(tempfile.mkdtemp(prefix="gmem-kill-")))
     lives = target.lives()
     client = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), target.socket], text=True,
@@ -119,4 +119,23 @@ def test_memory_moves_and_the_daemon_is_killed_before_it_handles_that():
         sys.stdin.read()
         for at, pages in ((moved, 20), (va, 10), (va + 30 * PAGE, PAGES - 30)):
             libc.munmap(at, pages * PAGE)
+        """)  # fmt: skip
+
+
+@pytest.mark.parametrize("point", ["PUBLISH_COPY:40", "PUBLISH_MOVED:80"])
+def test_a_pool_is_published_without_room_whoever_is_killed_meanwhile(point):
+    """What has not been moved yet must not be dropped for lack of room, before the daemon dies or after."""
+    killed_at(point, """
+        import sys
+        import gmem, numpy as np
+        gmem.connect(sys.argv[1])
+        pool = gmem.pool("table", size=14 << 20, page_size="64K")
+        numbers = pool.array(np.int64)
+        numbers[:] = np.arange(1, numbers.size + 1)
+        print("ready", flush=True)
+        sys.stdin.readline()
+        pool.publish()
+        assert pool.published and (numbers == np.arange(1, numbers.size + 1)).all()
+        print("done", flush=True)
+        sys.stdin.read()
         """)  # fmt: skip
