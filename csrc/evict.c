@@ -106,7 +106,7 @@ static int write_back(struct gmem_hnode *hnode, struct gmem_page *page)
 /* A copy of what its source has, or takes back now. */
 static bool is_copy(struct gmem_hnode *hnode, struct gmem_page *page)
 {
-	if (atomic_load(&page->object->source) && gmem_object_sealed(page->object))
+	if (gmem_object_is_copy(page->object))
 		return true;
 	if (!gmem_object_tracks(page->object) || gmem_word_flags(page->word) & GMEM_PAGE_PINNED ||
 	    gmem_object_frozen(page->object))

@@ -12,6 +12,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <gmem/crash.h>
 #include <gmem/freeze.h>
 #include <gmem/internal.h>
 #include <gmem/migrate.h>
@@ -362,10 +363,12 @@ static void handle(struct gmem_core *core, struct gmem_view *view, const struct 
 		keep_spare(&core->faults);
 		break;
 	case GMEM_UFFD_EVENT_REMAP:
+		gmem_crash(GMEM_CRASH_EVENT);
 		gmem_duty_begin(GMEM_DOING_EVENT, view->session_id, msg->arg.remap.from);
 		gmem_as_move(view->as, msg->arg.remap.from, msg->arg.remap.to, msg->arg.remap.len);
 		break;
 	case GMEM_UFFD_EVENT_UNMAP:
+		gmem_crash(GMEM_CRASH_EVENT);
 		gmem_duty_begin(GMEM_DOING_EVENT, view->session_id, msg->arg.remove.start);
 		gmem_as_remove(view->as, msg->arg.remove.start, msg->arg.remove.end - msg->arg.remove.start,
 			       gmem_session_release_piece, core);

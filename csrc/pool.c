@@ -312,26 +312,6 @@ static int move_content(struct gmem_page *page, struct gmem_object *next)
 	return err;
 }
 
-static int publish_page(struct gmem_object *object, struct gmem_object *next, uint64_t index)
-{
-	int err = -EAGAIN;
-
-	for (int tries = 0; (err == -EAGAIN || err == -EBUSY) && tries < AGAIN_TRIES; tries++) {
-		struct gmem_page page;
-
-		if (tries)
-			pause_for(tries);
-		gmem_page_lock(object, index, &page);
-		err = gmem_page_poisoned(&page) || !gmem_word_valid(page.word) ? 0 : move_content(&page, next);
-		/* a device that holds it to read keeps its copy */
-		if (!err && gmem_word_valid(page.word) && gmem_page_give_back(&page))
-			page.park = false;
-		page.park = false;
-		gmem_page_unlock(&page);
-	}
-	return err;
-}
-
 /* What was lost is lost there, too. */
 static void lose(struct gmem_object *next, uint64_t index)
 {
@@ -343,6 +323,28 @@ static void lose(struct gmem_object *next, uint64_t index)
 	gmem_page_unlock(&page);
 }
 
+static int publish_page(struct gmem_object *object, struct gmem_object *next, uint64_t index)
+{
+	int err = -EAGAIN;
+
+	for (int tries = 0; (err == -EAGAIN || err == -EBUSY) && tries < AGAIN_TRIES; tries++) {
+		struct gmem_page page;
+
+		if (tries)
+			pause_for(tries);
+		gmem_page_lock(object, index, &page);
+		if (gmem_page_poisoned(&page))
+			lose(next, index);
+		err = gmem_word_valid(page.word) ? move_content(&page, next) : 0;
+		/* a device that holds it to read keeps its copy */
+		if (!err && gmem_word_valid(page.word) && gmem_page_give_back(&page))
+			page.park = false;
+		page.park = false;
+		gmem_page_unlock(&page);
+	}
+	return err;
+}
+
 static int publish_pages(struct gmem_object *object, struct gmem_object *next)
 {
 	struct gmem_lpt *lpt = &object->core->lpt;
@@ -350,14 +352,9 @@ static int publish_pages(struct gmem_object *object, struct gmem_object *next)
 	int err = 0;
 
 	while (!err && pn < end && !gmem_lpt_next_touched(lpt, &pn, end, &stop))
-		for (; !err && pn < stop; pn++) {
-			gmem_word_t word = atomic_load(&lpt->words[pn]);
-
-			if (gmem_word_state(word) == GMEM_POISONED)
-				lose(next, pn - object->pn);
-			else if (word)
+		for (; !err && pn < stop; pn++)
+			if (atomic_load(&lpt->words[pn]))
 				err = publish_page(object, next, pn - object->pn);
-		}
 	return err;
 }
 

@@ -67,7 +67,8 @@ static const struct gmem_file *file_at(struct gmem_session *session, uint64_t va
 	return file;
 }
 
-/* A region of which some is not mapped any more. */
+/* A region of which some is not mapped any more. Its pages stay: add_missing() may find that they have moved, in this process
+ * or in one whose turn comes later. What nobody maps in the end goes behind all of them. */
 static void remove_unmapped(struct gmem_session *session, const struct gmem_maps *maps, const struct gmem_region_info *region)
 {
 	uint64_t va = region->va, end = region->va + region->bytes;
@@ -80,7 +81,7 @@ static void remove_unmapped(struct gmem_session *session, const struct gmem_maps
 		if (gap_end > end)
 			gap_end = end;
 		if (!mapped)
-			gmem_as_remove(&session->as, va, gap_end - va, gmem_session_release_piece, NULL);
+			gmem_as_remove(&session->as, va, gap_end - va, NULL, NULL);
 		va = gap_end;
 	}
 }

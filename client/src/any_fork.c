@@ -140,7 +140,7 @@ static int replace(const struct run *run)
 		return err;
 	gmem_link_forget(session->link, (uintptr_t)fresh, bytes);
 	/* nothing is there any more: it returns when gmemd has heard of the move */
-	gmem_munmap(session, fresh, bytes);
+	gmem_session_munmap(session, fresh, bytes, false);
 	return protect(run->va, run->end);
 }
 
@@ -151,7 +151,7 @@ static void after_fork_child(void)
 
 	for (uintptr_t va = 0; !err && next_run(va, &run); va = run.end) {
 		if (run.withheld) {
-			gmem_munmap(gmem_any.session, (void *)run.va, run.end - run.va);
+			gmem_session_munmap(gmem_any.session, (void *)run.va, run.end - run.va, false);
 			gmem_any_remove_locked(run.va, run.end);
 		} else {
 			err = replace(&run);

@@ -233,7 +233,7 @@ static int map(size_t bytes, int prot, struct gmem_any_piece *ret)
 	if (!err)
 		err = put_in(ret);
 	if (err)
-		gmem_munmap(gmem_any.session, at, bytes);
+		gmem_session_munmap(gmem_any.session, at, bytes, false);
 	return err;
 }
 
@@ -260,7 +260,7 @@ static int unmap_ours(uintptr_t va, uintptr_t end)
 	int err;
 
 	while (!(err = take_out(va, end, &piece))) {
-		err = gmem_munmap(gmem_any.session, (void *)piece.va, piece.end - piece.va);
+		err = gmem_session_munmap(gmem_any.session, (void *)piece.va, piece.end - piece.va, false);
 		if (err) {
 			put_in(&piece);
 			return err;

@@ -3,7 +3,6 @@
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,10 +30,41 @@ def test_nothing_is_lost_whatever_kills_the_daemon():
     assert int(found[1]) >= 10, "it was hardly killed at all"
 
 
+def killed_at(point: str, code: str, check: str = "") -> None:
+    """Runs code as a client. When it waits for its standard input, the daemon is ended; the next life dies at point,
+    on what the client does then; it ends by itself at the end of its input. check: a program that runs meanwhile."""
+    target = Target(Path(tempfile.mkdtemp(prefix="gmem-kill-")))
+    lives = target.lives()
+    client = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), target.socket], text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    try:
+        assert client.stdout.readline() == "ready\n"
+        target.spec.write_text(point)
+        os.kill(target.child(), signal.SIGKILL)  # the next life reads where it is to end
+        assert wait_for(lambda: target.lives() > lives, 30)
+        target.spec.write_text("")
+        client.stdin.write("\n")
+        client.stdin.flush()
+        assert client.stdout.readline() == "done\n"
+        assert wait_for(lambda: target.lives() > lives + 1, 10), "it did not come by there"
+        if check:
+            subprocess.run([sys.executable, "-c", textwrap.dedent(check), target.socket], check=True, timeout=60)
+        client.stdin.close()
+        assert client.wait(30) == 0
+        assert not target.left()
+    finally:
+        client.kill()
+        client.wait()
+        client.stdout.close()
+        status = target.stop()
+        target.kill()
+    assert status == 0
+
+
 @pytest.mark.parametrize("point", ["PUBLISH_COPY:3", "PUBLISH_MOVED:3", "PUBLISHED:1", "RECORD_PUBLISHED:3"])
 def test_a_pool_is_published_whoever_is_killed_meanwhile(point):
     """The daemon dies between two steps of it; the next one, or the request that is made again, finishes it."""
-    code = """
+    client = """
         import sys
         import gmem, numpy as np
         gmem.connect(sys.argv[1])
@@ -42,37 +72,70 @@ def test_a_pool_is_published_whoever_is_killed_meanwhile(point):
         numbers = pool.array(np.int64)
         numbers[:] = np.arange(numbers.size)
         gmem.prefetch(numbers[: numbers.size // 2], "simgpu0")
-        print("filled", flush=True)
+        print("ready", flush=True)
         sys.stdin.readline()
         pool.publish()
         assert (numbers == np.arange(numbers.size)).all()
-        print("published", flush=True)
+        print("done", flush=True)
         sys.stdin.read()
         """
-    directory = Path(tempfile.mkdtemp(prefix="gmem-kill-"))
-    target = Target(directory)
-    lives = target.lives()
-    owner = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), target.socket], text=True,
-                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
-    try:
-        assert owner.stdout.readline() == "filled\n"
-        target.spec.write_text(point)
-        os.kill(target.child(), signal.SIGKILL)  # the next life reads where it is to end
-        assert wait_for(lambda: target.lives() > lives, 30)
-        target.spec.write_text("")
-        owner.stdin.write("\n")
-        owner.stdin.flush()
-        assert owner.stdout.readline() == "published\n"
-        assert target.lives() > lives + 1, "it did not come by there"
-        check = "import sys, gmem, numpy as np; gmem.connect(sys.argv[1]); pool = gmem.pool('table')\n"
-        check += "numbers = pool.array(np.int64); assert (numbers == np.arange(numbers.size)).all() and pool.published"
-        subprocess.run([sys.executable, "-c", check, target.socket], check=True, timeout=60)
-        owner.stdin.close()
-        assert owner.wait(30) == 0
-        assert not target.left()
-    finally:
-        owner.kill()
-        owner.wait()
-        owner.stdout.close()
-        assert target.stop() == 0
-        shutil.rmtree(directory, ignore_errors=True)
+    check = """
+        import sys
+        import gmem, numpy as np
+        gmem.connect(sys.argv[1])
+        pool = gmem.pool("table")
+        numbers = pool.array(np.int64)
+        assert (numbers == np.arange(numbers.size)).all() and pool.published
+        """
+    killed_at(point, client, check)
+
+
+def test_memory_moves_and_the_daemon_is_killed_before_it_handles_that():
+    """It has read the event, which is not told again: its successor sees in /proc where the pages are now."""
+    killed_at("EVENT:1", """
+        import ctypes, mmap, sys
+        import gmem, numpy as np
+        PAGE, PAGES = 4096, 64
+        session = gmem.connect(sys.argv[1])
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mremap.restype = ctypes.c_void_p
+        libc.mremap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+        libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        va, size = session.map(PAGES * PAGE, PAGE, "none")
+        words = lambda at, count: np.frombuffer((ctypes.c_int64 * (count * PAGE // 8)).from_address(at), np.int64)
+        words(va, PAGES)[:] = np.arange(PAGES * PAGE // 8)
+        gmem.prefetch(words(va, PAGES)[: 20 * PAGE // 8], "simgpu0")
+        room = mmap.mmap(-1, 21 * PAGE)
+        there = ctypes.addressof(ctypes.c_char.from_buffer(room))
+        print("ready", flush=True)
+        sys.stdin.readline()
+        moved = libc.mremap(va + 10 * PAGE, 20 * PAGE, 20 * PAGE, 3, there)  # MREMAP_MAYMOVE | MREMAP_FIXED
+        assert moved == there, ctypes.get_errno()
+        expected = np.arange(PAGES * PAGE // 8)
+        assert (words(moved, 20) == expected[10 * PAGE // 8 : 30 * PAGE // 8]).all()
+        assert (words(va, 10) == expected[: 10 * PAGE // 8]).all()
+        assert (words(va + 30 * PAGE, PAGES - 30) == expected[30 * PAGE // 8 :]).all()
+        print("done", flush=True)
+        sys.stdin.read()
+        for at, pages in ((moved, 20), (va, 10), (va + 30 * PAGE, PAGES - 30)):
+            libc.munmap(at, pages * PAGE)
+        """)  # fmt: skip
+
+
+@pytest.mark.parametrize("point", ["PUBLISH_COPY:40", "PUBLISH_MOVED:80"])
+def test_a_pool_is_published_without_room_whoever_is_killed_meanwhile(point):
+    """What has not been moved yet must not be dropped for lack of room, before the daemon dies or after."""
+    killed_at(point, """
+        import sys
+        import gmem, numpy as np
+        gmem.connect(sys.argv[1])
+        pool = gmem.pool("table", size=14 << 20, page_size="64K")
+        numbers = pool.array(np.int64)
+        numbers[:] = np.arange(1, numbers.size + 1)
+        print("ready", flush=True)
+        sys.stdin.readline()
+        pool.publish()
+        assert pool.published and (numbers == np.arange(1, numbers.size + 1)).all()
+        print("done", flush=True)
+        sys.stdin.read()
+        """)  # fmt: skip

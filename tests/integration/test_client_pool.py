@@ -178,6 +178,20 @@ def test_publish_an_array(session):
         pool.publish(table)
 
 
+@pytest.mark.parametrize("page_size", ["4K", "64K"])
+def test_published_where_both_have_no_room(connect, page_size):
+    """What leaves for lack of room before it was moved is no copy of anything yet."""
+    session = connect("name=tier,driver=zstd,capacity=32M,ratio=1,tier=1", settings=["host.limit=8M"])
+    with gmem.pool("table", size=12 << 20, page_size=page_size, session=session) as pool:
+        numbers = pool.array(np.int64)
+        numbers[:] = np.arange(1, numbers.size + 1)
+        pool.publish()
+        assert np.array_equal(numbers, np.arange(1, numbers.size + 1))
+        evicted = next(h["evictions"] for h in session.stats()["hnodes"] if h["name"] == "host")
+        assert evicted > 0
+        del numbers
+
+
 def test_who_kept_the_old_files_can_not_change_what_is_published(session):
     """A writer's descriptors and mappings of before are of files that nobody reads any more."""
     pool = gmem.pool("table", size=1 << 20, page_size="4K")

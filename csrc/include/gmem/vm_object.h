@@ -80,6 +80,12 @@ static inline bool gmem_object_tracks(struct gmem_object *object)
 	return source && source->tracks;
 }
 static inline bool gmem_object_sealed(struct gmem_object *object) { return atomic_load(&object->sealed); }
+/* Its source has all that it has: a successor only once everything has been moved to it. */
+static inline bool gmem_object_is_copy(struct gmem_object *object)
+{
+	return atomic_load(&object->source) && gmem_object_sealed(object) &&
+	       (!object->successor || atomic_load(&object->succeeded));
+}
 
 int gmem_object_file(struct gmem_object *object, int hnid, struct gmem_file **ret);
 /* A descriptor of that file for a process to map it with; borrowed. */
