@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path.append(str(HERE))  # behind others: it has a module kernels, too
 from kill import Target, wait_for  # noqa: E402
 
 
