@@ -47,7 +47,8 @@ def test_model_three_times_the_device(tmp_path):
     assert 0 < report["hbm_peak_bytes"] <= report["hbm_capacity_bytes"]
     # Each page is read once a batch, and most of them have left again by then.
     assert report["evictions"] > report["weight_pages"]
-    assert report["h2d_bytes"] > report["weight_bytes"] and report["d2h_bytes"] > 0
+    # The weights come from their file straight to the device: only activations take the way over the host.
+    assert report["h2d_bytes"] > 0 and report["d2h_bytes"] > 0
     assert report["device_faults"] > report["weight_pages"] and report["host_faults"] > 0
     assert report["texts_per_s"] > 0 and report["texts_per_s_plain"] > 0
     assert report["answers"]["parse command line options"][0]["name"] in ("getopt", "argparse", "optparse")
