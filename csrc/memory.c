@@ -71,7 +71,7 @@ static int check_quotas(struct gmem_core *core, struct gmem_account *account, ui
 
 /* Huge pages are used for a region only if every page of it that the host may hold, and every page a device may hold,
  * could be one: running out of them in the middle of a fault would be worse than slower pages. Other programs may have
- * taken some. */
+ * taken some. Of what is not charged, any number of regions may share the host's. */
 static bool huge_fits(struct gmem_core *core, uint64_t bytes)
 {
 	uint64_t need = bytes + atomic_load(&core->committed_bytes[GMEM_CLASS_HUGE]);
@@ -155,7 +155,7 @@ int gmem_object_reserve(struct gmem_session *session, const struct gmem_mmap_arg
 	if (shift < 0 || !bytes || bytes > INT64_MAX || args->fork > GMEM_FORK_COPY)
 		return -EINVAL;
 	bytes = whole_pages(bytes, shift);
-	class_ = shift == GMEM_SHIFT_2M && core->hugepages && !args->small_only && huge_fits(core, bytes) ?
+	class_ = shift == GMEM_SHIFT_2M && core->hugepages && !args->small_only && huge_fits(core, uncharged ? INT64_MAX : bytes) ?
 			 GMEM_CLASS_HUGE : GMEM_CLASS_SMALL;
 	align = bytes >= GMEM_HUGE_BYTES ? GMEM_HUGE_BYTES : 1ull << shift;
 	err = uncharged ? 0 : commit_charge(core, class_, bytes);
@@ -208,7 +208,7 @@ static int map(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args 
 	va = core->window.base + object->offset;
 	*ret_taken = args->source;
 	if (args->source)
-		err = gmem_object_set_file(object, args->source, args->uncharged);
+		err = gmem_object_set_source(object, args->source, args->uncharged);
 	if (!err)
 		err = gmem_as_insert(&session->as, object, va, 0, object->bytes, args->fork, object->reused);
 	if (!err)

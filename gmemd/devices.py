@@ -236,6 +236,14 @@ class DeviceTable:
             hnids = list(self._hnids.values())
         return any(self.makes_frames(hnid) for hnid in hnids)
 
+    def companion(self, name: str) -> tuple[int, Any]:
+        """hnid of a device, and who does in Python what it needs done there; None: nobody."""
+        with self._changed:
+            hnid = self._hnids.get(name)
+            if hnid is None:
+                raise RequestError(errno.ENOENT, f"name: no device {name} is attached", "name")
+            return hnid, self._companions.get(name)
+
     def names(self) -> list[str]:
         with self._changed:
             return list(self._hnids)

@@ -236,11 +236,17 @@ OPS: dict[str, Op] = {
         },
     ),
     "pool_open": Op(
-        SESSION, {"name": _POOL, "write": optional(boolean, False), "uid": optional(uint((1 << 32) - 2))}
+        SESSION,
+        {
+            "name": _POOL,
+            "write": optional(boolean, False),
+            "uid": optional(uint((1 << 32) - 2)),
+            "remote": optional(_DEVICE.check),
+        },
     ),
-    "pool_unlink": Op(ANY, {"name": _POOL}),
-    "pool_publish": Op(ANY, {"name": _POOL}),
-    "pools": Op(ANY, {}),
+    "pool_unlink": Op(ANY, {"name": _POOL, "remote": optional(_DEVICE.check)}),
+    "pool_publish": Op(ANY, {"name": _POOL, "remote": optional(_DEVICE.check)}),
+    "pools": Op(ANY, {"remote": optional(_DEVICE.check)}),
     "devices": Op(ANY, {}),
     "drivers": Op(ANY, {}),
     "attach": Op(ADMIN, {"driver": _DRIVER, "name": _DEVICE, "config": optional(string_map, {})}),

@@ -421,4 +421,5 @@ const struct gmem_driver_ops gmem_remote_ops = {
 	.last_error = remote_last_error, .peer_map = remote_peer_map, .peer_unmap = remote_peer_unmap,
 	.peer_free = remote_peer_free, .peer_map_batch = remote_peer_map_batch,
 	.peer_unmap_batch = remote_peer_unmap_batch, .peer_usage = remote_peer_usage,
+	.pool_put = gmem_remote_pool_put, .pool_get = gmem_remote_pool_get, .pool_drop = gmem_remote_pool_drop,
 };

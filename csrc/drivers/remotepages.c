@@ -47,8 +47,7 @@ static bool is_page(const struct gmem_device *tier, const struct gmem_peer_io *i
 	       (io->bytes == 1u << GMEM_SHIFT_4K || io->bytes == 1u << GMEM_SHIFT_64K || io->bytes == 1u << GMEM_SHIFT_2M);
 }
 
-/* Extents of 2 MiB, 4 MiB and 8 MiB: large enough for a batch, small enough to spread an array over all nodes. */
-static uint64_t extent_of(uint64_t key, uint32_t page_bytes)
+uint64_t gmem_remote_extent(uint64_t key, uint32_t page_bytes)
 {
 	return key >> (page_bytes == 1u << GMEM_SHIFT_4K ? 9 : page_bytes == 1u << GMEM_SHIFT_64K ? 6 : 2);
 }
@@ -63,7 +62,7 @@ static bool name_value(struct gmem_device *tier, uint32_t value, struct gmem_req
 		return false;
 	gmem_request_name(request, "gmem:%s:{t%016llx:%llx}:%llx:%llx", tier->tenant,
 			  (unsigned long long)tier->values.header->object,
-			  (unsigned long long)extent_of(lead, record->page_bytes), (unsigned long long)lead,
+			  (unsigned long long)gmem_remote_extent(lead, record->page_bytes), (unsigned long long)lead,
 			  (unsigned long long)version);
 	return true;
 }

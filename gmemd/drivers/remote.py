@@ -12,6 +12,7 @@ from typing import Any
 import structlog
 
 from gmemd.drivers.private import PrivateServer
+from gmemd.drivers.published import Published
 from gmemd.drivers.servers import Mapper, Servers, parse_endpoints, refuse
 from gmemd.sizes import format_size, parse_size
 
@@ -23,11 +24,14 @@ OPTIONS = {
     "password_file": "file with the password in its first line, readable by gmemd's user alone",
     "replicas": "how many replicas must have a page before it leaves the host",
     "timeout": "seconds until a server that does not answer is an error",
+    "lease": "seconds after which a machine that publishes a pool, and is not heard of, may be replaced by another",
     "tenant": "whose pages these are: a part of their names, which access rules refer to",
     "capacity": "bytes of pages it may hold",
 }
 _CAPACITY = 1 << 30
 _TIMEOUT_S = 15.0
+_LEASE_S = 30.0
+_LEASE_MIN_S = 1.0
 
 
 def _number(options: Mapping[str, str], name: str, default: float) -> float:
@@ -46,6 +50,7 @@ class Companion:
         self._state = dict(state or {})
         self._private: PrivateServer | None = None
         self._mapper: Mapper | None = None
+        self._published: dict[str, Any] = {}
 
     def prepare(self, options: Mapping[str, str]) -> dict[str, str]:
         """(blocks) RequestError names the option."""
@@ -61,6 +66,9 @@ class Companion:
             raise refuse("capacity", str(error)) from None
         timeout_ms = int(_number(options, "timeout", _TIMEOUT_S) * 1000)
         replicas = int(_number(options, "replicas", 0))
+        lease_s = _number(options, "lease", _LEASE_S)
+        if lease_s < _LEASE_MIN_S:
+            raise refuse("lease", f"at least {_LEASE_MIN_S:g} seconds")
         try:
             servers = self._servers(options, capacity)
             if "map" not in self._state:
@@ -72,10 +80,17 @@ class Companion:
             raise refuse("driver", why, errno.ENOENT) from None
         core = {"control": str(self._mapper.theirs.fileno()), "capacity": str(capacity), "timeout_ms": str(timeout_ms),
                 "replicas": str(replicas)}  # fmt: skip
+        self._published = {"tenant": options.get("tenant", "default"), "replicas": replicas,
+                           "timeout_s": timeout_ms / 1000, "lease_s": lease_s}  # fmt: skip
         core.update({key: options[key] for key in ("user", "password_file", "tenant") if key in options})
         if self._private is not None and self._private.guard >= 0:
             core["guard"] = str(self._private.guard)
         return core
+
+    def published(self, machine: str) -> Published:
+        """The pools that are published there, for whoever closes it. machine: what this gmemd is called there."""
+        assert self._mapper is not None
+        return Published(self._mapper.servers.again(), machine=machine, **self._published)
 
     def _servers(self, options: Mapping[str, str], capacity: int) -> Servers:
         if "endpoints" in options:

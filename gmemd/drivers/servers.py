@@ -111,6 +111,7 @@ class Servers:
                 return (user, secret) if user else (secret,)
 
         self._valkey = valkey
+        self._made_of = (endpoints, user, password_file, tls)
         self._endpoints = endpoints
         self._arguments: dict[str, Any] = {
             "socket_timeout": _ANSWER_S, "socket_connect_timeout": _ANSWER_S, "retry": None, "retry_on_timeout": False,
@@ -122,6 +123,10 @@ class Servers:
         self._cluster: Any = None
         self._one: Any = None
         self._seen: dict[str, str] = {}
+
+    def again(self) -> Servers:
+        """The same with connections of its own, which are made when they are needed."""
+        return Servers(*self._made_of)
 
     def open(self) -> None:
         """RequestError says what is wrong with the first server that answers, or that none does."""
@@ -171,6 +176,14 @@ class Servers:
         if self._cluster is None:
             return [(str(self._endpoints[0]), self._one)]
         return [(node.name, self._cluster.get_valkey_connection(node)) for node in self._cluster.get_primaries()]
+
+    def client_of(self, key: str) -> Any:
+        """The client of the node that has that key's slot, as far as is known."""
+        if self._cluster is None and self._one is None:
+            self.open()
+        if self._cluster is None:
+            return self._one
+        return self._cluster.get_valkey_connection(self._cluster.get_node_from_key(key))
 
     def describe(self) -> list[dict[str, Any]]:
         """For each primary what it says of itself; what a user may not ask is missing."""
@@ -259,7 +272,7 @@ class Mapper:
 
     def __init__(self, servers: Servers, name: str, known: bytes) -> None:
         """known: the first map."""
-        self._servers = servers
+        self.servers = servers
         self._ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._ours.send(known)
         self._thread = threading.Thread(target=self._run, name=f"map-{name}", daemon=True)
@@ -273,8 +286,8 @@ class Mapper:
             try:
                 if not self._ours.recv(64):
                     return
-                self._servers.refresh()
-                self._ours.send(self._servers.map())
+                self.servers.refresh()
+                self._ours.send(self.servers.map())
             except (BrokenPipeError, ConnectionResetError):
                 return
             except Exception as error:  # whatever the package raises; the driver asks again
@@ -290,4 +303,4 @@ class Mapper:
         if self._thread.is_alive():
             self._thread.join(3 * _ANSWER_S)
         self._ours.close()
-        self._servers.close()
+        self.servers.close()

@@ -202,10 +202,27 @@ struct gmem_pool_info {
 	enum gmem_class class_;
 	bool sealed;
 	uint64_t writers, readers; /* regions that are open, before it was published too */
+	uint64_t fetched_bytes;    /* imported ones: what has come from the servers since this core was made */
 	uint64_t resident_bytes[GMEM_HNODE_MAX];
 };
 int gmem_pool_info(struct gmem_core *core, uint64_t pool, struct gmem_pool_info *ret);
 void gmem_pool_ids(struct gmem_core *core, uint64_t *ids, size_t capacity, size_t *ret_count);
+
+/* ---- pools that several machines share: versions of them are on the servers of a device (driver.h: pool_*) ---- */
+/* Which pages of a published pool have content: a bit for each, in whole 64-bit words. -EBUSY: it is not published; -EIO:
+ * a page is lost. */
+int gmem_pool_present(struct gmem_core *core, uint64_t pool, uint64_t *present);
+/* Writes those that version->present names of [first, first + count) to hnid's servers, and sets their checksums. first is
+ * a multiple of 16. -EOPNOTSUPP: no such device; else as pool_put has it, and nothing is known of what is there. (blocks) */
+int gmem_pool_export(struct gmem_core *core, uint64_t pool, int hnid, const struct gmem_pool_version *version,
+		     uint64_t first, uint64_t count);
+/* A pool whose pages come from there when they are touched, to read only: of this user, but not of the session, and no
+ * room is promised for it. Detaching the device is -EBUSY while there is one, unless forced. */
+int gmem_pool_import(struct gmem_core *core, uint64_t session, int hnid, const struct gmem_pool_version *version,
+		     uint64_t *ret_pool);
+/* Forgets what hnid's servers have of these pages. (blocks) */
+int gmem_pool_erase(struct gmem_core *core, int hnid, const struct gmem_pool_version *version, uint64_t first,
+		    uint64_t count);
 
 /* ---- devices ---- */
 /* message: GMEM_MESSAGE_MAX bytes, filled on failure. */
