@@ -260,7 +260,7 @@ def test_ranges_in_use_are_skipped_and_given_back(session):
 
 @pytest.fixture
 def occupied(session):
-    """16 GiB of the window, and 64 KiB more, are something else in this process: more than tries of 64 KiB could pass."""
+    """16 GiB of the window, and 64 KiB more, are something else in this process: tries of 64 KiB could not pass it."""
     va, size = session.map(64 << 10, 65536, "share")
     taken = libc.mmap(va + size, OCCUPIED, 0, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0)
     assert taken == va + size
