@@ -126,7 +126,8 @@ bool gmem_fault_is_slow(struct gmem_core *core, const struct gmem_place *place, 
 	return valid != 0;
 }
 
-/* The content of a page that is recorded here is missing: the client punched it, and reads zero, or what its source has. */
+/* The content of a page that is recorded here is missing: the client punched it, and reads zero, or of what has been
+ * published since, what its successor has. Or it has come since the fault, as it must have where nobody could ever punch. */
 static int heal(struct gmem_page *page, int hnid)
 {
 	struct gmem_file *file;
@@ -134,7 +135,7 @@ static int heal(struct gmem_page *page, int hnid)
 
 	if (!err)
 		err = gmem_file_populate(file, page->object->offset + page->offset, page->bytes);
-	return err || !gmem_object_sealed(page->object) ? err : gmem_page_pull(page, hnid);
+	return err || !gmem_object_sealed(page->object) || !page->object->successor ? err : gmem_page_pull(page, hnid);
 }
 
 /* Whether a page that is not written to may become the hnode's alone, to save the second fault of read-then-write. */

@@ -21,7 +21,7 @@ from typing import Any
 import structlog
 
 from gmemd.devices import DeviceTable
-from gmemd.drivers.published import Head, Published, Version
+from gmemd.drivers.published import Head, Lease, Published, Version
 from gmemd.errors import RequestError
 from gmemd.notes import Notes
 from gmemd.sessions import Session
@@ -121,7 +121,7 @@ class SharedPools:
         for one in imports:
             if one.device in places and time.monotonic() < end:
                 with suppress(RequestError):
-                    places[one.device].published.unmark(one.name, one.stamp)
+                    places[one.device].published.unmark(one.name, one.stamp, 0)
         for place in places.values():
             place.published.close()
 
@@ -187,22 +187,31 @@ class SharedPools:
         published = place.published
         info = self._core.pool_info(pool.id)
         pages = info["bytes"] // info["page_bytes"]
-        try:
-            with self._alone("write", device, pool.name), published.writing(pool.name, pool.uid) as lease:
-                version = Version(pool.name, lease.stamp, pages, info["page_bytes"],
-                                  self._core.pool_present(pool.id), bytearray(4 * pages))  # fmt: skip
-                published.intend(lease, pages, info["page_bytes"])
-                step = max(_EXPORT_BYTES // info["page_bytes"], 16)
-                for first in range(0, pages, step):
-                    lease.check()
-                    self._export(pool, place.hnid, version, first, min(step, pages - first))
-                crc = published.put_manifest(lease, version)
-                head = Head(lease.stamp, pages, info["page_bytes"], pool.uid, pool.gid, pool.mode, crc)
-                published.move_head(lease, head)
-        finally:
-            self._look_for_garbage(place, pool.name)
+        with self._alone("write", device, pool.name), published.writing(pool.name, pool.uid) as lease:
+            version = Version(pool.name, lease.stamp, pages, info["page_bytes"], self._core.pool_present(pool.id),
+                              bytearray(4 * pages))  # fmt: skip
+            published.intend(lease, pages, info["page_bytes"])
+            try:
+                head = self._write(place, lease, pool, version)
+            except BaseException:
+                with suppress(RequestError):
+                    published.admit(pool.name, lease.stamp, pages, info["page_bytes"])
+                raise
+            finally:
+                self._look_for_garbage(place, pool.name)
         log.info("pool published to servers", pool=pool.name, device=device, version=head.version, pages=pages)
         return head.version
+
+    def _write(self, place: _Place, lease: Lease, pool: Any, version: Version) -> Head:
+        """Pages, manifest, head, in that order, each confirmed before the next."""
+        step = max(_EXPORT_BYTES // version.page_bytes, 16)
+        for first in range(0, version.pages, step):
+            lease.check()
+            self._export(pool, place.hnid, version, first, min(step, version.pages - first))
+        crc = place.published.put_manifest(lease, version)
+        head = Head(lease.stamp, version.pages, version.page_bytes, pool.uid, pool.gid, pool.mode, crc)
+        place.published.move_head(lease, head)
+        return head
 
     def _export(self, pool: Any, hnid: int, version: Version, first: int, count: int) -> None:
         try:

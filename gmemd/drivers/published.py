@@ -231,12 +231,12 @@ class Published:
         finally:
             pool.release(connection)
 
-    def _ask(self, key: str, work: Callable[[Line], T]) -> T:
+    def _ask(self, key: str, work: Callable[[Line], T], timeout_s: float | None = None) -> T:
         """Until it has an answer: connections break, nodes take over from others. work may be done more than once."""
         import valkey
         from valkey.exceptions import AuthenticationError, NoPermissionError, OutOfMemoryError
 
-        end = time.monotonic() + self._timeout_s
+        end = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
         while True:
             try:
                 with self._line(key) as line:
@@ -304,9 +304,9 @@ class Published:
 
         self._ask(key, work)
 
-    def unmark(self, name: str, stamp: int) -> None:
+    def unmark(self, name: str, stamp: int, timeout_s: float | None = None) -> None:
         key = self.key(name, "readers")
-        self._ask(key, lambda line: line.say("ZREM", key, self._member(stamp)))
+        self._ask(key, lambda line: line.say("ZREM", key, self._member(stamp)), timeout_s)
 
     def _member(self, stamp: int) -> str:
         return f"{stamp:x}.{self._machine}"
@@ -386,6 +386,23 @@ class Published:
         def work(line: Line) -> None:
             self._guarded(line, lease.name, lease.stamp, command)
             self._confirm(line, f"what is to be known of {lease.name}")
+
+        self._ask(key, work)
+
+    def admit(self, name: str, stamp: int, pages: int, page_bytes: int) -> None:
+        """A version that has failed may have values: also such as were written when others had dropped it already. Does
+        nothing if it has become the head all the same."""
+        key, old = self.key(name, "head"), self.key(name, "old")
+
+        def work(line: Line) -> None:
+            while True:
+                line.say("WATCH", key)
+                raw = line.say("GET", key)
+                if raw is not None and Head.unpack(name, raw).stamp == stamp:
+                    line.say("UNWATCH")
+                    return
+                if line.exec(("HSET", old, f"{stamp:x}", f"{pages} {page_bytes}")) is not None:
+                    return
 
         self._ask(key, work)
 
