@@ -200,6 +200,7 @@ def gmemctl_parser() -> argparse.ArgumentParser:
     command("sessions", "client processes")
     pools = command("pools", "named memory that several processes share")
     pools.add_argument("--unlink", metavar="NAME", help="end a pool: nobody can open it any more")
+    pools.add_argument("--remote", metavar="DEVICE", help="those that are published on the servers of a remote tier")
     command("stats", "counters")
     regions = command("map", "mapped regions")
     regions.add_argument("--session", type=int, metavar="ID", help="only of this session")
@@ -278,9 +279,10 @@ def _sessions(control: Control, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _pools(control: Control, args: argparse.Namespace) -> dict[str, Any]:
+    remote = {} if args.remote is None else {"remote": args.remote}
     if args.unlink is not None:
-        return control.request("pool_unlink", name=args.unlink)
-    return {**control.request("pools"), "hnodes": control.request("devices")["devices"]}
+        return control.request("pool_unlink", name=args.unlink, **remote)
+    return {**control.request("pools", **remote), "hnodes": control.request("devices")["devices"]}
 
 
 def _map(control: Control, args: argparse.Namespace) -> dict[str, Any]:

@@ -83,13 +83,26 @@ def _resident(sizes: Reply, names: dict[str, str]) -> str:
 
 def pools_table(pools: list[Reply], hnodes: list[Reply] | None = None) -> Table:
     names = {str(h["hnid"]): h["name"] for h in hnodes or []}
+    if pools and all("readers" not in p for p in pools):
+        return _published_table(pools)
     table = _table("<name", "uid", "gid", "<mode", "size", "page", "<state", "writers", "readers", "<ends", "<resident")
+    for p in pools:
+        state = f"{p['remote']} v{p['version']}" if p["remote"] else "published" if p["sealed"] else "writable"
+        ends = "unused" if p["remote"] else "persistent" if p["persistent"] else f"session {p['session']}"
+        table.add_row(
+            Text(p["name"]), str(p["uid"]), str(p["gid"]), f"{p['mode']:03o}", format_size(p["bytes"]),
+            format_size(p["page_bytes"]), Text(state), _count(p["writers"]), _count(p["readers"]), ends,
+            Text(_resident(p["resident_bytes"], names)),
+        )  # fmt: skip
+    return table
+
+
+def _published_table(pools: list[Reply]) -> Table:
+    table = _table("<name", "uid", "gid", "<mode", "size", "page", "<servers of", "version")
     for p in pools:
         table.add_row(
             Text(p["name"]), str(p["uid"]), str(p["gid"]), f"{p['mode']:03o}", format_size(p["bytes"]),
-            format_size(p["page_bytes"]), "published" if p["sealed"] else "writable", _count(p["writers"]),
-            _count(p["readers"]), "persistent" if p["persistent"] else f"session {p['session']}",
-            Text(_resident(p["resident_bytes"], names)),
+            format_size(p["page_bytes"]), Text(p["remote"]), str(p["version"]),
         )  # fmt: skip
     return table
 

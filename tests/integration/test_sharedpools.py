@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import gmem
+import programs
 import pytest
 from helpers import eventually
 from told import Told
@@ -141,6 +142,14 @@ def test_only_what_is_touched_comes(server, machine, told):
     """) == [1, 0, 2, 0]
     assert row(other, "sparse")["fetched_bytes"] <= 64 << 10
     assert reader.do("answer = int(array.sum(dtype=np.int64))") == 200_001
+
+
+def test_from_c(server, builder):
+    daemon = programs.Daemon([f"name=far,driver=remote,capacity=64M,endpoints={server.endpoint}"])
+    try:
+        programs.run_ok([builder.program(programs.SOURCES / "sharedpool.c")], env=daemon.environment)
+    finally:
+        daemon.close()
 
 
 # ---- versions, writers, garbage ----
