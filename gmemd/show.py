@@ -38,9 +38,10 @@ def _plural(value: int, noun: str) -> str:
 
 
 def devices_table(hnodes: list[Reply]) -> Table:
+    said = any(h["last_error"] for h in hnodes)
     table = _table(
         "hnid", "<name", "<driver", "used", "stored", "peak", "capacity", "pinned", "contexts", "faults", "in", "out",
-        "evictions", "<policy", "errors", "<health",
+        "evictions", "<policy", "errors", "<health", *(["<last error"] if said else []),
     )  # fmt: skip
     for h in hnodes:
         table.add_row(
@@ -49,7 +50,7 @@ def devices_table(hnodes: list[Reply]) -> Table:
             format_size(h["peak_bytes"]), format_size(h["capacity_bytes"]), format_size(h["pinned_bytes"]),
             _count(h["contexts"]), _count(h["faults"]), format_size(h["in_bytes"]), format_size(h["out_bytes"]),
             _count(h["evictions"]), h["policy"], _count(h["errors"]),
-            "ok" if not h["health"] else f"errno {-h['health']}",
+            "ok" if not h["health"] else f"errno {-h['health']}", *([Text(h["last_error"])] if said else []),
         )  # fmt: skip
     return table
 
