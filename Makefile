@@ -9,6 +9,7 @@ BENCH_FLAGS ?=
 SOAK_SECONDS ?= 60
 
 VENV := .venv
+CORES := $(shell nproc)
 BIN := $(VENV)/bin
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := help
@@ -23,8 +24,11 @@ run: build ## semantic search with a transformer that does not fit its device; R
 
 # what fuzzes the ring is built where clang has libFuzzer
 LIBFUZZER := $(wildcard /usr/lib/llvm-*/lib/clang/*/lib/linux/libclang_rt.fuzzer-*.a)
-test: $(VENV)/.test build lib c-plain c-asan $(if $(LIBFUZZER),build/fuzz/fuzz_ring) ## all tests; PYTEST_FLAGS="-k NAME"
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+# Most tests wait for processes: two at a time take two thirds of the time.
+TEST_JOBS ?= 2
+test: $(VENV)/.test ## all tests; PYTEST_FLAGS="-k NAME" TEST_JOBS=2
+	@$(MAKE) --no-print-directory -j $(CORES) build lib c-plain c-asan $(if $(LIBFUZZER),build/fuzz/fuzz_ring)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(PYTEST_FLAGS)
 
 check: lint test ## lint and test
 
@@ -74,7 +78,7 @@ build/.extensions: $(VENV)/.run $(CORE_SOURCES) $(CORE_HEADERS) $(CLIENT_SOURCES
 	@for so in client/gmem/_client*.so; do \
 		if [ -n "$$(find client/src client/include client/build_ffi.py -newer "$$so" 2>/dev/null)" ]; then \
 			rm -f "$$so"; fi; done
-	@$(BIN)/python setup.py -q build_ext --inplace >build/extensions.log 2>&1 || { cat build/extensions.log; exit 1; }
+	@$(BIN)/python setup.py -q build_ext --inplace --parallel $(CORES) >build/extensions.log 2>&1 || { cat build/extensions.log; exit 1; }
 	@touch $@
 
 # ---- C ----

@@ -657,8 +657,7 @@ static int first_touch(struct gmem_page *page, struct gmem_hnode *to)
 	return err;
 }
 
-/* The driver says that its copy is damaged. Another one may do; if there is none, nobody shall ever see this one. */
-static void lose(struct gmem_page *page, struct gmem_hnode *from)
+void gmem_page_lose(struct gmem_page *page, struct gmem_hnode *from)
 {
 	uint32_t rest = gmem_word_valid(page->word) & ~(1u << from->hnid);
 
@@ -699,7 +698,7 @@ int gmem_page_fetch(struct gmem_page *page, int hnid, struct gmem_view *view, st
 	if (err) {
 		gmem_page_forget(page, to);
 		if (err == -EBADMSG)
-			lose(page, from);
+			gmem_page_lose(page, from);
 		if (err == -EBADMSG && gmem_word_valid(page->word))
 			return -EAGAIN;
 		if (err == -ENOSPC && gmem_hnode_own_frames(to)) {

@@ -189,7 +189,7 @@ cdef extern from "gmem/core.h" nogil:
         uint64_t host_faults, device_faults, write_protect_faults, spurious_faults, first_touches
         uint64_t h2d_bytes, d2h_bytes, d2d_bytes, duplicates, invalidations, evictions, evicted_clean
         uint64_t prefetched_pages, ahead_pages, discarded_pages, poisoned_pages, retries, parked_faults, aged_pages
-        uint64_t throttled_faults, evictions_stopped, leftovers
+        uint64_t throttled_faults, evictions_stopped, leftovers, outside_faults
         uint64_t migration_ns, fault_ns, sessions, contexts, regions, objects, lpt_bytes, events_lost
         uint64_t ring_requests, ring_errors, stuck_reports
     struct gmem_thread_info:

@@ -27,6 +27,7 @@ from gmem._ring import NotHere, Ring
 
 SYSTEM_SOCKET = "/run/gmem/gmemd.sock"
 _BUSY_RANGES = 64
+_SKIP_BYTES = 1 << 40
 
 
 class Session:
@@ -152,6 +153,7 @@ class Session:
 
     def _map_reserved(self, reserve: Callable[[], dict[str, Any]], fork: str) -> tuple[int, int]:
         refused: list[tuple[int, int]] = []
+        tries = 0
         try:
             while True:
                 region = reserve()
@@ -164,8 +166,10 @@ class Session:
                 if not err:
                     break
                 refused.append((va, size))
-                if err != -errno.EEXIST or len(refused) == _BUSY_RANGES:
+                tries += 1
+                if err != -errno.EEXIST or tries == _BUSY_RANGES:
                     raise from_errno(-err, f"mmap of {size} bytes at 0x{va:x}: {os.strerror(-err)}")
+                refused += self._skip(size, tries - 1)
         finally:
             for start, length in refused:  # only now, so that they were not offered again
                 self.request("munmap", va=start, bytes=length)
@@ -177,6 +181,17 @@ class Session:
             self.unmap(va, size)
             raise
         return va, size
+
+    def _skip(self, size: int, tries: int) -> list[tuple[int, int]]:
+        """A range as large as all those that were refused, or what is to be had of that: what is there, another gmemd's
+        with the same window, can be larger than many tries."""
+        for n in range(min(tries, (_SKIP_BYTES // size).bit_length() - 1), 0, -1):
+            with suppress(GmemError):
+                region = self.request("mmap", bytes=size << n, page_bytes=0, fork="none", small=False)
+                if region.get("kept", False):
+                    lib.gmem_link_unmap(self._link, region["va"], region["bytes"])
+                return [(region["va"], region["bytes"])]
+        return []
 
     def map_pool(self, va: int, fork: str = "share") -> None:
         """Maps and commits what pool_create or pool_open has reserved. FileExistsError: the range is in use here."""

@@ -19,6 +19,7 @@
 #define SMALL_BYTES 4096ull
 #define HUGE_BYTES (2ull << 20)
 #define BUSY_RANGES_MAX 64
+#define SKIP_BYTES_MAX (1ull << 40)
 /* A request describes at most 65536 pages; this many bytes are never more, and always whole pages. */
 #define QUERY_BYTES_MAX (65536 * SMALL_BYTES)
 
@@ -108,14 +109,30 @@ static int reserve(struct gmem *session, size_t bytes, const struct gmem_mmap_op
 	return err;
 }
 
+/* Skips as much as was refused so far, or what is to be had of that: something of another gmemd's, which has the same
+ * window, can be larger than many tries. Returns how many ranges that adds. */
+static size_t skip(struct gmem *session, const struct gmem_mmap_options *options, size_t tries, struct grant *ret)
+{
+	size_t bytes = ret[-1].bytes;
+
+	for (size_t i = tries; i > 0; i--) {
+		if (bytes > SKIP_BYTES_MAX >> i || reserve(session, bytes << i, options, ret))
+			continue;
+		if (ret->kept)
+			gmem_link_unmap(session->link, ret->va, ret->bytes);
+		return 1;
+	}
+	return 0;
+}
+
 /* Reserves and maps. Ranges that are in use in this process are given back, after all tries so that they do not come
  * again. */
 static int reserve_and_map(struct gmem *session, size_t bytes, const struct gmem_mmap_options *options,
 			   struct grant *ret)
 {
-	struct grant busy[BUSY_RANGES_MAX], got;
+	struct grant busy[2 * BUSY_RANGES_MAX], got;
 	bool inherit = !(options->flags & GMEM_MMAP_NO_INHERIT);
-	size_t count = 0;
+	size_t count = 0, tries = 0;
 	int err;
 
 	do {
@@ -126,12 +143,14 @@ static int reserve_and_map(struct gmem *session, size_t bytes, const struct gmem
 				 gmem_link_map(session->link, got.va, got.bytes, got.offset, got.huge, inherit);
 		if (err)
 			busy[count++] = got;
-	} while (err == -EEXIST && count < BUSY_RANGES_MAX);
+		if (err == -EEXIST)
+			count += skip(session, options, tries, &busy[count]);
+	} while (err == -EEXIST && ++tries < BUSY_RANGES_MAX);
 	for (size_t i = 0; i < count; i++)
 		call_range(session, "munmap", GMEM_RING_MUNMAP, NULL, (void *)(uintptr_t)busy[i].va, busy[i].bytes);
 	if (err && count)
 		gmem_fail(err, "bytes: %zu bytes can't be mapped at 0x%llx: %s", bytes,
-			  (unsigned long long)busy[count - 1].va, strerror(-err));
+			  (unsigned long long)got.va, strerror(-err));
 	if (!err)
 		*ret = got;
 	return err;

@@ -20,6 +20,7 @@ libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_i
 libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 MAP_PRIVATE, MAP_ANONYMOUS, MAP_FIXED_NOREPLACE = 0x2, 0x20, 0x100000
 
+OCCUPIED = (16 << 30) + (64 << 10)
 PAGE_SIZES = ["4K", "64K", "2M", 65536]
 
 
@@ -255,6 +256,35 @@ def test_ranges_in_use_are_skipped_and_given_back(session):
     finally:
         libc.munmap(va, 16 << 20)
         session.unmap(va - size, size)
+
+
+@pytest.fixture
+def occupied(session):
+    """16 GiB of the window, and 64 KiB more, are something else in this process: tries of 64 KiB could not pass it."""
+    va, size = session.map(64 << 10, 65536, "share")
+    taken = libc.mmap(va + size, OCCUPIED, 0, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0)
+    assert taken == va + size
+    yield range(taken, taken + OCCUPIED)
+    libc.munmap(taken, OCCUPIED)
+    session.unmap(va, size)
+
+
+def test_much_that_is_in_use_is_skipped(session, occupied):
+    before = gmem.stats()["regions"]
+    a = gmem.zeros(64 << 10, np.uint8, page_size="64K")
+    a[:] = 1
+    assert a.ctypes.data not in occupied and gmem.stats()["regions"] == before + 1
+
+
+def test_much_that_is_in_use_is_skipped_in_c(session, occupied, builder):
+    libgmem = ctypes.CDLL(str(builder.prefix / "lib/libgmem.so"))
+    handle, va = ctypes.c_void_p(), ctypes.c_void_p()
+    assert libgmem.gmem_open(session.embedded.socket.encode(), None, ctypes.byref(handle)) == 0
+    assert libgmem.gmem_mmap(handle, ctypes.c_size_t(64 << 10), None, ctypes.byref(va)) == 0
+    assert va.value not in occupied
+    assert gmem.stats()["regions"] == 2, "what was refused has been given back"
+    ctypes.memset(va, 1, 64 << 10)
+    assert libgmem.gmem_close(handle) == 0
 
 
 def test_addresses_stay_mapped_for_the_next_region_of_their_size(session):

@@ -255,11 +255,17 @@ def test_a_primary_that_is_killed(attach, cluster):
     data = numbers(32, 7)
     a = spread(data, "64K")
     victim = cluster.primaries()[0]
-    began = time.monotonic()
-    threading.Timer(0.3, victim.kill).start()
-    threading.Timer(3, victim.start).start()
+
+    def fail_over() -> None:
+        time.sleep(0.3)
+        victim.kill()
+        until(lambda: len(cluster.primaries()) == 3, "its replica has taken over")  # it is empty: not earlier
+        victim.start()
+
+    failing = threading.Thread(target=fail_over)
+    failing.start()
     rounds = 0
-    while time.monotonic() < began + 4 or rounds < 2:
+    while failing.is_alive() or rounds < 2:
         a[:: 1 + rounds % 7] += 1
         data[:: 1 + rounds % 7] += 1
         assert np.array_equal(a[rounds % 3 :: 3], data[rounds % 3 :: 3])

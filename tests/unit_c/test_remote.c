@@ -545,7 +545,7 @@ static void test_passwords(void)
 	atomic_store(&server->password, "right");
 	snprintf(text, sizeof(text), "address=%s timeout_ms=300", server->address);
 	refused(text, -EACCES, "NOAUTH");
-	snprintf(text, sizeof(text), "address=%s timeout_ms=300 user=u password_file=%s", server->address, path);
+	snprintf(text, sizeof(text), "address=%s timeout_ms=1500 user=u password_file=%s", server->address, path);
 	refused(text, -ETIMEDOUT, "refuses user or password");
 	CHECK(!strstr(tier_message, "wrong\n"));
 	CHECK_EQ(pwrite(fd, "right\n", 6, 0), 6);
@@ -559,7 +559,7 @@ static void test_passwords(void)
 	CHECK_EQ(atomic_load(&server->auths) >= 2, 1);
 	tier_ops->remove(device);
 	CHECK(!unlink(path));
-	snprintf(text, sizeof(text), "address=%s timeout_ms=300 password_file=%s", server->address, path);
+	snprintf(text, sizeof(text), "address=%s timeout_ms=1500 password_file=%s", server->address, path);
 	refused(text, -ETIMEDOUT, "password_file: can't be read");
 	close(fd);
 	fake_stop(server);

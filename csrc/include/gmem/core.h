@@ -264,6 +264,7 @@ struct gmem_core_stats {
 	uint64_t prefetched_pages, ahead_pages, discarded_pages;
 	uint64_t poisoned_pages, retries, parked_faults;
 	uint64_t leftovers;        /* pages that had content where they were not */
+	uint64_t outside_faults;   /* touches of what is registered and no region's: SIGBUS */
 	uint64_t evictions_stopped; /* by a request for the page */
 	uint64_t throttled_faults; /* of pages that bounce: they waited */
 	uint64_t aged_pages;      /* whose translations were dropped to see whether they are used */

@@ -45,6 +45,8 @@ int gmem_page_downgrade(struct gmem_page *page);
 int gmem_page_discard(struct gmem_page *page);
 /* The same of a sealed object's page: its source has it. */
 int gmem_page_give_back(struct gmem_page *page);
+/* Its copy there is damaged. Another one may do; if there is none, nobody shall ever see this one: it is poisoned. */
+void gmem_page_lose(struct gmem_page *page, struct gmem_hnode *from);
 /* Fills the page, which is allocated there and mapped nowhere, from its object's source, if it has one. */
 int gmem_page_pull(struct gmem_page *page, int hnid);
 /* Maps it in one view as the state allows: writable for the writer, else read-only. was_protected: the fault said that it was write-protected. */
