@@ -8,7 +8,6 @@ import subprocess
 import threading
 import time
 
-import gmem
 import numpy as np
 import pytest
 from helpers import run_python
@@ -51,7 +50,8 @@ def tls(certificates):
 
 def present(client, certificates, name, **others):
     """From now on the server is that one. Whoever is connected has to come again."""
-    files = {"tls-cert-file": certificates.path(f"{name}.crt"), "tls-key-file": certificates.path(f"{name}.key"), **others}
+    files = {"tls-cert-file": certificates.path(f"{name}.crt"), "tls-key-file": certificates.path(f"{name}.key")}
+    files.update(others)
     client.config_set(*(str(word) for pair in files.items() for word in pair))
     client.execute_command("CLIENT KILL TYPE normal SKIPME yes")
 
@@ -73,9 +73,9 @@ def test_one_server(attach, server, tls, page_size):  # noqa: F811
 
 
 def test_a_user_with_password(attach, server, tls, tmp_path):  # noqa: F811
-    server.client().execute_command(
-        "ACL SETUSER", "u", *("reset on >geheim ~gmem:A:* +get +getrange +set +unlink +wait +ping +auth +asking +info "
-        "+cluster|slots +command").split())  # fmt: skip
+    rules = ("reset on >geheim ~gmem:A:* +get +getrange +set +unlink +wait +ping +auth +asking +info "
+             "+cluster|slots +command")  # fmt: skip
+    server.client().execute_command("ACL SETUSER", "u", *rules.split())
     session = attach(server.endpoint, user="u", password_file=secret(tmp_path, "geheim"), tenant="A", **tls())
     data = numbers(16, 2)
     a = spread(data, "64K")
@@ -132,8 +132,8 @@ def test_options(refused, server, certificates, strangers, tls, tmp_path):  # no
     shutil.copy(certificates.path("client.key"), readable)
     readable.chmod(0o644)
     garbage.write_text("no certificate")
-    subprocess.run(["openssl", "ec", "-in", certificates.path("client.key"), "-aes128", "-passout", "pass:geheim", "-out",
-                    locked], check=True, capture_output=True)  # fmt: skip
+    command = ["openssl", "ec", "-in", certificates.path("client.key"), "-aes128", "-passout", "pass:geheim"]
+    subprocess.run([*command, "-out", locked], check=True, capture_output=True)
     locked.chmod(0o600)
     garbage.chmod(0o600)
     for expected, options in (
@@ -168,7 +168,8 @@ def test_certificates_that_will_not_do(refused, certificates, strangers, tls, tm
     try:
         assert "self-signed certificate in certificate chain" in refused(other.endpoint, **tls())
         assert "unknown ca" in refused(other.endpoint, **tls(tls_ca_file=strangers.path("ca.crt")))
-        wanted = refused(other.endpoint, **tls(tls_ca_file=strangers.path("ca.crt"), tls_cert_file=None, tls_key_file=None))
+        without = {"tls_cert_file": None, "tls_key_file": None}
+        wanted = refused(other.endpoint, **tls(tls_ca_file=strangers.path("ca.crt"), **without))
         assert "tls: " in wanted  # that it wants one, or that it hung up: what comes first
     finally:
         other.kill()

@@ -74,8 +74,8 @@ class Server:
                 "tls-replication": "yes", **({"tls-cluster": "yes"} if "cluster-enabled" in self.config else {}),
             })  # fmt: skip
             self.config.update({key.replace("_", "-"): value for key, value in config.items()})
-            self.client_options = {"ssl": True, "ssl_ca_certs": str(tls.path("ca.crt")),
-                                   "ssl_certfile": str(tls.path("client.crt")), "ssl_keyfile": str(tls.path("client.key"))}  # fmt: skip
+            files = {"ssl_ca_certs": "ca.crt", "ssl_certfile": "client.crt", "ssl_keyfile": "client.key"}
+            self.client_options = {"ssl": True, **{key: str(tls.path(name)) for key, name in files.items()}}
         self.process: subprocess.Popen | None = None
         self.start()
 
@@ -187,8 +187,8 @@ def programs() -> Iterator[str]:
 
 
 def find_redis() -> str:
-    """Debian's; "": not installed. Its package redis-tools, which starts no service, has the server's program as well: it
-    is what it is called."""
+    """Debian's; "": not installed. Its package redis-tools, which starts no service, has the server's program as well:
+    it is what it is called."""
     program = shutil.which("redis-server")
     check = shutil.which("redis-check-rdb")
     if program or not check:
@@ -200,7 +200,7 @@ def find_redis() -> str:
 
 
 class Certificates:
-    """An authority of our own, and what it has signed: make() adds NAME.crt and NAME.key. All by the openssl program."""
+    """An authority of our own, and what it has signed: make() adds NAME.crt and NAME.key. By the openssl program."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
