@@ -216,7 +216,7 @@ def replayed(made: Reply) -> None:
 
 
 def _rate(bytes_per_s: float) -> str:
-    return f"{bytes_per_s / 1e9:.3g} GB/s" if bytes_per_s >= 1e7 else f"{bytes_per_s / 1e6:.3g} MB/s"
+    return f"{bytes_per_s / 1e9:.3g} GB/s" if bytes_per_s >= 1e9 else f"{bytes_per_s / 1e6:.3g} MB/s"
 
 
 def _storm_cells(storm: Reply) -> list[str]:
