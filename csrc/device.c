@@ -417,6 +417,8 @@ static void fill_stats(struct gmem_hnode *hnode, struct gmem_hnode_stats *ret)
 		ret->usage = (struct gmem_device_usage){ 0 };
 	if (hnode->ops && hnode->ops->health)
 		ret->health = hnode->ops->health(hnode->device);
+	if (hnode->ops && hnode->ops->last_error)
+		snprintf(ret->last_error, sizeof(ret->last_error), "%s", hnode->ops->last_error(hnode->device));
 }
 
 void gmem_hnodes(struct gmem_core *core, struct gmem_hnode_stats *hnodes, size_t *ret_count)

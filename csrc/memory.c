@@ -10,12 +10,14 @@
 #include <gmem/freeze.h>
 #include <gmem/internal.h>
 #include <gmem/prefetch.h>
+#include <gmem/tier.h>
 #include <gmem/uffd.h>
 
 #define BUSY_SPINS 2000
 #define TAKEN_MAX 64
 #define ADOPT_PAGE_BYTES (64ull << 10)
 #define ADDRESS_END (1ull << 47)
+#define SWAP_BYTES (16 * GMEM_HUGE_BYTES) /* as many threads may be about to take a page */
 
 static int shift_of(uint64_t page_bytes, uint64_t bytes)
 {
@@ -38,13 +40,18 @@ static uint64_t whole_pages(uint64_t bytes, int shift)
 	return (bytes + (1ull << shift) - 1) & ~((1ull << shift) - 1);
 }
 
-/* What can be stored there for certain. */
+/* What can be stored there for certain, whoever touches it. On devices some pages stay free, by way of which others change
+ * places with the host's; what only its copy engine reaches does not hold the host's pages at all. */
 static uint64_t assured_bytes(const struct gmem_hnode *hnode)
 {
-	return hnode->info.assured_bytes ? hnode->info.assured_bytes : gmem_counter(&hnode->limit_bytes);
+	uint64_t bytes = hnode->info.assured_bytes ? hnode->info.assured_bytes : gmem_counter(&hnode->limit_bytes);
+
+	if (hnode->hnid == GMEM_HOST || gmem_hnode_is_peer(hnode))
+		return bytes;
+	return gmem_hnode_takes_overflow(hnode) && bytes > SWAP_BYTES ? bytes - SWAP_BYTES : 0;
 }
 
-/* What all devices and the host could hold together, of everybody's or of one share's. */
+/* What the host, tiers and devices could hold together, of everybody's or of one share's. */
 static uint64_t capacity(struct gmem_core *core, const struct gmem_share *shares)
 {
 	uint64_t bytes = 0;

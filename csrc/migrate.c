@@ -354,8 +354,18 @@ static int reserve_all(struct gmem_page *const *pages, size_t count, struct gmem
 	return err;
 }
 
+static int copy_by_cpu(const struct gmem_sg *sg, size_t count)
+{
+	int err = 0;
+
+	for (size_t i = 0; !err && i < count; i++)
+		err = gmem_copy(sg[i].dst, sg[i].src, sg[i].bytes);
+	return err;
+}
+
 static int copy_reserved(struct gmem_hnode *from, struct gmem_hnode *to, struct gmem_page *const *pages, size_t count)
 {
+	struct gmem_hnode *engine = gmem_copy_engine(from, to);
 	struct gmem_sg sg[GMEM_COPY_PAGES];
 	size_t n = 0;
 
@@ -373,7 +383,7 @@ static int copy_reserved(struct gmem_hnode *from, struct gmem_hnode *to, struct 
 		else
 			sg[n++] = (struct gmem_sg){ dst, src, pages[i]->bytes };
 	}
-	return gmem_copy_by_engine(gmem_copy_engine(from, to), sg, n);
+	return engine ? gmem_copy_by_engine(engine, sg, n) : copy_by_cpu(sg, n);
 }
 
 /* Several huge pages are made as they are filled, where that can be had (gmem_alias_fill): nobody zeroes them first. */

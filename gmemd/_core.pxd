@@ -189,6 +189,7 @@ cdef extern from "gmem/core.h" nogil:
         uint64_t used_bytes, peak_bytes, pinned_bytes, contexts, faults, in_bytes, out_bytes, evictions
         uint64_t evicted_clean, errors
         int health
+        char last_error[160]
         const char *policy
     struct gmem_core_stats:
         uint64_t host_faults, device_faults, write_protect_faults, spurious_faults, first_touches

@@ -991,6 +991,7 @@ cdef class Core:
                 "pinned_bytes": s.pinned_bytes, "contexts": s.contexts, "faults": s.faults, "in_bytes": s.in_bytes,
                 "out_bytes": s.out_bytes, "evictions": s.evictions, "evicted_clean": s.evicted_clean,
                 "errors": s.errors, "health": s.health,
+                "last_error": (<bytes>s.last_error).decode("utf-8", "replace"),
                 "policy": (<bytes>s.policy).decode(),
             })
         return found

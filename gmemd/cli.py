@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gmemd import __version__, cli_run, cli_trace
+from gmemd import __version__, cli_pools, cli_run, cli_trace
 from gmemd.config import LOG_LEVELS, Config, ConfigError, load, override
 from gmemd.control import Control, socket_path
 from gmemd.errors import RequestError
@@ -201,6 +201,7 @@ def gmemctl_parser() -> argparse.ArgumentParser:
     pools = command("pools", "named memory that several processes share")
     pools.add_argument("--unlink", metavar="NAME", help="end a pool: nobody can open it any more")
     pools.add_argument("--remote", metavar="DEVICE", help="those that are published on the servers of a remote tier")
+    cli_pools.add_parser(pools)
     command("stats", "counters")
     regions = command("map", "mapped regions")
     regions.add_argument("--session", type=int, metavar="ID", help="only of this session")
@@ -324,6 +325,8 @@ def _gmemctl(args: argparse.Namespace) -> int:
         return cli_trace.run(args)
     if args.command == "run":
         return cli_run.run(args)
+    if args.command == "pools" and args.action == "simulate":
+        return cli_pools.run(args)
     path = socket_path(args.socket)
     with Control(path) as control:
         if args.command == "top":

@@ -263,7 +263,7 @@ class Operations:
         return {"pools": self._pools.shared().published_on(session, args["remote"])}
 
     def _op_devices(self, session: Session, args: Args) -> Reply:
-        return {"devices": self._devices.describe_all()}
+        return {"devices": self._devices.describe_all(session.admin)}
 
     def _op_drivers(self, session: Session, args: Args) -> Reply:
         found = self._drivers.names()
@@ -352,7 +352,7 @@ class Operations:
         stats = {**self._core.stats(), "threads_stuck": len(stuck)}
         if not session.admin:  # whom they serve is for whoever looks after this gmemd
             stuck = []
-        return {"stats": stats, "hnodes": self._devices.describe_all(), "stuck": stuck}
+        return {"stats": stats, "hnodes": self._devices.describe_all(session.admin), "stuck": stuck}
 
     def _op_map(self, session: Session, args: Args) -> Reply:
         wanted = args["session"]

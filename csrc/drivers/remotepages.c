@@ -360,15 +360,15 @@ static void push_some(struct gmem_device *tier, struct gmem_peer_io *io, unsigne
 	batch.tier = tier;
 	batch.io = io;
 	batch.count = batch.pages = batch.drops = 0;
-	for (uint8_t i = 0; i < count; i++) {
+	for (unsigned i = 0; i < count; i++) {
 		io[i].result = !is_page(tier, &io[i]) ? -EINVAL : !tries ? -EIO : 0;
 		if (io[i].result)
 			continue;
 		if (io[i].bytes != 1u << GMEM_SHIFT_4K) {
-			start_or_fail(&batch, &i, 1);
+			start_or_fail(&batch, &(uint8_t){ (uint8_t)i }, 1);
 			continue;
 		}
-		small[smalls++] = i;
+		small[smalls++] = (uint8_t)i;
 		if (smalls == GMEM_VALUE_SLOTS) {
 			start_or_fail(&batch, small, smalls);
 			smalls = 0;
@@ -441,7 +441,7 @@ static void pull_some(struct gmem_device *tier, struct gmem_peer_io *io, unsigne
 	uint8_t ios[GMEM_EXCHANGE_MAX];
 	unsigned started = 0;
 
-	for (uint8_t i = 0; i < count; i++) {
+	for (unsigned i = 0; i < count; i++) {
 		struct gmem_entry entry = { 0, 0 };
 
 		if (tries && io[i].result != -EAGAIN)
@@ -454,7 +454,7 @@ static void pull_some(struct gmem_device *tier, struct gmem_peer_io *io, unsigne
 		if (!start_pull(tier, &io[i], entry, &requests[started], &pieces[started]))
 			continue;
 		words[started] = entry.word;
-		ios[started++] = i;
+		ios[started++] = (uint8_t)i;
 	}
 	if (started)
 		gmem_remote_exchange(tier, requests, started, tier->timeout_ns);

@@ -21,6 +21,7 @@ struct gmem_device {
 	unsigned replicas;                    /* (C) */
 	uint64_t timeout_ns, capacity, key_count; /* (C) */
 	uint64_t bandwidth, latency_ns;       /* (C) */
+	struct gmem_tls *tls;                 /* (C) of nodes; NULL: none */
 	int guard;                            /* (C) whoever watches it ends the server when nobody has it any more */
 	struct gmem_quota quota;              /* of the entries; not limited */
 	struct gmem_entries *entries;         /* (C) */

@@ -359,7 +359,7 @@ class FakeCore:
              "stored_pages", "stored_page_bytes", "stored_bytes", "raw_pages"), 0)  # fmt: skip
         return [
             {"hnid": h, "name": name, "driver": driver, "capacity_bytes": 1 << 20, "page_bytes_mask": 1 << 12,
-             "caps": 0x041, "policy": "acme", **zero}
+             "caps": 0x041, "policy": "acme", "last_error": "", **zero}
             for h, (name, driver) in sorted(self.devices.items())
         ]  # fmt: skip
 

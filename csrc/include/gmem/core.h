@@ -264,6 +264,7 @@ struct gmem_hnode_stats {
 	uint64_t evicted_clean;  /* of these, without a copy */
 	uint64_t errors;
 	int health;
+	char last_error[GMEM_MESSAGE_MAX]; /* by the driver's word; "": none, or it does not say */
 	struct gmem_device_usage usage; /* of tiers; zeros where the driver does not say */
 	const char *policy;      /* who leaves next: constant for the life of the core */
 };

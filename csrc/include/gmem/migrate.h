@@ -64,7 +64,7 @@ struct gmem_hnode *gmem_page_source(struct gmem_page *page);
 /* The copy engine that stands between two hnodes, NULL if the CPU copies as fast as anything. */
 struct gmem_hnode *gmem_copy_engine(struct gmem_hnode *from, struct gmem_hnode *to);
 /* The content of pages (GMEM_COPY_PAGES at most) from one hnode to another, which has been charged for them, by the copy engine
- * between them, in one go; it makes their memory there. */
+ * between them or the CPU, in one go; it makes their memory there. */
 #define GMEM_COPY_PAGES 64
 int gmem_copy_pages(struct gmem_hnode *from, struct gmem_hnode *to, struct gmem_page *const *pages, size_t count);
 int gmem_copy_by_engine(struct gmem_hnode *engine, const struct gmem_sg *sg, size_t count);
