@@ -29,7 +29,7 @@ def machine(server):
 
     def make(name, **options):
         options = {"replicas": 0, "timeout_s": 1.0, "lease_s": 1.0, **options}
-        made.append(Published(Servers(parse_endpoints(server.endpoint), "", "", {}), "T", machine=name, **options))
+        made.append(Published(Servers(parse_endpoints(server.endpoint), "", "", None), "T", machine=name, **options))
         return made[-1]
 
     yield make
