@@ -108,14 +108,14 @@ static int commit_charge(struct gmem_core *core, enum gmem_class class_, uint64_
 
 /* A range that is free here and in this address space: what was moved in it by mremap, as a forked child's copies are, may
  * lie where another session's range has become free. */
-static int take_range(struct gmem_core *core, struct gmem_as *as, enum gmem_class class_, uint64_t bytes, uint64_t align,
-		      uint64_t *ret)
+static int take_range(struct gmem_core *core, struct gmem_as *as, enum gmem_class class_, const struct gmem_mmap_args *args,
+		      uint64_t bytes, uint64_t align, uint64_t *ret)
 {
 	uint64_t taken[TAKEN_MAX], va;
 	int count = 0, err;
 
 	do {
-		err = gmem_range_alloc(&core->va[class_], bytes, align, &va);
+		err = gmem_range_alloc_above(&core->va[class_], args->above, bytes, align, &va);
 		if (err || gmem_as_next(as, va) >= va + bytes)
 			break;
 		taken[count++] = va;
@@ -170,9 +170,9 @@ int gmem_object_reserve(struct gmem_session *session, const struct gmem_mmap_arg
 		return err;
 	err = uncharged ? 0 : check_quotas(core, account, bytes);
 	if (!err)
-		kept = args->kept && !gmem_kept_take(account, class_, bytes, align, args->fork, &va);
+		kept = args->kept && !args->above && !gmem_kept_take(account, class_, bytes, align, args->fork, &va);
 	if (!err && !kept)
-		err = take_range(core, &session->as, class_, bytes, align, &va);
+		err = take_range(core, &session->as, class_, args, bytes, align, &va);
 	if (err)
 		goto uncharge;
 	err = gmem_account_file(files, GMEM_HOST, class_, &file);

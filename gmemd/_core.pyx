@@ -516,7 +516,9 @@ cdef class Core:
 
     # ---- memory ----
 
-    def mmap(self, uint64_t session, uint64_t size, *, uint64_t page_bytes=0, str fork="share", bint small=False):
+    def mmap(
+        self, uint64_t session, uint64_t size, *, uint64_t page_bytes=0, str fork="share", bint small=False, uint64_t above=0
+    ):
         cdef int fork_number = _FORK[fork]
         cdef gmem_core *core = self._enter()
         cdef gmem_mmap_args args
@@ -527,6 +529,7 @@ cdef class Core:
         args.page_bytes = page_bytes
         args.fork = <gmem_fork>fork_number
         args.small_only = small
+        args.above = above
         with nogil:
             err = gmem_mmap(core, session, &args, &region)
         self._leave()

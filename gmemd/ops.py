@@ -165,8 +165,9 @@ class Operations:
     def _op_mmap(self, session: Session, args: Args) -> Reply:
         self._check_fits(args)
         region = self._core.mmap(
-            session.core_id, args["bytes"], page_bytes=args["page_bytes"], fork=args["fork"], small=args["small"]
-        )
+            session.core_id, args["bytes"], page_bytes=args["page_bytes"], fork=args["fork"], small=args["small"],
+            above=args["above"],
+        )  # fmt: skip
         return {key: region[key] for key in ("va", "bytes", "offset", "page_bytes", "huge")}
 
     def _op_adopt(self, session: Session, args: Args) -> Reply:

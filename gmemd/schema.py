@@ -203,6 +203,7 @@ OPS: dict[str, Op] = {
             "page_bytes": optional(page_size, 0),
             "fork": optional(choice(*FORK), "share"),
             "small": optional(boolean, False),
+            "above": optional(page_aligned, 0),
         },
     ),
     "adopt": Op(

@@ -167,7 +167,8 @@ def test_certificates_that_will_not_do(refused, certificates, strangers, tls, tm
     other = Server(tmp_path / "strangers", find_redis(), tls=strangers).ready()
     try:
         assert "self-signed certificate in certificate chain" in refused(other.endpoint, **tls())
-        assert "unknown ca" in refused(other.endpoint, **tls(tls_ca_file=strangers.path("ca.crt")))
+        told = refused(other.endpoint, **tls(tls_ca_file=strangers.path("ca.crt")))
+        assert "unknown ca" in told or "tls: EOF" in told or "reset" in told  # its alert, or that it hung up
         without = {"tls_cert_file": None, "tls_key_file": None}
         wanted = refused(other.endpoint, **tls(tls_ca_file=strangers.path("ca.crt"), **without))
         assert "tls: " in wanted  # that it wants one, or that it hung up: what comes first
@@ -259,7 +260,7 @@ def test_what_never_gets_better_is_an_error_within_the_timeout(attach, certifica
         """
         done = run_python(code, session=session)
         assert done.returncode == -7 and done.stdout == "hung\n", "SIGBUS"
-        assert row(session)["health"] != 0 or row(session)["errors"] > 0
+        until(lambda: row(session)["health"] != 0 or row(session)["errors"] > 0, "the failure is seen in devices")
     finally:
         lost.go_on()
         lost.kill()

@@ -76,10 +76,14 @@ void tier_fill(void *at, size_t bytes, uint64_t key, uint64_t version)
 
 bool tier_is_filled(const void *at, size_t bytes, uint64_t key, uint64_t version)
 {
-	static _Thread_local uint64_t expected[MIB2 / 8];
+	uint64_t *expected = malloc(bytes);
+	bool same;
 
+	CHECK(expected);
 	tier_fill(expected, bytes, key, version);
-	return !memcmp(at, expected, bytes);
+	same = !memcmp(at, expected, bytes);
+	free(expected);
+	return same;
 }
 
 struct gmem_device_usage tier_usage(struct gmem_device *device)

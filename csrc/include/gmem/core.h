@@ -132,6 +132,7 @@ struct gmem_mmap_args {
 	uint64_t page_bytes; /* 4096, 65536, 2 MiB, or 0: 2 MiB for 2 MiB and more, else 4 KiB */
 	enum gmem_fork fork;
 	bool small_only;     /* never hugetlb */
+	uint64_t above;      /* not below that address, where there is room: what is below is in use in the client */
 	struct gmem_source *source; /* of fresh pages, taken over in every case; NULL: they are zero */
 	bool uncharged;      /* with a source: its pages can always go back there */
 	uint64_t asked;      /* a number of the request's, 0: none */
