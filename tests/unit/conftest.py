@@ -268,7 +268,9 @@ class FakeCore:
         if self.contexts.pop(context, None) is None:
             raise OSError(errno.ENOENT, "no such context")
 
-    def do_mmap(self, session: int, size: int, *, page_bytes: int, fork: str, small: bool, above: int = 0) -> dict[str, Any]:
+    def do_mmap(
+        self, session: int, size: int, *, page_bytes: int, fork: str, small: bool, above: int = 0
+    ) -> dict[str, Any]:
         known = self._known(session)
         offset = sum(r["bytes"] for r in known["regions"])
         region = {
