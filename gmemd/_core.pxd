@@ -169,6 +169,7 @@ cdef extern from "gmem/core.h" nogil:
         uint64_t bytes, page_bytes
         gmem_fork fork
         c_bool small_only
+        uint64_t above
         uint64_t asked
         c_bool again
     struct gmem_pool_args:
