@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A gmemd is started on what one of another version has left: it refuses, touches nothing, and the right one goes on."""
+"""A gmemd meets what one of another version has left: it refuses, touches nothing, and the right one goes on."""
 
 import os
 import signal
