@@ -29,7 +29,10 @@
 #define CLOSE_FAULTS 3      /* that many, before the first one */
 #define LINGER_NS 40000
 #define NO_FD_NAP_NS 1000000
-#define LOOK_FAULTS 64      /* how often to look where the client runs */
+#define LOOK_FAULTS 256     /* how often to look where the client runs: it is kept from running meanwhile */
+#define FIRST_LOOK 8        /* the second one, to see early whether that was a good idea */
+#define CROWDED_NS 20000    /* waiting so long for a CPU, on average, is worse than to be woken on another one */
+#define SHY_MOST 64
 #define TURN_NS 2000000     /* then other views get their turn */
 #define STOP_TOKEN UINT64_MAX
 
@@ -306,6 +309,7 @@ void gmem_fault_resolve(struct gmem_core *core, const struct gmem_fault *fault, 
 		goto out;
 	if (gmem_page_trylock(place.object, place.index, true, &page)) {
 		gmem_count(&core->stats.parked_faults, 1);
+		gmem_stream_parked(core, view, &place, is_write(fault));
 		goto out;
 	}
 	if (gmem_page_poisoned(&page)) {
@@ -446,25 +450,84 @@ static void roam(struct gmem_service *service)
 {
 	if (service->cpu >= 0)
 		gmem_cpus_set(&service->cpus);
-	service->cpu = -1;
+	service->cpu = service->home = -1;
 	service->followed = 0;
 }
 
-/* Close faults of one thread are answered on its own CPU, which is free while it waits; but what is fetched ahead is so
- * while it runs, on another one. */
-static void follow(struct gmem_core *core, struct gmem_view *view, struct gmem_service *service)
+static void leave_for_a_while(struct gmem_service *service)
 {
+	if (service->cpu < 0)
+		return;
+	gmem_cpus_set(&service->cpus);
+	service->home = service->cpu;
+	service->cpu = -1;
+}
+
+static void come_home(struct gmem_service *service)
+{
+	if (service->home >= 0 && !gmem_cpu_stay(service->home))
+		service->cpu = service->home;
+	service->home = -1;
+}
+
+/* Whether this thread has had to wait for the CPU on which it stays. Where the kernel does not tell, it has. */
+static bool crowded(struct gmem_service *service)
+{
+	struct gmem_waits before = service->waits;
+
+	if (gmem_thread_waits(&service->waits))
+		return true;
+	return service->cpu >= 0 && service->followed > 1 && service->waits.count > before.count &&
+	       (service->waits.ns - before.ns) / (service->waits.count - before.count) > CROWDED_NS;
+}
+
+/* At a look: whether it may stay with its client. One that had to give way tries again later and later. */
+static bool has_place(struct gmem_service *service)
+{
+	if (service->skip) {
+		service->skip--;
+		return false;
+	}
+	if (!crowded(service)) {
+		if (service->followed > FIRST_LOOK)
+			service->shy = 0;
+		return true;
+	}
+	service->shy = service->shy < SHY_MOST / 2 ? 2 * service->shy + 1 : SHY_MOST;
+	service->skip = service->shy;
+	return false;
+}
+
+/* Faults of one thread are answered on its own CPU, which is free while it waits: a wake-up there is a switch from one thread
+ * to another, where one on another CPU has to get that out of its idle state. What is fetched ahead is so while the client
+ * runs, so on another one; and if others want that CPU, too, we are better off elsewhere. */
+static void follow(struct gmem_view *view, struct gmem_service *service)
+{
+	uint32_t turn;
 	int cpu;
 
-	if (!service->can_stay || !service->client || !expects_more(core, view) || gmem_stream_pending(view)) {
+	if (!service->can_stay || !service->client) {
 		roam(service);
 		return;
 	}
-	if (service->followed++ % LOOK_FAULTS)
+	if (gmem_stream_fetching(view)) {
+		leave_for_a_while(service);
 		return;
+	}
+	come_home(service);
+	turn = service->followed++ % LOOK_FAULTS;
+	if (turn && service->followed != FIRST_LOOK)
+		return;
+	if (!has_place(service)) {
+		roam(service);
+		service->followed = 1;
+		return;
+	}
 	cpu = gmem_thread_cpu(service->client);
-	if (cpu >= 0 && cpu != service->cpu && !gmem_cpu_stay(cpu))
-		service->cpu = cpu;
+	if (cpu < 0 || cpu == service->cpu || gmem_cpu_stay(cpu))
+		return;
+	service->cpu = cpu;
+	service->followed = 1;
 }
 
 /* Waits for the next fault of a view whose faults are close; false if there is none. */
@@ -509,7 +572,7 @@ static void serve(struct gmem_core *core, struct gmem_view *view, struct gmem_se
 				service->client = (pid_t)messages[n - 1].arg.pagefault.ptid;
 			atomic_store_explicit(&view->served_ns, gmem_now_ns(), memory_order_relaxed);
 			idle_since = 0;
-			follow(core, view, service);
+			follow(view, service);
 		}
 		/* In turns: a thread that faults again at once would otherwise always be ahead of us. */
 		if (!gmem_stream_step(core, view, false) && !n) {
@@ -525,8 +588,6 @@ static void serve(struct gmem_core *core, struct gmem_view *view, struct gmem_se
 		if (n && gmem_now_ns() - start > TURN_NS)
 			break;
 	}
-	if (!expects_more(core, view))
-		roam(service);
 	if (!armed)
 		arm(core, view);
 	atomic_store(&service->view, 0);
@@ -564,7 +625,7 @@ static void *fault_thread(void *arg)
 
 	pthread_setname_np(pthread_self(), "gmem-fault");
 	gmem_duty_enlist(core, GMEM_ROLE_FAULT);
-	service->cpu = -1;
+	service->cpu = service->home = -1;
 	service->can_stay = !gmem_cpus_get(&service->cpus);
 	for (;;) {
 		struct epoll_event event;

@@ -37,6 +37,18 @@ static uint64_t piece_bytes(uint64_t page_bytes)
 	return page_bytes > PIECE_BYTES ? page_bytes : PIECE_BYTES;
 }
 
+/* What it takes to give a view the page of that index in an object. */
+enum need { MAPPING, ZEROES, CONTENT };
+
+static enum need need_of(struct gmem_core *core, const struct gmem_object *object, uint64_t index, int hnid)
+{
+	uint32_t valid = gmem_word_valid(atomic_load_explicit(&core->lpt.words[object->pn + index], memory_order_relaxed));
+
+	if (valid >> hnid & 1)
+		return MAPPING;
+	return valid || atomic_load(&object->source) ? CONTENT : ZEROES;
+}
+
 static uint64_t load(const _Atomic uint64_t *at)
 {
 	return atomic_load_explicit(at, memory_order_relaxed);
@@ -145,12 +157,19 @@ static uint64_t in_region(const struct gmem_place *place, uint64_t behind, int64
 	return count < most ? count : most;
 }
 
+/* Of the page at that address of the same region. */
+static uint64_t index_at(const struct gmem_place *place, uint64_t va)
+{
+	return place->index + (uint64_t)((int64_t)(va - place->range.va) >> place->object->shift);
+}
+
 /* The fault is the stream's next: the window grows. */
 static void advance(struct gmem_core *core, struct gmem_view *view, struct gmem_stream *stream, const struct gmem_place *place,
 		    bool write, bool all)
 {
 	int64_t stride = stride_of(stream);
 	uint64_t page_bytes = 1ull << place->object->shift, last = last_window(core, view->hnid, page_bytes, stride), behind, window, end, passed;
+	enum need need;
 
 	if (!stride)
 		return;
@@ -168,7 +187,11 @@ static void advance(struct gmem_core *core, struct gmem_view *view, struct gmem_
 		store(&stream->end, end);
 	if (strides(load(&stream->next), behind, stride, &passed))
 		store(&stream->next, behind);
-	if (stride == (int64_t)page_bytes && page_bytes >= HELPED_BYTES && end - behind > piece_bytes(page_bytes))
+	need = end == behind ? MAPPING : need_of(core, place->object, index_at(place, behind), view->hnid);
+	atomic_store_explicit(&stream->maps, need == MAPPING, memory_order_relaxed);
+	/* Mapping what is here takes less than waking somebody; and two that make pages of one file wait for its lock in turn,
+	 * where one keeps the memory busy. */
+	if (stride == (int64_t)page_bytes && page_bytes >= HELPED_BYTES && end - behind > piece_bytes(page_bytes) && need == CONTENT)
 		ask_for_help(core, view);
 }
 
@@ -255,7 +278,7 @@ static bool claim_block(_Atomic uint64_t *at, uint64_t page_bytes, uint64_t *ret
 /* ---- fetching ---- */
 
 /* Takes a piece of what the stream wants; several threads may do so. */
-static bool claim(struct gmem_stream *stream, int64_t stride, uint64_t page_bytes, struct gmem_range *ret)
+static bool claim(struct gmem_stream *stream, int64_t stride, uint64_t page_bytes, uint64_t most, struct gmem_range *ret)
 {
 	uint64_t next = load(&stream->next), end = load(&stream->end), left;
 
@@ -264,7 +287,7 @@ static bool claim(struct gmem_stream *stream, int64_t stride, uint64_t page_byte
 	*ret = (struct gmem_range){ next, page_bytes };
 	if (stride != (int64_t)page_bytes)
 		return atomic_compare_exchange_strong(&stream->next, &next, next + (uint64_t)stride);
-	ret->bytes = piece_bytes(page_bytes) < end - next ? piece_bytes(page_bytes) : end - next;
+	ret->bytes = most < end - next ? most : end - next;
 	return atomic_compare_exchange_strong(&stream->next, &next, next + ret->bytes);
 }
 
@@ -324,6 +347,14 @@ void gmem_stream_fault(struct gmem_core *core, struct gmem_view *view, const str
 		ask_for_block(core, view, place, write);
 }
 
+void gmem_stream_parked(struct gmem_core *core, struct gmem_view *view, const struct gmem_place *place, bool write)
+{
+	struct gmem_stream *stream = core->fault_ahead ? find(view, place->range.va) : NULL;
+
+	if (stream)
+		advance(core, view, stream, place, write, place->hint.accessed_by >> view->hnid & 1);
+}
+
 static bool wants_more(const struct gmem_stream *stream)
 {
 	int64_t stride = stride_of(stream);
@@ -336,6 +367,17 @@ bool gmem_stream_pending(const struct gmem_view *view)
 {
 	for (int i = 0; i < GMEM_STREAMS; i++)
 		if (wants_more(&view->streams[i]))
+			return true;
+	for (int i = 0; i < GMEM_BLOCKS; i++)
+		if (load(&view->blocks[i]))
+			return true;
+	return false;
+}
+
+bool gmem_stream_fetching(const struct gmem_view *view)
+{
+	for (int i = 0; i < GMEM_STREAMS; i++)
+		if (wants_more(&view->streams[i]) && !atomic_load_explicit(&view->streams[i].maps, memory_order_relaxed))
 			return true;
 	for (int i = 0; i < GMEM_BLOCKS; i++)
 		if (load(&view->blocks[i]))
@@ -381,12 +423,24 @@ static bool step_block(struct gmem_core *core, struct gmem_view *view, _Atomic u
 	return true;
 }
 
+/* How much one thread takes on from this place on: of huge pages that are only mapped as many as there are in a row. */
+static uint64_t one_turn(struct gmem_core *core, const struct gmem_view *view, const struct gmem_place *place)
+{
+	uint64_t page_bytes = 1ull << place->object->shift, count = 0, left;
+
+	left = (place->region_va + place->region_bytes - place->range.va) >> place->object->shift;
+	while (page_bytes >= GMEM_HUGE_BYTES && count < left && count < GMEM_RUN_PAGES &&
+	       need_of(core, place->object, place->index + count, view->hnid) == MAPPING)
+		count++;
+	return count > 1 ? count * page_bytes : piece_bytes(page_bytes);
+}
+
 static bool step_stream(struct gmem_core *core, struct gmem_view *view, struct gmem_stream *stream, bool may_wait)
 {
 	int64_t stride = stride_of(stream);
 	struct gmem_range piece;
 	struct gmem_place place;
-	uint64_t page_bytes;
+	uint64_t page_bytes, most;
 	bool left;
 
 	if (!wants_more(stream))
@@ -397,8 +451,9 @@ static bool step_stream(struct gmem_core *core, struct gmem_view *view, struct g
 	}
 	page_bytes = 1ull << place.object->shift;
 	left = !may_wait && leave_to_filler(core, view, &place);
+	most = one_turn(core, view, &place);
 	gmem_object_unref(place.object);
-	if (left || !claim(stream, stride, page_bytes, &piece))
+	if (left || !claim(stream, stride, page_bytes, most, &piece))
 		return false;
 	if (!fetch_ahead(core, view, piece, atomic_load_explicit(&stream->write, memory_order_relaxed)))
 		store(&stream->end, load(&stream->next));

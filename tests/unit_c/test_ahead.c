@@ -7,6 +7,7 @@
 #define _GNU_SOURCE
 #include "harness.h"
 
+#include <gmem/internal.h>
 #include <sys/mman.h>
 #include <time.h>
 
@@ -187,6 +188,25 @@ static void test_sequences(struct gmem_core *core)
 			}
 }
 
+/* Threads are woken to help with copies only; and huge pages that are here are mapped many at a time. */
+static void test_help(struct gmem_core *core)
+{
+	static const uint64_t sizes[] = { 65536, 2 << 20 };
+
+	shared->nap_us = 100;
+	for (int s = 0; s < 2; s++)
+		for (int where = 0; where < WHERES; where++) {
+			uint64_t before = core->fillers.helped;
+			struct gmem_core_stats took = run(core, sizes[s], (enum where)where, false, FORWARDS);
+
+			printf("%lu KiB, %d: %lu faults, help %lu times\n", sizes[s] >> 10, where, took.host_faults,
+			       core->fillers.helped - before);
+			CHECK(where == ELSEWHERE ? core->fillers.helped > before : core->fillers.helped == before);
+			CHECK(took.host_faults <= pages() / 2);
+		}
+	shared->nap_us = 0;
+}
+
 /* The naps give the daemon time: what counts here is what it guesses, not whether it is quick. */
 static void test_strides(struct gmem_core *core)
 {
@@ -305,6 +325,7 @@ int main(void)
 	core = core_start((struct gmem_core_config){ .event_fork = true });
 	shared->gpu = attach_simgpu(core, "simgpu0", "capacity=64M");
 	test_sequences(core);
+	test_help(core);
 	test_strides(core);
 	test_density(core, true);
 	gmem_core_destroy(core);

@@ -7,6 +7,7 @@
 #define GMEM_FAULT_H
 
 #include <gmem/affinity.h>
+#include <gmem/affinity.h>
 #include <gmem/lockrank.h>
 #include <gmem/view.h>
 
@@ -38,8 +39,12 @@ struct gmem_service {
 	cpu_set_t cpus;          /* (T) where it may run */
 	bool can_stay;           /* (T) cpus is known */
 	int cpu;                 /* (T) where it stays, beside the thread it serves; -1: anywhere */
+	int home;                /* (T) where it stayed before it left for a while, to fetch ahead; -1: nowhere */
 	pid_t client;            /* (T) the thread that faulted last; 0: the kernel does not tell */
-	uint32_t followed;       /* (T) close faults since it looked where the client runs */
+	uint32_t followed;       /* (T) faults since it began to stay, or to roam */
+	uint32_t shy;            /* (T) looks for which it keeps away from a CPU that others wanted; doubles */
+	uint32_t skip;           /* (T) of these, how many are left */
+	struct gmem_waits waits; /* (T) at the last look */
 };
 
 struct gmem_faults {

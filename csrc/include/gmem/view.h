@@ -43,6 +43,7 @@ struct gmem_stream {
 	_Atomic uint64_t begin, next, end;
 	_Atomic uint64_t window; /* pages; 0: seen once */
 	atomic_bool write;
+	_Atomic bool maps; /* (A) its next page is here, as far as is known: it takes a moment */
 };
 
 struct gmem_view {
