@@ -91,10 +91,9 @@ C_TESTS := $(notdir $(basename $(wildcard tests/unit_c/test_*.c)))
 C_HELPERS := $(filter-out tests/unit_c/test_%,$(wildcard tests/unit_c/*.c))
 C_FLAGS := -std=gnu11 -g -Wall -Wextra -Werror -pthread -fno-omit-frame-pointer \
 	-Icsrc/include -Iclient/include -Itests/unit_c
-# liburing is used where it is; found out once, by the first recipe that asks
-URING = $(eval URING := $(shell printf '\043include <liburing.h>\nint main(void) { return io_uring_queue_init(1, 0, 0); }' | \
-	$(CC) -x c - -luring -o /dev/null 2>/dev/null && echo -luring))$(URING)
-URING_FLAG = $(URING:-luring=-DGMEM_LIBURING)
+# liburing and OpenSSL are used where they are; found out once, by the first recipe that asks
+OPTIONAL_LIBS = $(eval OPTIONAL_LIBS := $(shell .ci/optional '$(CC)' libs))$(OPTIONAL_LIBS)
+OPTIONAL_FLAGS = $(eval OPTIONAL_FLAGS := $(shell .ci/optional '$(CC)' flags))$(OPTIONAL_FLAGS)
 plain_FLAGS := -O2
 asan_FLAGS := -O1 -DGMEM_DEBUG -fsanitize=address,undefined -fno-sanitize-recover=all
 tsan_FLAGS := -O1 -fsanitize=thread -Wno-tsan
@@ -104,9 +103,9 @@ define flavour # name, directory
 $(1)_OBJECTS := $$(patsubst %.c,build/$(2)/%.o,$$(CORE_SOURCES) $$(C_HELPERS) client/src/agent.c)
 build/$(2)/%.o: %.c
 	@mkdir -p $$(@D)
-	@echo "cc $$@"; $$(CC) $$(C_FLAGS) $$(URING_FLAG) $$($(1)_FLAGS) -MMD -MP -c $$< -o $$@
+	@echo "cc $$@"; $$(CC) $$(C_FLAGS) $$(OPTIONAL_FLAGS) $$($(1)_FLAGS) -MMD -MP -c $$< -o $$@
 build/$(2)/test_%: build/$(2)/tests/unit_c/test_%.o $$($(1)_OBJECTS)
-	@echo "ld $$@"; $$(CC) $$(C_FLAGS) $$($(1)_FLAGS) $$^ $$(URING) -o $$@
+	@echo "ld $$@"; $$(CC) $$(C_FLAGS) $$($(1)_FLAGS) $$^ $$(OPTIONAL_LIBS) -o $$@
 c-$(1): $$(C_TESTS:%=build/$(2)/%)
 .SECONDARY: $$($(1)_OBJECTS) $$(C_TESTS:%=build/$(2)/tests/unit_c/%.o)
 -include $$($(1)_OBJECTS:.o=.d) $$(C_TESTS:%=build/$(2)/tests/unit_c/%.d)
@@ -204,10 +203,10 @@ lint: $(VENV)/.dev build ## ruff, mypy, gcc's warnings
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	@for f in $(CORE_SOURCES) $(CLIENT_SOURCES); do \
-		$(CC) $(C_FLAGS) $(URING_FLAG) -DGMEM_LIBEXECDIR='""' -fsyntax-only $$f || exit 1; done
+		$(CC) $(C_FLAGS) $(OPTIONAL_FLAGS) -DGMEM_LIBEXECDIR='""' -fsyntax-only $$f || exit 1; done
 
 # .clang-tidy says what for; functions of more than 80 lines are among it
-TIDY_FLAGS := -std=gnu11 -D_GNU_SOURCE -DGMEM_LIBURING -DGMEM_LIBEXECDIR='""' -Icsrc/include -Iclient/include
+TIDY_FLAGS := -std=gnu11 -D_GNU_SOURCE -DGMEM_LIBURING -DGMEM_OPENSSL -DGMEM_LIBEXECDIR='""' -Icsrc/include -Iclient/include
 tidy: $(BIN)/python ## clang-tidy over csrc and client/src; half a minute
 	@.ci/require $(BIN)/python tidy
 	@printf '%s\n' $(CORE_SOURCES) $(CLIENT_SOURCES) | xargs -P "$$(nproc)" -n 6 sh -c \

@@ -3,7 +3,6 @@
 
 import os
 import subprocess
-import tempfile
 from glob import glob
 from pathlib import Path
 
@@ -20,18 +19,11 @@ def c_files(*patterns: str) -> list[str]:
     return sorted(name for pattern in patterns for name in glob(pattern, root_dir=ROOT))
 
 
-def has_liburing() -> bool:
-    """Whether a program with it compiles and links. The file tier does without, by pread and pwrite."""
-    source = "#include <liburing.h>\nint main(void) { return io_uring_queue_init(1, 0, 0); }"
-    with tempfile.TemporaryDirectory() as folder:
-        command = [*os.environ.get("CC", "gcc").split(), "-xc", "-", "-luring", "-o", f"{folder}/probe"]
-        try:
-            return subprocess.run(command, input=source, text=True, capture_output=True).returncode == 0
-        except OSError:
-            return False
+def optional(what: str) -> list[str]:
+    """Flags or libraries of what is built in where it can be had."""
+    command = ["sh", str(ROOT / ".ci" / "optional"), os.environ.get("CC", "gcc"), what]
+    return subprocess.run(command, text=True, capture_output=True, check=True).stdout.split()
 
-
-URING = has_liburing()
 
 core = Extension(
     "gmemd._core",
@@ -39,9 +31,8 @@ core = Extension(
     depends=c_files("gmemd/*.pxd", "csrc/include/gmem/*.h", "csrc/*.h", "csrc/drivers/*.h", "client/include/*.h"),
     include_dirs=["csrc/include", "client/include"],
     # Cython's own output trips these two; csrc is compiled with -Werror by the Makefile's C rules.
-    extra_compile_args=[*C_FLAGS, "-Wno-unused-parameter", "-Wno-missing-field-initializers"],
-    define_macros=[("GMEM_LIBURING", None)] if URING else [],
-    libraries=["uring"] if URING else [],
+    extra_compile_args=[*C_FLAGS, *optional("flags"), "-Wno-unused-parameter", "-Wno-missing-field-initializers"],
+    libraries=[name.removeprefix("-l") for name in optional("libs")],
     extra_link_args=["-pthread"],
 )
 

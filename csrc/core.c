@@ -344,6 +344,7 @@ void gmem_core_stats(struct gmem_core *core, struct gmem_core_stats *ret)
 		.discarded_pages = gmem_counter(&s->discarded_pages),
 		.poisoned_pages = gmem_counter(&s->poisoned_pages), .retries = gmem_counter(&s->retries),
 		.leftovers = gmem_counter(&s->leftovers),
+		.outside_faults = gmem_counter(&s->outside_faults),
 		.evictions_stopped = gmem_counter(&s->evictions_stopped),
 		.throttled_faults = gmem_counter(&s->throttled_faults),
 		.parked_faults = gmem_counter(&s->parked_faults),

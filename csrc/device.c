@@ -202,7 +202,7 @@ int gmem_device_detach(struct gmem_core *core, int hnid, bool force)
 	hnode = gmem_core_hnode(core, hnid);
 	if (!hnode)
 		err = -ENOENT;
-	else if (!force && atomic_load(&hnode->contexts))
+	else if (!force && (atomic_load(&hnode->contexts) || atomic_load(&core->imports[hnid])))
 		err = -EBUSY;
 	if (err)
 		goto out;
@@ -215,6 +215,7 @@ int gmem_device_detach(struct gmem_core *core, int hnid, bool force)
 	}
 	gmem_reclaimer_stop(hnode);
 	atomic_store(&core->hnodes[hnid], NULL);
+	gmem_hnode_await_visitors(hnode);
 	if (hnode->ops->remove)
 		hnode->ops->remove(hnode->device);
 	gmem_driver_forget(hnode->keep);
@@ -416,6 +417,8 @@ static void fill_stats(struct gmem_hnode *hnode, struct gmem_hnode_stats *ret)
 		ret->usage = (struct gmem_device_usage){ 0 };
 	if (hnode->ops && hnode->ops->health)
 		ret->health = hnode->ops->health(hnode->device);
+	if (hnode->ops && hnode->ops->last_error)
+		snprintf(ret->last_error, sizeof(ret->last_error), "%s", hnode->ops->last_error(hnode->device));
 }
 
 void gmem_hnodes(struct gmem_core *core, struct gmem_hnode_stats *hnodes, size_t *ret_count)

@@ -14,7 +14,8 @@ int gmem_devmem_create(struct gmem_hnode *hnode, enum gmem_class class_, uint64_
 
 	if (!file)
 		return -ENOMEM;
-	*file = (struct gmem_file){ .refs = 1, .fd = -1, .class_ = class_, .bytes = bytes, .owner = owner, .hnode = hnode };
+	*file = (struct gmem_file){ .refs = 1, .fd = -1, .class_ = class_, .bytes = bytes, .owner = owner, .hnode = hnode,
+				    .lent = { -1, -1 } };
 	err = hnode->ops->mem_create(hnode->device, owner, bytes, &file->mem);
 	if (err)
 		free(file);

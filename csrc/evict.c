@@ -209,8 +209,8 @@ static int push(struct batch *batch)
 	return err;
 }
 
-/* Nobody can write there any more, and there is a frame for it on the host. */
-static bool prepare_home(struct batch *batch, struct gmem_page *page)
+/* Nobody can write there any more, and there is a frame for it where it goes. */
+static bool prepare_copy(struct batch *batch, struct gmem_page *page)
 {
 	if (gmem_page_downgrade(page) || gmem_hnode_frame_alloc(batch->to, page->object, page->index))
 		return false;
@@ -219,22 +219,23 @@ static bool prepare_home(struct batch *batch, struct gmem_page *page)
 	return true;
 }
 
-/* From a device that only its copy engine reaches to the host: one message to each process that maps pages, one copy. */
-static int evict_home(struct gmem_hnode *hnode, struct gmem_page **pages, size_t count, bool forced)
+/* Between the host and a device. From one that only its copy engine reaches it is one message to each process that maps
+ * pages, and one copy. */
+static int evict_by_copy(struct gmem_hnode *hnode, struct gmem_hnode *to, struct gmem_page **pages, size_t count, bool forced)
 {
-	struct batch batch = { .from = hnode, .to = gmem_core_hnode(hnode->core, GMEM_HOST), .forced = forced };
+	struct batch batch = { .from = hnode, .to = to, .forced = forced };
 	int err = 0, result, one;
 
 	for (size_t i = 0; i < count; i++)
-		if (!prepare_home(&batch, pages[i]) && !batch.count)
-			return evict_one(hnode, pages[i], forced);
+		if (!prepare_copy(&batch, pages[i]) && !batch.count)
+			return to->hnid == GMEM_HOST ? evict_one(hnode, pages[i], forced) : -EAGAIN;
 	gmem_crash(GMEM_CRASH_PUSH);
 	result = gmem_copy_pages(hnode, batch.to, batch.pages, batch.count);
 	gmem_crash(GMEM_CRASH_PUSHED);
 	for (size_t i = 0; i < batch.count; i++) {
 		if (result) { /* of which page, it will say alone */
 			gmem_page_forget(batch.pages[i], batch.to);
-			one = evict_one(hnode, batch.pages[i], forced);
+			one = to->hnid == GMEM_HOST ? evict_one(hnode, batch.pages[i], forced) : result;
 		} else {
 			gmem_page_arrived(batch.pages[i], hnode, batch.to, GMEM_WHY_EVICTED);
 			one = drop(hnode, batch.pages[i], false, forced);
@@ -250,11 +251,13 @@ static int evict_to_tier(struct gmem_hnode *hnode, struct gmem_page **pages, siz
 	struct batch batch = { .from = hnode, .forced = forced };
 	int target = gmem_tier_next(hnode, pages[0]->bytes, 0);
 
-	if (target < 0)
-		return target;
+	if (target < 0) {
+		batch.to = gmem_tier_overflow(hnode, pages[0]->bytes);
+		return batch.to ? evict_by_copy(hnode, batch.to, pages, count, forced) : target;
+	}
 	batch.to = gmem_core_hnode(hnode->core, target);
-	if (target == GMEM_HOST && count > 1 && gmem_hnode_own_frames(hnode))
-		return evict_home(hnode, pages, count, forced);
+	if (target == GMEM_HOST && batch.to && count > 1 && gmem_hnode_own_frames(hnode))
+		return evict_by_copy(hnode, batch.to, pages, count, forced);
 	if (count == 1 || !batch.to || !gmem_hnode_is_tier(batch.to) || !gmem_copy_reaches(hnode, batch.to)) {
 		int err = 0;
 

@@ -34,6 +34,7 @@
 #define CROWDED_NS 20000    /* waiting so long for a CPU, on average, is worse than to be woken on another one */
 #define SHY_MOST 64
 #define TURN_NS 2000000     /* then other views get their turn */
+#define READ_SPINS 128      /* how long for another thread's read, a few microseconds */
 #define STOP_TOKEN UINT64_MAX
 
 /* What is poisoned in a page table stays so for as long as the range is mapped: nothing else may be put there. */
@@ -71,6 +72,7 @@ static void touch_outside(struct gmem_core *core, struct gmem_view *view, uint64
 	struct gmem_range huge = { va & ~(GMEM_HUGE_BYTES - 1), GMEM_HUGE_BYTES };
 	int err;
 
+	gmem_count(&core->stats.outside_faults, 1);
 	if (view->hnid != GMEM_HOST && gmem_devfault_refuse(core, view, va, false))
 		return;
 	if (!core->features.poison) {
@@ -129,15 +131,29 @@ bool gmem_fault_is_slow(struct gmem_core *core, const struct gmem_place *place, 
 	return valid != 0;
 }
 
-/* The content of a page that is recorded here is missing: the client punched it, and reads zero, or what its source has. */
+/* The content of a page that is recorded here is missing: the client punched it, and reads zero, or what its source has. Of
+ * what is sealed without a source nobody could punch it: it is lost here. */
 static int heal(struct gmem_page *page, int hnid)
 {
 	struct gmem_file *file;
-	int err = gmem_object_file(page->object, hnid, &file);
+	int err;
 
+	if (gmem_object_sealed(page->object) && !atomic_load(&page->object->source)) {
+		gmem_page_lose(page, gmem_core_hnode(page->core, hnid));
+		return gmem_word_valid(page->word) ? 0 : -EIO;
+	}
+	err = gmem_object_file(page->object, hnid, &file);
 	if (!err)
 		err = gmem_file_populate(file, page->object->offset + page->offset, page->bytes);
 	return err || !gmem_object_sealed(page->object) ? err : gmem_page_pull(page, hnid);
+}
+
+/* Or it has come since the fault, which another process's has brought: then it can be mapped. Of what may be written to, a
+ * page that is there is left as it is anyhow. */
+static bool has_come(struct gmem_page *page, struct gmem_view *view, struct gmem_range range)
+{
+	return gmem_object_sealed(page->object) &&
+	       gmem_view_enter(view, range, page->object, page->offset, GMEM_PROT_READ) != -EFAULT;
 }
 
 /* Whether a page that is not written to may become the hnode's alone, to save the second fault of read-then-write. */
@@ -153,14 +169,16 @@ static bool may_own(struct gmem_page *page, uint32_t here)
 
 static int resolve_locked(struct gmem_page *page, struct gmem_view *view, struct gmem_range range, uint32_t flags)
 {
-	bool write = !page->private_view && flags & (GMEM_UFFD_FAULT_WRITE | GMEM_UFFD_FAULT_WP), mapped = false;
+	bool write = !page->private_view && flags & (GMEM_UFFD_FAULT_WRITE | GMEM_UFFD_FAULT_WP), mapped = false, come = false;
 	bool missing = !(flags & (GMEM_UFFD_FAULT_MINOR | GMEM_UFFD_FAULT_WP));
 	enum gmem_why why = view->hnid == GMEM_HOST ? GMEM_WHY_HOST_FAULT : GMEM_WHY_DEVICE_FAULT;
 	uint32_t here = 1u << view->hnid;
 	int err = 0;
 
-	if (missing && (gmem_word_valid(page->word) & here))
-		err = heal(page, view->hnid);
+	if (missing && (gmem_word_valid(page->word) & here)) {
+		come = has_come(page, view, range);
+		err = come ? 0 : heal(page, view->hnid);
+	}
 	/* A small page that will be written is filled unmapped and then mapped once: lifting a write-protection costs more
 	 * than copying 4 KiB. */
 	if (!err)
@@ -170,7 +188,7 @@ static int resolve_locked(struct gmem_page *page, struct gmem_view *view, struct
 	if (write || may_own(page, here))
 		err = gmem_page_own(page, view->hnid);
 	if (!err)
-		err = gmem_page_map(page, view, range, mapped || (flags & GMEM_UFFD_FAULT_WP));
+		err = gmem_page_map(page, view, range, mapped || come || (flags & GMEM_UFFD_FAULT_WP));
 	return err;
 }
 
@@ -399,6 +417,36 @@ static void arm(struct gmem_core *core, struct gmem_view *view)
 	epoll_ctl(core->faults.epoll_fd, EPOLL_CTL_MOD, view->uffd, &event);
 }
 
+/* ---- events are handled in the order in which they are read: an mremap is a REMAP and then an UNMAP of where it came from,
+ * and its thread sends the second as soon as the first has been read. So whoever reads one keeps others from reading until
+ * it is handled. They don't wait for that, but leave the uffd to be armed by who reads. ---- */
+
+static bool begin_reading(struct gmem_view *view)
+{
+	for (int spins = 0; spins < READ_SPINS; spins++) {
+		if (!atomic_load_explicit(&view->reading, memory_order_relaxed) && !atomic_exchange(&view->reading, true))
+			return true;
+		gmem_cpu_relax();
+	}
+	atomic_store(&view->rearm, true);
+	return !atomic_exchange(&view->reading, true); /* else who reads sees it when it ends */
+}
+
+static void end_reading(struct gmem_core *core, struct gmem_view *view)
+{
+	atomic_store(&view->reading, false);
+	if (atomic_load(&view->rearm) && atomic_exchange(&view->rearm, false))
+		arm(core, view);
+}
+
+static bool any_event(const struct gmem_uffd_msg *messages, ssize_t n)
+{
+	for (ssize_t i = 0; i < n; i++)
+		if (messages[i].event != GMEM_UFFD_EVENT_PAGEFAULT)
+			return true;
+	return false;
+}
+
 /* Whether to spin for the next fault instead of sleeping: a wake-up costs as much as the rest of a fault. */
 static bool expects_more(struct gmem_core *core, struct gmem_view *view)
 {
@@ -557,8 +605,17 @@ static void serve(struct gmem_core *core, struct gmem_view *view, struct gmem_se
 	service->client = 0;
 	atomic_store(&service->view, (uintptr_t)view);
 	while (!atomic_load_explicit(&view->dead, memory_order_relaxed)) {
-		ssize_t n = read_messages(core, view, ready, messages);
+		bool in_order;
+		ssize_t n;
 
+		if (!begin_reading(view)) {
+			armed = true;
+			break;
+		}
+		n = read_messages(core, view, ready, messages);
+		in_order = any_event(messages, n);
+		if (!in_order)
+			end_reading(core, view);
 		ready = false;
 		if (n) {
 			if (n > 1 && !armed) {
@@ -568,6 +625,8 @@ static void serve(struct gmem_core *core, struct gmem_view *view, struct gmem_se
 			note_faults(view);
 			for (ssize_t i = 0; i < n; i++)
 				handle(core, view, &messages[i]);
+			if (in_order)
+				end_reading(core, view);
 			if (messages[n - 1].event == GMEM_UFFD_EVENT_PAGEFAULT)
 				service->client = (pid_t)messages[n - 1].arg.pagefault.ptid;
 			atomic_store_explicit(&view->served_ns, gmem_now_ns(), memory_order_relaxed);

@@ -87,8 +87,20 @@ static void release(struct gmem_source *source)
 	free(file);
 }
 
-static const struct gmem_source_ops read_only = { .pull = pull, .release = release };
-static const struct gmem_source_ops read_write = { .pull = pull, .push = push, .sync = sync_file, .release = release };
+static void describe(const struct gmem_source *source, struct gmem_record *record, int *ret_fd)
+{
+	const struct filesource *file = (const struct filesource *)source;
+
+	record->object.source = file->args.write ? GMEM_RECORD_FILE_WRITE :
+				file->args.private_ ? GMEM_RECORD_FILE_PRIVATE : GMEM_RECORD_FILE;
+	record->object.source_offset = file->args.offset;
+	record->object.source_tail = (uint32_t)(record->object.bytes - file->args.bytes);
+	*ret_fd = file->fd;
+}
+
+static const struct gmem_source_ops read_only = { .pull = pull, .release = release, .describe = describe };
+static const struct gmem_source_ops read_write = { .pull = pull, .push = push, .sync = sync_file, .release = release,
+						   .describe = describe };
 
 int gmem_filesource_create(int fd, const struct gmem_file_args *args, struct gmem_source **ret)
 {
@@ -99,16 +111,6 @@ int gmem_filesource_create(int fd, const struct gmem_file_args *args, struct gme
 	*file = (struct filesource){ { args->write ? &read_write : &read_only, .tracks = true, .slow = true }, fd, *args };
 	*ret = &file->source;
 	return 0;
-}
-
-const struct gmem_file_args *gmem_filesource_args(const struct gmem_source *source, int *ret_fd)
-{
-	const struct filesource *file = (const struct filesource *)source;
-
-	if (!source || source->ops->release != release)
-		return NULL;
-	*ret_fd = file->fd;
-	return &file->args;
 }
 
 static int refuse(int err, const char *why, const char **ret_why)

@@ -4,9 +4,12 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include <gmem/internal.h>
 #include <gmem/sparse.h>
+
+#define VISITOR_PAUSE_NS 1000000
 
 #define SLOW_NS 150000 /* what a fault thread may wait for a driver: some wake-ups' time */
 #define OTHERS_FULL_NS 1000000000ull /* how long what others use as well counts as full */
@@ -361,4 +364,33 @@ void gmem_hnode_pinned(struct gmem_hnode *hnode, int64_t bytes)
 	gmem_mutex_lock(&hnode->lock);
 	hnode->pinned_bytes += (uint64_t)bytes;
 	gmem_mutex_unlock(&hnode->lock);
+}
+
+/* ---- visitors ---- */
+
+struct gmem_hnode *gmem_hnode_visit(struct gmem_core *core, int hnid)
+{
+	struct gmem_hnode *hnode = gmem_core_hnode(core, hnid);
+
+	if (!hnode)
+		return NULL;
+	atomic_fetch_add(&hnode->visitors, 1);
+	/* looked at once more: whoever removes it has first taken it out of the table, and then waits for visitors */
+	if (gmem_core_hnode(core, hnid) == hnode && !atomic_load(&hnode->draining))
+		return hnode;
+	gmem_hnode_leave(hnode);
+	return NULL;
+}
+
+void gmem_hnode_leave(struct gmem_hnode *hnode)
+{
+	atomic_fetch_sub(&hnode->visitors, 1);
+}
+
+void gmem_hnode_await_visitors(struct gmem_hnode *hnode)
+{
+	const struct timespec pause = { 0, VISITOR_PAUSE_NS };
+
+	while (atomic_load(&hnode->visitors))
+		nanosleep(&pause, NULL);
 }

@@ -10,12 +10,14 @@
 #include <gmem/freeze.h>
 #include <gmem/internal.h>
 #include <gmem/prefetch.h>
+#include <gmem/tier.h>
 #include <gmem/uffd.h>
 
 #define BUSY_SPINS 2000
 #define TAKEN_MAX 64
 #define ADOPT_PAGE_BYTES (64ull << 10)
 #define ADDRESS_END (1ull << 47)
+#define SWAP_BYTES (16 * GMEM_HUGE_BYTES) /* as many threads may be about to take a page */
 
 static int shift_of(uint64_t page_bytes, uint64_t bytes)
 {
@@ -38,13 +40,18 @@ static uint64_t whole_pages(uint64_t bytes, int shift)
 	return (bytes + (1ull << shift) - 1) & ~((1ull << shift) - 1);
 }
 
-/* What can be stored there for certain. */
+/* What can be stored there for certain, whoever touches it. On devices some pages stay free, by way of which others change
+ * places with the host's; what only its copy engine reaches does not hold the host's pages at all. */
 static uint64_t assured_bytes(const struct gmem_hnode *hnode)
 {
-	return hnode->info.assured_bytes ? hnode->info.assured_bytes : gmem_counter(&hnode->limit_bytes);
+	uint64_t bytes = hnode->info.assured_bytes ? hnode->info.assured_bytes : gmem_counter(&hnode->limit_bytes);
+
+	if (hnode->hnid == GMEM_HOST || gmem_hnode_is_peer(hnode))
+		return bytes;
+	return gmem_hnode_takes_overflow(hnode) && bytes > SWAP_BYTES ? bytes - SWAP_BYTES : 0;
 }
 
-/* What all devices and the host could hold together, of everybody's or of one share's. */
+/* What the host, tiers and devices could hold together, of everybody's or of one share's. */
 static uint64_t capacity(struct gmem_core *core, const struct gmem_share *shares)
 {
 	uint64_t bytes = 0;
@@ -71,7 +78,7 @@ static int check_quotas(struct gmem_core *core, struct gmem_account *account, ui
 
 /* Huge pages are used for a region only if every page of it that the host may hold, and every page a device may hold,
  * could be one: running out of them in the middle of a fault would be worse than slower pages. Other programs may have
- * taken some. */
+ * taken some. Of what is not charged, any number of regions may share the host's. */
 static bool huge_fits(struct gmem_core *core, uint64_t bytes)
 {
 	uint64_t need = bytes + atomic_load(&core->committed_bytes[GMEM_CLASS_HUGE]);
@@ -101,14 +108,14 @@ static int commit_charge(struct gmem_core *core, enum gmem_class class_, uint64_
 
 /* A range that is free here and in this address space: what was moved in it by mremap, as a forked child's copies are, may
  * lie where another session's range has become free. */
-static int take_range(struct gmem_core *core, struct gmem_as *as, enum gmem_class class_, uint64_t bytes, uint64_t align,
-		      uint64_t *ret)
+static int take_range(struct gmem_core *core, struct gmem_as *as, enum gmem_class class_, const struct gmem_mmap_args *args,
+		      uint64_t bytes, uint64_t align, uint64_t *ret)
 {
 	uint64_t taken[TAKEN_MAX], va;
 	int count = 0, err;
 
 	do {
-		err = gmem_range_alloc(&core->va[class_], bytes, align, &va);
+		err = gmem_range_alloc_above(&core->va[class_], args->above, bytes, align, &va);
 		if (err || gmem_as_next(as, va) >= va + bytes)
 			break;
 		taken[count++] = va;
@@ -155,7 +162,7 @@ int gmem_object_reserve(struct gmem_session *session, const struct gmem_mmap_arg
 	if (shift < 0 || !bytes || bytes > INT64_MAX || args->fork > GMEM_FORK_COPY)
 		return -EINVAL;
 	bytes = whole_pages(bytes, shift);
-	class_ = shift == GMEM_SHIFT_2M && core->hugepages && !args->small_only && huge_fits(core, bytes) ?
+	class_ = shift == GMEM_SHIFT_2M && core->hugepages && !args->small_only && huge_fits(core, uncharged ? INT64_MAX : bytes) ?
 			 GMEM_CLASS_HUGE : GMEM_CLASS_SMALL;
 	align = bytes >= GMEM_HUGE_BYTES ? GMEM_HUGE_BYTES : 1ull << shift;
 	err = uncharged ? 0 : commit_charge(core, class_, bytes);
@@ -163,9 +170,9 @@ int gmem_object_reserve(struct gmem_session *session, const struct gmem_mmap_arg
 		return err;
 	err = uncharged ? 0 : check_quotas(core, account, bytes);
 	if (!err)
-		kept = args->kept && !gmem_kept_take(account, class_, bytes, align, args->fork, &va);
+		kept = args->kept && !args->above && !gmem_kept_take(account, class_, bytes, align, args->fork, &va);
 	if (!err && !kept)
-		err = take_range(core, &session->as, class_, bytes, align, &va);
+		err = take_range(core, &session->as, class_, args, bytes, align, &va);
 	if (err)
 		goto uncharge;
 	err = gmem_account_file(files, GMEM_HOST, class_, &file);
@@ -208,7 +215,7 @@ static int map(struct gmem_core *core, uint64_t id, const struct gmem_mmap_args 
 	va = core->window.base + object->offset;
 	*ret_taken = args->source;
 	if (args->source)
-		err = gmem_object_set_file(object, args->source, args->uncharged);
+		err = gmem_object_set_source(object, args->source, args->uncharged);
 	if (!err)
 		err = gmem_as_insert(&session->as, object, va, 0, object->bytes, args->fork, object->reused);
 	if (!err)

@@ -354,8 +354,18 @@ static int reserve_all(struct gmem_page *const *pages, size_t count, struct gmem
 	return err;
 }
 
+static int copy_by_cpu(const struct gmem_sg *sg, size_t count)
+{
+	int err = 0;
+
+	for (size_t i = 0; !err && i < count; i++)
+		err = gmem_copy(sg[i].dst, sg[i].src, sg[i].bytes);
+	return err;
+}
+
 static int copy_reserved(struct gmem_hnode *from, struct gmem_hnode *to, struct gmem_page *const *pages, size_t count)
 {
+	struct gmem_hnode *engine = gmem_copy_engine(from, to);
 	struct gmem_sg sg[GMEM_COPY_PAGES];
 	size_t n = 0;
 
@@ -373,7 +383,7 @@ static int copy_reserved(struct gmem_hnode *from, struct gmem_hnode *to, struct 
 		else
 			sg[n++] = (struct gmem_sg){ dst, src, pages[i]->bytes };
 	}
-	return gmem_copy_by_engine(gmem_copy_engine(from, to), sg, n);
+	return engine ? gmem_copy_by_engine(engine, sg, n) : copy_by_cpu(sg, n);
 }
 
 /* Several huge pages are made as they are filled, where that can be had (gmem_alias_fill): nobody zeroes them first. */
@@ -657,8 +667,7 @@ static int first_touch(struct gmem_page *page, struct gmem_hnode *to)
 	return err;
 }
 
-/* The driver says that its copy is damaged. Another one may do; if there is none, nobody shall ever see this one. */
-static void lose(struct gmem_page *page, struct gmem_hnode *from)
+void gmem_page_lose(struct gmem_page *page, struct gmem_hnode *from)
 {
 	uint32_t rest = gmem_word_valid(page->word) & ~(1u << from->hnid);
 
@@ -699,7 +708,7 @@ int gmem_page_fetch(struct gmem_page *page, int hnid, struct gmem_view *view, st
 	if (err) {
 		gmem_page_forget(page, to);
 		if (err == -EBADMSG)
-			lose(page, from);
+			gmem_page_lose(page, from);
 		if (err == -EBADMSG && gmem_word_valid(page->word))
 			return -EAGAIN;
 		if (err == -ENOSPC && gmem_hnode_own_frames(to)) {

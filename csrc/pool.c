@@ -23,8 +23,7 @@ static struct gmem_pool *find_locked(struct gmem_core *core, uint64_t id)
 	return pool;
 }
 
-/* Its object, referenced; NULL: there is no such pool. */
-static struct gmem_object *object_of(struct gmem_core *core, uint64_t id)
+struct gmem_object *gmem_pool_object(struct gmem_core *core, uint64_t id)
 {
 	struct gmem_object *object = NULL;
 	struct gmem_pool *pool;
@@ -116,13 +115,14 @@ static void count_regions(struct gmem_object *object, struct gmem_pool_info *inf
 
 int gmem_pool_info(struct gmem_core *core, uint64_t id, struct gmem_pool_info *ret)
 {
-	struct gmem_object *object = object_of(core, id);
+	struct gmem_object *object = gmem_pool_object(core, id);
 
 	if (!object)
 		return -ENOENT;
 	*ret = (struct gmem_pool_info){ .pool = id, .va = core->window.base + object->offset, .bytes = object->bytes,
 					.page_bytes = 1ull << object->shift, .class_ = object->class_,
-					.sealed = gmem_object_sealed(object) };
+					.sealed = gmem_object_sealed(object),
+					.fetched_bytes = gmem_remotesource_fetched(atomic_load(&object->source)) };
 	count_regions(object, ret);
 	count_pages(object, ret);
 	gmem_object_unref(object);
@@ -131,34 +131,46 @@ int gmem_pool_info(struct gmem_core *core, uint64_t id, struct gmem_pool_info *r
 
 /* ---- create, open, unlink ---- */
 
-int gmem_pool_create(struct gmem_core *core, uint64_t id, const struct gmem_pool_args *args, uint64_t *ret_pool)
+int gmem_pool_add(struct gmem_core *core, uint64_t id, struct gmem_object *object)
 {
-	struct gmem_session *session = gmem_session_get(core, id);
 	struct gmem_pool *pool = calloc(1, sizeof(*pool));
-	struct gmem_account *files = NULL;
-	int err = !session ? -ENOENT : !pool ? -ENOMEM : 0;
+	int err;
 
-	if (!err) {
-		pool->core = core;
-		pool->id = gmem_keep_next_id(&core->keep, &core->next_id);
-		err = gmem_account_create(core, pool->id, session->uid, NULL, 0, &files);
-	}
-	if (!err)
-		err = gmem_object_reserve(session, &args->memory, args->persistent ? files : session->account, files,
-					  &pool->object);
-	if (!err)
-		err = write_record(pool, pool->object, NULL, false);
-	gmem_account_unref(files);
-	gmem_session_unref(session);
+	if (!pool)
+		return -ENOMEM;
+	*pool = (struct gmem_pool){ .core = core, .id = id };
+	err = write_record(pool, object, NULL, false);
 	if (err) {
-		if (pool)
-			gmem_object_unref(pool->object);
 		free(pool);
 		return err;
 	}
+	pool->object = gmem_object_ref(object);
 	insert(pool);
-	*ret_pool = pool->id;
 	return 0;
+}
+
+int gmem_pool_create(struct gmem_core *core, uint64_t id, const struct gmem_pool_args *args, uint64_t *ret_pool)
+{
+	struct gmem_session *session = gmem_session_get(core, id);
+	struct gmem_account *files = NULL;
+	struct gmem_object *object = NULL;
+	uint64_t pool;
+	int err;
+
+	if (!session)
+		return -ENOENT;
+	pool = gmem_keep_next_id(&core->keep, &core->next_id);
+	err = gmem_account_create(core, pool, session->uid, NULL, 0, &files);
+	if (!err)
+		err = gmem_object_reserve(session, &args->memory, args->persistent ? files : session->account, files, &object);
+	if (!err)
+		err = gmem_pool_add(core, pool, object);
+	gmem_object_unref(object);
+	gmem_account_unref(files);
+	gmem_session_unref(session);
+	if (!err)
+		*ret_pool = pool;
+	return err;
 }
 
 int gmem_pool_adopt(struct gmem_core *core, const struct gmem_record *known, uint32_t record,
@@ -197,7 +209,7 @@ static struct gmem_region_info info_of(const struct gmem_region *region)
 int gmem_pool_open(struct gmem_core *core, uint64_t id, uint64_t number, bool write, struct gmem_region_info *ret)
 {
 	struct gmem_session *session = gmem_session_get(core, id);
-	struct gmem_object *object = object_of(core, number);
+	struct gmem_object *object = gmem_pool_object(core, number);
 	struct gmem_region region = { .object = object, .fork = GMEM_FORK_SHARE, .read_only = !write };
 	struct gmem_place place;
 	int err = !session || !object ? -ENOENT : write && gmem_object_sealed(object) ? -EPERM : 0;

@@ -77,31 +77,45 @@ static void carve(struct gmem_range_allocator *ranges, size_t i, uint64_t at, ui
 	}
 }
 
-int gmem_range_alloc(struct gmem_range_allocator *ranges, uint64_t bytes, uint64_t align, uint64_t *ret_start)
+static int alloc_locked(struct gmem_range_allocator *ranges, uint64_t above, uint64_t bytes, uint64_t align,
+			uint64_t *ret_start)
 {
-	int err = -ENOMEM;
-
-	if (!bytes || !align || (align & (align - 1)))
-		return -EINVAL;
-	gmem_mutex_lock(&ranges->lock);
 	/* A split needs one slot now, and the free that undoes it must find one without allocating. */
 	if (reserve_slots(ranges, ranges->count + 2))
-		goto out;
+		return -ENOMEM;
 	for (size_t n = 0; n < ranges->count; n++) {
 		size_t i = (ranges->cursor + n) % ranges->count;
-		uint64_t at = (ranges->pieces[i].start + align - 1) & ~(align - 1);
+		uint64_t start = ranges->pieces[i].start > above ? ranges->pieces[i].start : above;
+		uint64_t at = (start + align - 1) & ~(align - 1);
 
-		if (at < ranges->pieces[i].start || at > ranges->pieces[i].end || ranges->pieces[i].end - at < bytes)
+		if (at < start || at > ranges->pieces[i].end || ranges->pieces[i].end - at < bytes)
 			continue;
 		carve(ranges, i, at, bytes);
 		ranges->cursor = i;
 		*ret_start = at;
-		err = 0;
-		break;
+		return 0;
 	}
-out:
+	return -ENOMEM;
+}
+
+int gmem_range_alloc_above(struct gmem_range_allocator *ranges, uint64_t above, uint64_t bytes, uint64_t align,
+			   uint64_t *ret_start)
+{
+	int err;
+
+	if (!bytes || !align || (align & (align - 1)))
+		return -EINVAL;
+	gmem_mutex_lock(&ranges->lock);
+	err = alloc_locked(ranges, above, bytes, align, ret_start);
+	if (err && above)
+		err = alloc_locked(ranges, 0, bytes, align, ret_start);
 	gmem_mutex_unlock(&ranges->lock);
 	return err;
+}
+
+int gmem_range_alloc(struct gmem_range_allocator *ranges, uint64_t bytes, uint64_t align, uint64_t *ret_start)
+{
+	return gmem_range_alloc_above(ranges, 0, bytes, align, ret_start);
 }
 
 int gmem_range_take(struct gmem_range_allocator *ranges, uint64_t start, uint64_t bytes)

@@ -159,19 +159,20 @@ static int load_sessions(struct gmem_core *core, struct gmem_recovery *recovery)
 }
 
 /* One whose descriptor was not kept is lost: its reads fail. */
-static int load_file(struct gmem_core *core, struct gmem_object *object, const struct gmem_record *record)
+static int load_source(struct gmem_core *core, struct gmem_object *object, const struct gmem_record *record)
 {
 	struct gmem_file_args args = { .offset = record->object.source_offset,
 				       .bytes = record->object.bytes - record->object.source_tail,
 				       .write = record->object.source == GMEM_RECORD_FILE_WRITE,
 				       .private_ = record->object.source == GMEM_RECORD_FILE_PRIVATE };
 	struct gmem_source *source;
-	int err;
+	int fd, err;
 
 	if (record->object.source == GMEM_RECORD_NO_SOURCE)
 		return 0;
-	err = gmem_filesource_create(gmem_keep_take(&core->keep, "source.%llu", (unsigned long long)object->pn), &args,
-				     &source);
+	fd = gmem_keep_take(&core->keep, "source.%llu", (unsigned long long)object->pn);
+	err = record->object.source == GMEM_RECORD_REMOTE ? gmem_remotesource_adopt(core, fd, &source) :
+							     gmem_filesource_create(fd, &args, &source);
 	if (!err) {
 		gmem_source_set(object, source);
 		atomic_fetch_add(&object->account->sources, 1);
@@ -198,11 +199,11 @@ static int load_object(struct gmem_core *core, struct gmem_recovery *recovery, c
 		err = gmem_object_adopt(core, account, files, r, one->number, &recovery->objects[recovery->object_count]);
 	if (err)
 		return err == -EEXIST ? -EPROTO : err;
-	if (r->object.source == GMEM_RECORD_FILE || r->object.source == GMEM_RECORD_FILE_WRITE)
+	if (r->object.source && r->object.source != GMEM_RECORD_FILE_PRIVATE)
 		gmem_object_uncharge(recovery->objects[recovery->object_count]);
 	else if (has_range)
 		atomic_fetch_add(&core->committed_bytes[r->object.class_], r->object.bytes);
-	return load_file(core, recovery->objects[recovery->object_count++], r);
+	return load_source(core, recovery->objects[recovery->object_count++], r);
 }
 
 static void set_owner(struct numbered *objects, size_t count, uint64_t pn, bool owns)

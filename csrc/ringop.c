@@ -181,7 +181,7 @@ static bool do_mmap(struct gmem_session *session, struct gmem_ring_job *job, boo
 	const struct gmem_ring_sqe *sqe = &job->sqe;
 	struct gmem_mmap_args args = {
 		.bytes = sqe->bytes, .page_bytes = sqe->arg, .small_only = sqe->flags & GMEM_RING_SMALL,
-		.fork = fork_of(sqe->flags), .asked = job->sq_index + 1ull, .again = job->again,
+		.above = adopt ? 0 : sqe->va, .fork = fork_of(sqe->flags), .asked = job->sq_index + 1ull, .again = job->again,
 		.kept = sqe->flags & GMEM_RING_KEEP,
 	};
 	struct gmem_region_info region;

@@ -43,6 +43,19 @@ int gmem_tier_next(struct gmem_hnode *hnode, uint64_t bytes, uint32_t not_these)
 	return -ENOMEM;
 }
 
+/* What it has free only: a device that made room would send pages here. */
+struct gmem_hnode *gmem_tier_overflow(struct gmem_hnode *hnode, uint64_t bytes)
+{
+	for (int h = 0; hnode->hnid == GMEM_HOST && h < GMEM_HNODE_MAX; h++) {
+		struct gmem_hnode *device = gmem_core_hnode(hnode->core, h);
+
+		if (device && gmem_hnode_takes_overflow(device) && !atomic_load(&device->draining) &&
+		    gmem_hnode_free_bytes(device) >= bytes)
+			return device;
+	}
+	return NULL;
+}
+
 int gmem_tier_rank(struct gmem_core *core, int hnid, uint32_t rank)
 {
 	struct gmem_hnode *hnode = gmem_core_hnode(core, hnid);

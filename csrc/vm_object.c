@@ -72,22 +72,25 @@ int gmem_object_adopt(struct gmem_core *core, struct gmem_account *account, stru
 	return 0;
 }
 
-static void fill_file(struct gmem_object *object, struct gmem_record *record)
+static void describe_source(const struct gmem_object *object, struct gmem_record *record, int *ret_fd)
 {
-	const struct gmem_file_args *args;
-	int fd;
+	const struct gmem_source *source = atomic_load(&object->source);
 
-	args = gmem_filesource_args(atomic_load(&object->source), &fd);
-	if (!args)
-		return;
-	record->object.source = args->write ? GMEM_RECORD_FILE_WRITE : args->private_ ? GMEM_RECORD_FILE_PRIVATE : GMEM_RECORD_FILE;
-	record->object.source_offset = args->offset;
-	record->object.source_tail = (uint32_t)(object->bytes - args->bytes);
+	if (source && source->ops->describe)
+		source->ops->describe(source, record, ret_fd);
+}
+
+static bool is_described(const struct gmem_object *object)
+{
+	const struct gmem_source *source = atomic_load(&object->source);
+
+	return source && source->ops->describe;
 }
 
 static int rewrite_record(struct gmem_object *object)
 {
 	struct gmem_record record = { .kind = GMEM_RECORD_OBJECT, .id = object->pn };
+	int fd;
 
 	record.object.account = object->account->session_id;
 	record.object.files = object->files->session_id;
@@ -99,7 +102,7 @@ static int rewrite_record(struct gmem_object *object)
 	record.object.flags = (uint8_t)((object->pooled ? GMEM_OBJECT_POOLED : 0) |
 					(atomic_load(&object->sealed) ? GMEM_OBJECT_SEALED : 0) |
 					(atomic_load(&object->succeeded) ? GMEM_OBJECT_SUCCEEDED : 0));
-	fill_file(object, &record);
+	describe_source(object, &record, &fd);
 	return gmem_record_put(&object->core->keep, &record, &object->record);
 }
 
@@ -109,13 +112,14 @@ void gmem_object_uncharge(struct gmem_object *object)
 	gmem_account_map(object->account, -(int64_t)object->bytes);
 }
 
-/* The descriptor first: a record without it is a file that is lost. */
-int gmem_object_set_file(struct gmem_object *object, struct gmem_source *source, bool uncharged)
+/* The descriptor first: a record without it is a source that is lost. */
+int gmem_object_set_source(struct gmem_object *object, struct gmem_source *source, bool uncharged)
 {
+	struct gmem_record record = { .object = { .bytes = object->bytes } };
 	int fd = -1, err = 0;
 
-	gmem_filesource_args(source, &fd);
 	gmem_source_set(object, source);
+	describe_source(object, &record, &fd);
 	atomic_fetch_add(&object->account->sources, 1);
 	if (uncharged)
 		gmem_object_uncharge(object);
@@ -124,11 +128,9 @@ int gmem_object_set_file(struct gmem_object *object, struct gmem_source *source,
 	return err ? err : rewrite_record(object);
 }
 
-static void forget_file(struct gmem_object *object)
+static void forget_source(struct gmem_object *object)
 {
-	int fd;
-
-	if (!gmem_filesource_args(atomic_load(&object->source), &fd))
+	if (!is_described(object))
 		return;
 	gmem_keep_forget(&object->core->keep, "source.%llu", (unsigned long long)object->pn);
 	atomic_fetch_sub(&object->account->sources, 1);
@@ -242,7 +244,7 @@ void gmem_object_unref(struct gmem_object *object)
 			gmem_range_free(&core->va[object->class_], core->window.base + object->offset, object->bytes);
 	}
 	atomic_fetch_sub(&core->object_count, 1);
-	forget_file(object);
+	forget_source(object);
 	gmem_source_release(atomic_load(&object->source)); /* perhaps the last reference on the one that has its range */
 	gmem_account_unref(object->files);
 	gmem_account_unref(object->account);

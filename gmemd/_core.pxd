@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # csrc/include/gmem/core.h and driver.h, as much of them as _core.pyx uses.
-from libc.stdint cimport int32_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
 
 
 cdef extern from "<stdbool.h>" nogil:
@@ -77,6 +77,12 @@ cdef extern from "gmem/driver.h" nogil:
         uint64_t assured_bytes
     struct gmem_device_usage:
         uint64_t pages, page_bytes, stored_bytes, raw_pages
+    struct gmem_pool_version:
+        const char *name
+        uint64_t stamp, pages
+        uint8_t shift
+        const uint64_t *present
+        uint32_t *checks
     struct gmem_peer_io:
         uint64_t key
         void *memory
@@ -163,6 +169,7 @@ cdef extern from "gmem/core.h" nogil:
         uint64_t bytes, page_bytes
         gmem_fork fork
         c_bool small_only
+        uint64_t above
         uint64_t asked
         c_bool again
     struct gmem_pool_args:
@@ -172,7 +179,7 @@ cdef extern from "gmem/core.h" nogil:
         uint64_t pool, va, bytes, page_bytes
         gmem_class class_
         c_bool sealed
-        uint64_t writers, readers
+        uint64_t writers, readers, fetched_bytes
         uint64_t resident_bytes[16]
     struct gmem_hnode_stats:
         int hnid
@@ -183,12 +190,13 @@ cdef extern from "gmem/core.h" nogil:
         uint64_t used_bytes, peak_bytes, pinned_bytes, contexts, faults, in_bytes, out_bytes, evictions
         uint64_t evicted_clean, errors
         int health
+        char last_error[160]
         const char *policy
     struct gmem_core_stats:
         uint64_t host_faults, device_faults, write_protect_faults, spurious_faults, first_touches
         uint64_t h2d_bytes, d2h_bytes, d2d_bytes, duplicates, invalidations, evictions, evicted_clean
         uint64_t prefetched_pages, ahead_pages, discarded_pages, poisoned_pages, retries, parked_faults, aged_pages
-        uint64_t throttled_faults, evictions_stopped, leftovers
+        uint64_t throttled_faults, evictions_stopped, leftovers, outside_faults
         uint64_t migration_ns, fault_ns, sessions, contexts, regions, objects, lpt_bytes, events_lost
         uint64_t ring_requests, ring_errors, stuck_reports
     struct gmem_thread_info:
@@ -260,6 +268,10 @@ cdef extern from "gmem/core.h" nogil:
     int gmem_pool_publish(gmem_core *, uint64_t)
     int gmem_pool_info_ "gmem_pool_info"(gmem_core *, uint64_t, gmem_pool_info *)
     void gmem_pool_ids(gmem_core *, uint64_t *, size_t, size_t *)
+    int gmem_pool_present(gmem_core *, uint64_t, uint64_t *)
+    int gmem_pool_export(gmem_core *, uint64_t, int, const gmem_pool_version *, uint64_t, uint64_t)
+    int gmem_pool_import(gmem_core *, uint64_t, int, const gmem_pool_version *, uint64_t *)
+    int gmem_pool_erase(gmem_core *, int, const gmem_pool_version *, uint64_t, uint64_t)
     int gmem_mmap(gmem_core *, uint64_t, const gmem_mmap_args *, gmem_region_info *)
     int gmem_map_file(
         gmem_core *, uint64_t, int, const gmem_file_args *, const gmem_mmap_args *, gmem_region_info *, const char **)

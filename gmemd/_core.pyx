@@ -14,6 +14,7 @@ import threading
 import structlog
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.errno cimport ENOMEM
 from libc.stdlib cimport calloc, free, malloc
 from libc.string cimport memset, strncpy
 from posix.unistd cimport close as close_fd
@@ -59,6 +60,22 @@ cdef tuple _by_class(const int *fds):
     """(huge, small), None where there is none."""
     huge, small = fds[<int>GMEM_CLASS_HUGE], fds[<int>GMEM_CLASS_SMALL]
     return (huge if huge >= 0 else None, small if small >= 0 else None)
+
+
+cdef int _version(
+    gmem_pool_version *v, bytes name, object version, const unsigned char[::1] present, unsigned char[::1] checks
+) except -1:
+    cdef uint64_t pages = version.pages
+    if len(present) != (pages + 63) // 64 * 8 or len(checks) != pages * 4 or not pages:
+        raise ValueError("present and checks do not have the pages' size")
+    memset(v, 0, sizeof(v[0]))
+    v.name = name
+    v.stamp = version.stamp
+    v.pages = pages
+    v.shift = version.page_bytes.bit_length() - 1
+    v.present = <const uint64_t *>&present[0]
+    v.checks = <uint32_t *>&checks[0]
+    return 0
 
 
 cdef gmem_range *_ranges(list pairs, size_t *count) except NULL:
@@ -499,7 +516,9 @@ cdef class Core:
 
     # ---- memory ----
 
-    def mmap(self, uint64_t session, uint64_t size, *, uint64_t page_bytes=0, str fork="share", bint small=False):
+    def mmap(
+        self, uint64_t session, uint64_t size, *, uint64_t page_bytes=0, str fork="share", bint small=False, uint64_t above=0
+    ):
         cdef int fork_number = _FORK[fork]
         cdef gmem_core *core = self._enter()
         cdef gmem_mmap_args args
@@ -510,6 +529,7 @@ cdef class Core:
         args.page_bytes = page_bytes
         args.fork = <gmem_fork>fork_number
         args.small_only = small
+        args.above = above
         with nogil:
             err = gmem_mmap(core, session, &args, &region)
         self._leave()
@@ -747,9 +767,81 @@ cdef class Core:
         return {
             "pool": i.pool, "va": i.va, "bytes": i.bytes, "page_bytes": i.page_bytes,
             "huge": <int>i.class_ == GMEM_CLASS_HUGE, "sealed": bool(i.sealed), "writers": i.writers,
-            "readers": i.readers,
+            "readers": i.readers, "fetched_bytes": i.fetched_bytes,
             "resident_bytes": {h: i.resident_bytes[h] for h in range(GMEM_HNODE_MAX) if i.resident_bytes[h]},
         }
+
+    def pool_present(self, uint64_t pool):
+        """Which pages of a published pool have content: a bit for each, in whole words of 8 bytes."""
+        cdef gmem_core *core = self._enter()
+        cdef gmem_pool_info i
+        cdef uint64_t *present = NULL
+        cdef uint64_t words = 0
+        cdef int err
+        with nogil:
+            err = gmem_pool_info_(core, pool, &i)
+            if not err:
+                words = (i.bytes // i.page_bytes + 63) // 64
+                present = <uint64_t *>calloc(words, sizeof(uint64_t))
+                err = gmem_pool_present(core, pool, present) if present is not NULL else -ENOMEM
+        self._leave()
+        try:
+            if err:
+                _raise(err)
+            return PyBytes_FromStringAndSize(<char *>present, words * sizeof(uint64_t))
+        finally:
+            free(present)
+
+    def pool_export(self, uint64_t pool, int hnid, version, uint64_t first, uint64_t count):
+        """version: name, stamp, pages, page_bytes, present (bytes) and checks (a writable buffer of 4 bytes a page)."""
+        cdef gmem_pool_version v
+        cdef bytes name = version.name.encode()
+        cdef const unsigned char[::1] present = version.present
+        cdef unsigned char[::1] checks = version.checks
+        cdef gmem_core *core
+        cdef int err
+        _version(&v, name, version, present, checks)
+        core = self._enter()
+        with nogil:
+            err = gmem_pool_export(core, pool, hnid, &v, first, count)
+        self._leave()
+        if err:
+            _raise(err)
+
+    def pool_import(self, uint64_t session, int hnid, version):
+        cdef gmem_pool_version v
+        cdef bytes name = version.name.encode()
+        cdef const unsigned char[::1] present = version.present
+        cdef unsigned char[::1] checks = version.checks
+        cdef gmem_core *core
+        cdef uint64_t pool = 0
+        cdef int err
+        _version(&v, name, version, present, checks)
+        core = self._enter()
+        with nogil:
+            err = gmem_pool_import(core, session, hnid, &v, &pool)
+        self._leave()
+        if err:
+            _raise(err)
+        return pool
+
+    def pool_erase(self, int hnid, str name, uint64_t stamp, uint64_t pages, uint64_t page_bytes, uint64_t first,
+                   uint64_t count):
+        cdef gmem_pool_version v
+        cdef bytes name_bytes = name.encode()
+        cdef gmem_core *core
+        cdef int err
+        memset(&v, 0, sizeof(v))
+        v.name = name_bytes
+        v.stamp = stamp
+        v.pages = pages
+        v.shift = (<object>page_bytes).bit_length() - 1
+        core = self._enter()
+        with nogil:
+            err = gmem_pool_erase(core, hnid, &v, first, count)
+        self._leave()
+        if err:
+            _raise(err)
 
     def pool_ids(self):
         cdef gmem_core *core = self._enter()
@@ -902,6 +994,7 @@ cdef class Core:
                 "pinned_bytes": s.pinned_bytes, "contexts": s.contexts, "faults": s.faults, "in_bytes": s.in_bytes,
                 "out_bytes": s.out_bytes, "evictions": s.evictions, "evicted_clean": s.evicted_clean,
                 "errors": s.errors, "health": s.health,
+                "last_error": (<bytes>s.last_error).decode("utf-8", "replace"),
                 "policy": (<bytes>s.policy).decode(),
             })
         return found

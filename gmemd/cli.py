@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gmemd import __version__, cli_run, cli_trace
+from gmemd import __version__, cli_pools, cli_run, cli_trace
 from gmemd.config import LOG_LEVELS, Config, ConfigError, load, override
 from gmemd.control import Control, socket_path
 from gmemd.errors import RequestError
@@ -200,6 +200,8 @@ def gmemctl_parser() -> argparse.ArgumentParser:
     command("sessions", "client processes")
     pools = command("pools", "named memory that several processes share")
     pools.add_argument("--unlink", metavar="NAME", help="end a pool: nobody can open it any more")
+    pools.add_argument("--remote", metavar="DEVICE", help="those that are published on the servers of a remote tier")
+    cli_pools.add_parser(pools)
     command("stats", "counters")
     regions = command("map", "mapped regions")
     regions.add_argument("--session", type=int, metavar="ID", help="only of this session")
@@ -278,9 +280,10 @@ def _sessions(control: Control, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _pools(control: Control, args: argparse.Namespace) -> dict[str, Any]:
+    remote = {} if args.remote is None else {"remote": args.remote}
     if args.unlink is not None:
-        return control.request("pool_unlink", name=args.unlink)
-    return {**control.request("pools"), "hnodes": control.request("devices")["devices"]}
+        return control.request("pool_unlink", name=args.unlink, **remote)
+    return {**control.request("pools", **remote), "hnodes": control.request("devices")["devices"]}
 
 
 def _map(control: Control, args: argparse.Namespace) -> dict[str, Any]:
@@ -322,6 +325,8 @@ def _gmemctl(args: argparse.Namespace) -> int:
         return cli_trace.run(args)
     if args.command == "run":
         return cli_run.run(args)
+    if args.command == "pools" and args.action == "simulate":
+        return cli_pools.run(args)
     path = socket_path(args.socket)
     with Control(path) as control:
         if args.command == "top":

@@ -236,13 +236,22 @@ class DeviceTable:
             hnids = list(self._hnids.values())
         return any(self.makes_frames(hnid) for hnid in hnids)
 
+    def companion(self, name: str) -> tuple[int, Any]:
+        """hnid of a device, and who does in Python what it needs done there; None: nobody."""
+        with self._changed:
+            hnid = self._hnids.get(name)
+            if hnid is None:
+                raise RequestError(errno.ENOENT, f"name: no device {name} is attached", "name")
+            return hnid, self._companions.get(name)
+
     def names(self) -> list[str]:
         with self._changed:
             return list(self._hnids)
 
-    def describe_all(self) -> list[dict[str, Any]]:
-        """All hnodes with their counters, the host first, in the shape of the op `devices`."""
-        return [_describe(hnode) for hnode in self._core.hnodes()]
+    def describe_all(self, admin: bool = False) -> list[dict[str, Any]]:
+        """All hnodes with their counters, the host first, in the shape of the op `devices`. What drivers say may name
+        servers, and is for administrators."""
+        return [_describe(hnode) | ({} if admin else {"last_error": ""}) for hnode in self._core.hnodes()]
 
     def describe(self, hnid: int) -> dict[str, Any] | None:
         return next((hnode for hnode in self.describe_all() if hnode["hnid"] == hnid), None)
@@ -267,4 +276,5 @@ def _describe(hnode: Mapping[str, Any]) -> dict[str, Any]:
         **{name: hnode[name] for name in _COUNTERS},
         "policy": hnode["policy"],
         "health": hnode["health"],
+        "last_error": hnode["last_error"],
     }

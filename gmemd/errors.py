@@ -28,6 +28,11 @@ def errno_name(number: int) -> str:
     return _PREFERRED.get(number) or errno.errorcode.get(number, "EIO")
 
 
+def refuse(option: str, why: str, number: int = errno.EINVAL) -> RequestError:
+    """Of an option of a device's; to be raised."""
+    return RequestError(number, f"{option}: {why}", "config")
+
+
 def as_request_error(error: OSError, what: str, argument: str | None = None) -> RequestError:
     """An OSError of the core as a refusal; its own message is kept when it says more than the errno does."""
     if isinstance(error, RequestError):

@@ -165,8 +165,9 @@ class Operations:
     def _op_mmap(self, session: Session, args: Args) -> Reply:
         self._check_fits(args)
         region = self._core.mmap(
-            session.core_id, args["bytes"], page_bytes=args["page_bytes"], fork=args["fork"], small=args["small"]
-        )
+            session.core_id, args["bytes"], page_bytes=args["page_bytes"], fork=args["fork"], small=args["small"],
+            above=args["above"],
+        )  # fmt: skip
         return {key: region[key] for key in ("va", "bytes", "offset", "page_bytes", "huge")}
 
     def _op_adopt(self, session: Session, args: Args) -> Reply:
@@ -241,21 +242,29 @@ class Operations:
         return self._pools.create(session, args)
 
     def _op_pool_open(self, session: Session, args: Args) -> Reply:
-        return self._pools.open(session, args["name"], args["write"], args["uid"])
+        if args["remote"] is None:
+            return self._pools.open(session, args["name"], args["write"], args["uid"])
+        if args["write"]:
+            raise RequestError(errno.EPERM, "write: what is published on servers is not written to any more", "write")
+        return self._pools.open_shared(session, args["name"], args["remote"], args["uid"])
 
     def _op_pool_unlink(self, session: Session, args: Args) -> Reply:
-        self._pools.unlink(session, args["name"])
+        if args["remote"] is None:
+            self._pools.unlink(session, args["name"])
+        else:
+            self._pools.shared().unlink(session, args["name"], args["remote"])
         return {}
 
     def _op_pool_publish(self, session: Session, args: Args) -> Reply:
-        self._pools.publish(session, args["name"])
-        return {}
+        return self._pools.publish(session, args["name"], args["remote"])
 
     def _op_pools(self, session: Session, args: Args) -> Reply:
-        return {"pools": self._pools.describe(session)}
+        if args["remote"] is None:
+            return {"pools": self._pools.describe(session)}
+        return {"pools": self._pools.shared().published_on(session, args["remote"])}
 
     def _op_devices(self, session: Session, args: Args) -> Reply:
-        return {"devices": self._devices.describe_all()}
+        return {"devices": self._devices.describe_all(session.admin)}
 
     def _op_drivers(self, session: Session, args: Args) -> Reply:
         found = self._drivers.names()
@@ -265,6 +274,10 @@ class Operations:
         return {"hnid": self._devices.attach(args["driver"], args["name"], args["config"])}
 
     def _op_detach(self, session: Session, args: Args) -> Reply:
+        open_pools = self._pools.let_go(args["name"])
+        if open_pools and not args["force"]:
+            text = f"name: pools of {args['name']} are open here: {', '.join(open_pools)}"
+            raise RequestError(errno.EBUSY, text, "name")
         self._devices.detach(args["name"], args["force"])
         return {}
 
@@ -340,7 +353,7 @@ class Operations:
         stats = {**self._core.stats(), "threads_stuck": len(stuck)}
         if not session.admin:  # whom they serve is for whoever looks after this gmemd
             stuck = []
-        return {"stats": stats, "hnodes": self._devices.describe_all(), "stuck": stuck}
+        return {"stats": stats, "hnodes": self._devices.describe_all(session.admin), "stuck": stuck}
 
     def _op_map(self, session: Session, args: Args) -> Reply:
         wanted = args["session"]

@@ -21,10 +21,10 @@ from gmemd.door import short_of_descriptors
 from gmemd.errors import RequestError
 from gmemd.notes import Notes
 from gmemd.sessions import Session, SessionTable
+from gmemd.sharedpools import READ, WRITE, SharedPools, allows
 
 log = structlog.get_logger("gmemd.pools")
 
-READ, WRITE = 4, 2
 _TABLE = "pools"
 
 
@@ -40,22 +40,18 @@ class Pool:
     id: int = 0
 
     def allows(self, session: Session, want: int) -> bool:
-        if session.uid == 0:
-            return True
-        if session.uid == self.uid:
-            bits = self.mode >> 6
-        elif self.gid in session.gids:
-            bits = self.mode >> 3
-        else:
-            bits = self.mode
-        return bits & want == want
+        return allows(session, self, want)
 
 
 class PoolTable:
     """One lock guards the names; it is never held over a call of the core."""
 
-    def __init__(self, core: Any, sessions: SessionTable, *, pools_per_uid: int, notes: Notes | None = None) -> None:
+    def __init__(
+        self, core: Any, sessions: SessionTable, *, pools_per_uid: int, notes: Notes | None = None,
+        shared: SharedPools | None = None,
+    ) -> None:  # fmt: skip
         self._core = core
+        self._shared = shared
         self._sessions = sessions
         self._pools_per_uid = pools_per_uid
         self._notes = notes or Notes()
@@ -65,6 +61,8 @@ class PoolTable:
     def restore(self) -> None:
         """(blocks) A predecessor's. Those that it had not noted had not come to a client."""
         known = set(self._core.pool_ids())
+        if self._shared is not None:
+            known -= self._shared.restore()
         for pool_id, note in self._notes.table(_TABLE).items():
             pool = Pool(**note)
             if pool_id not in known or (pool.owner and self._sessions.by_core_id(pool.owner) is None):
@@ -144,7 +142,7 @@ class PoolTable:
             self._unlink(pool_id)
             raise
         log.info("pool created", pool=pool.name, uid=pool.uid, session=session.core_id, bytes=region["bytes"])
-        return self._reply(pool, region, sealed=False)
+        return self._reply(pool.id, region, sealed=False)
 
     def _made_before(self, session: Session, name: str) -> dict[str, Any] | None:
         """The answer was lost with the daemon that had made it."""
@@ -155,7 +153,7 @@ class PoolTable:
         with suppress(OSError):
             region = self._core.pool_open(session.core_id, pool.id, True)
             if not region["committed"]:
-                return self._reply(pool, region, sealed=False)
+                return self._reply(pool.id, region, sealed=False)
         return None
 
     def _end_with(self, pool: Pool) -> None:
@@ -178,6 +176,20 @@ class PoolTable:
             if error.errno not in (errno.ENOENT, errno.ESHUTDOWN):
                 log.error("a pool can't be unlinked", pool=pool_id, error=str(error))
 
+    def let_go(self, device: str) -> list[str]:
+        """(blocks) Before a device is detached: pools that are open from there."""
+        return self._shared.let_go(device) if self._shared is not None else []
+
+    def shared(self) -> SharedPools:
+        if self._shared is None:
+            raise RequestError(errno.EOPNOTSUPP, "remote: this gmemd shares no pools with others", "remote")
+        return self._shared
+
+    def open_shared(self, session: Session, name: str, remote: str, uid: int | None) -> dict[str, Any]:
+        """(blocks) The newest version that is published on a device's servers."""
+        one, region = self.shared().open(session, name, remote, uid)
+        return {**self._reply(one.id, region, sealed=True), "version": one.version}
+
     def open(self, session: Session, name: str, write: bool, uid: int | None) -> dict[str, Any]:
         """(blocks)"""
         pool = self._find(name)
@@ -199,12 +211,12 @@ class PoolTable:
             if number not in words:
                 raise
             raise RequestError(number, words[number], words[number].split(":")[0]) from None
-        return self._reply(pool, region, self._core.pool_info(pool.id)["sealed"])
+        return self._reply(pool.id, region, self._core.pool_info(pool.id)["sealed"])
 
     @staticmethod
-    def _reply(pool: Pool, region: dict[str, Any], sealed: bool) -> dict[str, Any]:
+    def _reply(pool_id: int, region: dict[str, Any], sealed: bool) -> dict[str, Any]:
         keys = ("va", "bytes", "offset", "page_bytes", "huge", "read_only")
-        return {"pool": pool.id, "sealed": sealed, "mapped": region["committed"], **{key: region[key] for key in keys}}
+        return {"pool": pool_id, "sealed": sealed, "mapped": region["committed"], **{key: region[key] for key in keys}}
 
     def unlink(self, session: Session, name: str) -> None:
         pool = self._owned(session, name, "unlink")
@@ -212,8 +224,8 @@ class PoolTable:
             self._unlink(pool.id)
             log.info("pool unlinked", pool=name, uid=pool.uid)
 
-    def publish(self, session: Session, name: str) -> None:
-        """(blocks)"""
+    def publish(self, session: Session, name: str, remote: str | None = None) -> dict[str, Any]:
+        """(blocks) With a device, on its servers, too: as a new version, whose number is the reply."""
         pool = self._owned(session, name, "publish")
         try:
             self._core.pool_publish(pool.id)
@@ -227,6 +239,7 @@ class PoolTable:
                 raise
             raise RequestError(number, f"name: {name}: {words[number]}", "name") from None
         log.info("pool published", pool=name, uid=pool.uid)
+        return {"version": self.shared().publish(pool, remote)} if remote is not None else {}
 
     def describe(self, session: Session) -> list[dict[str, Any]]:
         """(blocks) Those that the session may open; all for an administrator."""
@@ -240,11 +253,14 @@ class PoolTable:
                 info = self._core.pool_info(pool.id)
             except OSError:
                 continue  # unlinked between the list and the look
-            info["resident_bytes"] = {str(hnid): size for hnid, size in info["resident_bytes"].items()}
             rows.append({
-                **info, "name": pool.name, "uid": pool.uid, "gid": pool.gid, "mode": pool.mode,
-                "session": pool.owner, "persistent": not pool.owner,
+                **info, "name": pool.name, "uid": pool.uid, "gid": pool.gid, "mode": pool.mode, "session": pool.owner,
+                "persistent": not pool.owner, "remote": "", "version": 0,
             })  # fmt: skip
+        if self._shared is not None:
+            rows += [{**row, "session": 0, "persistent": False} for row in self._shared.describe(session)]
+        for row in rows:
+            row["resident_bytes"] = {str(hnid): size for hnid, size in row["resident_bytes"].items()}
         return rows
 
 

@@ -203,6 +203,7 @@ OPS: dict[str, Op] = {
             "page_bytes": optional(page_size, 0),
             "fork": optional(choice(*FORK), "share"),
             "small": optional(boolean, False),
+            "above": optional(page_aligned, 0),
         },
     ),
     "adopt": Op(
@@ -236,11 +237,17 @@ OPS: dict[str, Op] = {
         },
     ),
     "pool_open": Op(
-        SESSION, {"name": _POOL, "write": optional(boolean, False), "uid": optional(uint((1 << 32) - 2))}
+        SESSION,
+        {
+            "name": _POOL,
+            "write": optional(boolean, False),
+            "uid": optional(uint((1 << 32) - 2)),
+            "remote": optional(_DEVICE.check),
+        },
     ),
-    "pool_unlink": Op(ANY, {"name": _POOL}),
-    "pool_publish": Op(ANY, {"name": _POOL}),
-    "pools": Op(ANY, {}),
+    "pool_unlink": Op(ANY, {"name": _POOL, "remote": optional(_DEVICE.check)}),
+    "pool_publish": Op(ANY, {"name": _POOL, "remote": optional(_DEVICE.check)}),
+    "pools": Op(ANY, {"remote": optional(_DEVICE.check)}),
     "devices": Op(ANY, {}),
     "drivers": Op(ANY, {}),
     "attach": Op(ADMIN, {"driver": _DRIVER, "name": _DEVICE, "config": optional(string_map, {})}),

@@ -9,6 +9,7 @@ clients match them by id.
 from __future__ import annotations
 
 import collections
+import ctypes
 import errno
 import os
 import queue
@@ -44,6 +45,13 @@ _RESEND_MS = 1
 _RECEIVE_HWM = 64
 
 
+def make_identities_random(context: zmq.Context) -> None:
+    """A ROUTER numbers its connections from rand() on, which is the same in each process. libzmq ends the process when
+    a peer has named itself what the next one is to be called, so that must not be guessed."""
+    context.socket(zmq.PAIR).close()  # with its first socket, a context seeds rand() itself
+    ctypes.CDLL(None).srand(ctypes.c_uint(int.from_bytes(os.urandom(4), "little")))
+
+
 class Server:
     def __init__(
         self, context: zmq.Context, endpoint: str, sessions: SessionTable, operations: Operations, *, workers: int,
@@ -69,6 +77,7 @@ class Server:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stopping = False
         self._stopped = False
+        make_identities_random(context)
         self._socket = context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
         self._socket.setsockopt(zmq.MAXMSGSIZE, schema.MESSAGE_BYTES_MAX)

@@ -40,6 +40,7 @@ from gmemd.ops import Operations
 from gmemd.pools import PoolTable
 from gmemd.server import Server
 from gmemd.sessions import SessionTable
+from gmemd.sharedpools import SharedPools
 from gmemd.supervise import UPGRADE_STATUS
 from gmemd.systemd import Notifier, passed_descriptors
 from gmemd.watch import Watch
@@ -231,8 +232,10 @@ class Service:
         self.devices = DeviceTable(
             self.core, drivers, self.sessions, publisher.publish, config.quotas, notes=self.keep.notes
         )
+        shared = SharedPools(self.core, self.devices, self.keep.notes)
+        stack.push_async_callback(asyncio.to_thread, shared.stop)
         self.pools = PoolTable(
-            self.core, self.sessions, pools_per_uid=config.limits.pools_per_uid, notes=self.keep.notes
+            self.core, self.sessions, pools_per_uid=config.limits.pools_per_uid, notes=self.keep.notes, shared=shared
         )
         self._watch = Watch(self.core, self.devices.name_of, config.stuck_limit_s)
         self._start_events(stack, publisher)

@@ -38,9 +38,10 @@ def _plural(value: int, noun: str) -> str:
 
 
 def devices_table(hnodes: list[Reply]) -> Table:
+    said = any(h["last_error"] for h in hnodes)
     table = _table(
         "hnid", "<name", "<driver", "used", "stored", "peak", "capacity", "pinned", "contexts", "faults", "in", "out",
-        "evictions", "<policy", "errors", "<health",
+        "evictions", "<policy", "errors", "<health", *(["<last error"] if said else []),
     )  # fmt: skip
     for h in hnodes:
         table.add_row(
@@ -49,7 +50,7 @@ def devices_table(hnodes: list[Reply]) -> Table:
             format_size(h["peak_bytes"]), format_size(h["capacity_bytes"]), format_size(h["pinned_bytes"]),
             _count(h["contexts"]), _count(h["faults"]), format_size(h["in_bytes"]), format_size(h["out_bytes"]),
             _count(h["evictions"]), h["policy"], _count(h["errors"]),
-            "ok" if not h["health"] else f"errno {-h['health']}",
+            "ok" if not h["health"] else f"errno {-h['health']}", *([Text(h["last_error"])] if said else []),
         )  # fmt: skip
     return table
 
@@ -83,13 +84,26 @@ def _resident(sizes: Reply, names: dict[str, str]) -> str:
 
 def pools_table(pools: list[Reply], hnodes: list[Reply] | None = None) -> Table:
     names = {str(h["hnid"]): h["name"] for h in hnodes or []}
+    if pools and all("readers" not in p for p in pools):
+        return _published_table(pools)
     table = _table("<name", "uid", "gid", "<mode", "size", "page", "<state", "writers", "readers", "<ends", "<resident")
+    for p in pools:
+        state = f"{p['remote']} v{p['version']}" if p["remote"] else "published" if p["sealed"] else "writable"
+        ends = "unused" if p["remote"] else "persistent" if p["persistent"] else f"session {p['session']}"
+        table.add_row(
+            Text(p["name"]), str(p["uid"]), str(p["gid"]), f"{p['mode']:03o}", format_size(p["bytes"]),
+            format_size(p["page_bytes"]), Text(state), _count(p["writers"]), _count(p["readers"]), ends,
+            Text(_resident(p["resident_bytes"], names)),
+        )  # fmt: skip
+    return table
+
+
+def _published_table(pools: list[Reply]) -> Table:
+    table = _table("<name", "uid", "gid", "<mode", "size", "page", "<servers of", "version")
     for p in pools:
         table.add_row(
             Text(p["name"]), str(p["uid"]), str(p["gid"]), f"{p['mode']:03o}", format_size(p["bytes"]),
-            format_size(p["page_bytes"]), "published" if p["sealed"] else "writable", _count(p["writers"]),
-            _count(p["readers"]), "persistent" if p["persistent"] else f"session {p['session']}",
-            Text(_resident(p["resident_bytes"], names)),
+            format_size(p["page_bytes"]), Text(p["remote"]), str(p["version"]),
         )  # fmt: skip
     return table
 
@@ -212,6 +226,44 @@ def replayed(made: Reply) -> None:
     if not made["hnodes"]:
         parts.append("no accesses")
     _print(Group(*parts))
+
+
+def _rate(bytes_per_s: float) -> str:
+    return f"{bytes_per_s / 1e9:.3g} GB/s" if bytes_per_s >= 1e9 else f"{bytes_per_s / 1e6:.3g} MB/s"
+
+
+def _storm_cells(storm: Reply) -> list[str]:
+    drain = storm["drain_s"]
+    return [f"{100 * storm['blocked_threads_ratio']:.1f} %", _count(round(storm["queued_requests"])),
+            "never" if drain is None else f"{drain:.2f} s"]  # fmt: skip
+
+
+def simulated(made: Reply) -> None:
+    s, publish = made["scenario"], made["publish"]
+    table = _table(
+        "Zipf", "memory", "miss ratio", "± 95 %", "LRU, Che", "a machine", "its link", "a shard", "the busiest",
+        "its link", "cold start", "blocked", "queued", "drained in",
+    )  # fmt: skip
+    for r in made["results"]:
+        table.add_row(
+            f"{r['exponent']:g}", format_size(r["memory_bytes"]), f"{r['miss_ratio']:.4f}",
+            f"{r['miss_ratio_error']:.4f}" + ("" if r["sampling"]["settled"] else " ?"), f"{r['lru_by_che']:.4f}",
+            _rate(r["machine_bytes_per_s"]), f"{100 * r['machine_load']:.0f} %", _rate(r["shard_bytes_per_s"]),
+            _rate(r["busiest_shard_bytes_per_s"]), f"{100 * r['busiest_shard_load']:.0f} %",
+            f"{r['cold_start_s']:.0f} s", *_storm_cells(r["storm"]),
+        )  # fmt: skip
+    head = (
+        f"{_count(s['machines'])} machines read a pool of {format_size(s['pool_bytes'])} in pages of "
+        f"{format_size(s['page_bytes'])}, {_count(round(s['touches_per_s']))} touches a second each; "
+        f"policy {s['policy']}; {s['shards']} shards, {_count(publish['servers'])} servers with "
+        f"{format_size(int(publish['stored_bytes_per_server']))} each; links of "
+        f"{8 * s['link_bytes_per_s'] / 1e9:g} Gbit/s; fail-over of the busiest shard in {s['failover_s']:g} s"
+    )
+    sampled = max(r["sampling"]["one_in"] for r in made["results"])
+    tail = f"One page stands for up to {_count(sampled)}." + (
+        " ?: not settled" if not all(r["sampling"]["settled"] for r in made["results"]) else ""
+    )
+    _print(Group(Text(head), "", table, "", Text(tail)))
 
 
 SHOW: dict[str, Callable[[Reply, Namespace], None]] = {

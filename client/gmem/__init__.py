@@ -32,12 +32,15 @@ from gmem._errors import (
     InvalidArgument,
     KernelError,
     KernelTimeout,
+    LeaseLost,
     NotFound,
+    NotReplicated,
     NotSupported,
     OutOfMemory,
     PermissionDenied,
     Poisoned,
     QuotaExceeded,
+    Unreachable,
 )  # fmt: skip
 from gmem._fence import Fence
 from gmem._file import flush, from_file, memmap
@@ -49,9 +52,9 @@ from gmem._session import Session, connect, default
 __all__ = [
     "ADVICE", "Buffer", "Busy", "ConnectionLost", "Context", "ContextLost", "CudaContext", "DIRTY", "Device",
     "DeviceView", "Exists", "Fence", "GmemError", "InvalidArgument", "KernelError", "KernelTimeout",
-    "MemoryResource", "NotFound", "NotSupported", "OutOfMemory", "PAGE_DTYPE", "PINNED", "PermissionDenied",
-    "Poisoned", "Pool", "QuotaExceeded", "READ_MOSTLY", "STATES", "Session", "acquire", "adopt", "advise",
-    "advise_async", "alloc", "array", "cfunc", "connect", "default", "device", "devices", "discard", "empty",
-    "flush", "from_file", "full", "memcpy", "memcpy_async", "memmap", "pool", "prefetch", "prefetch_async", "stats",
-    "where", "zeros",
+    "LeaseLost", "MemoryResource", "NotFound", "NotReplicated", "NotSupported", "OutOfMemory", "PAGE_DTYPE", "PINNED",
+    "PermissionDenied", "Poisoned", "Pool", "QuotaExceeded", "READ_MOSTLY", "STATES", "Session", "Unreachable",
+    "acquire", "adopt", "advise", "advise_async", "alloc", "array", "cfunc", "connect", "default", "device", "devices",
+    "discard", "empty", "flush", "from_file", "full", "memcpy", "memcpy_async", "memmap", "pool", "prefetch",
+    "prefetch_async", "stats", "where", "zeros",
 ]  # fmt: skip

@@ -75,6 +75,24 @@ class Poisoned(GmemError):
     default_errno = _errno.EIO
 
 
+class LeaseLost(GmemError):
+    """Another machine may have published meanwhile; what this one was publishing is not to be seen."""
+
+    default_errno = _errno.ECANCELED
+
+
+class NotReplicated(GmemError):
+    """Fewer replicas of a server than were asked for have confirmed what was written."""
+
+    default_errno = _errno.ENODATA
+
+
+class Unreachable(GmemError, TimeoutError):
+    """No server has answered within the device's timeout."""
+
+    default_errno = _errno.ETIMEDOUT
+
+
 class KernelError(GmemError):
     """A kernel raised something that could not be sent back. remote_traceback: the traceback of the device process."""
 
@@ -106,6 +124,7 @@ _BY_ERRNO: dict[int, type[GmemError]] = {
     _errno.EOPNOTSUPP: NotSupported, _errno.ENOENT: NotFound, _errno.ENODEV: NotFound, _errno.ENOMEM: OutOfMemory,
     _errno.ENOSPC: OutOfMemory, _errno.EBUSY: Busy, _errno.EPERM: PermissionDenied, _errno.EACCES: PermissionDenied,
     _errno.ENOTCONN: ConnectionLost, _errno.ECONNREFUSED: ConnectionLost, _errno.ECONNRESET: ConnectionLost,
+    _errno.ECANCELED: LeaseLost, _errno.ENODATA: NotReplicated, _errno.ETIMEDOUT: Unreachable,
     _errno.EIO: Poisoned, _errno.EDQUOT: QuotaExceeded, _errno.EEXIST: Exists,
 }  # fmt: skip
 

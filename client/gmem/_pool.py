@@ -23,10 +23,12 @@ _BUSY_RANGES = 64
 class Pool:
     """A pool by its name. Made by pool(); opened by open(), array() or publish()."""
 
-    def __init__(self, session: Session, name: str, owner: int | None = None) -> None:
+    def __init__(self, session: Session, name: str, owner: int | None = None, remote: str | None = None) -> None:
         self.session = session
         self.name = name
+        self.remote = remote
         self._owner = owner
+        self._version: int | None = None
         self._mapping: Mapping | None = None
         self._published = False
 
@@ -72,10 +74,13 @@ class Pool:
             if write and self._mapping is not None and self._mapping.read_only:
                 raise Busy(f"write: {self.name} is open to read only; close it first", argument="write")
             return self
-        owner = {} if self._owner is None else {"uid": self._owner}
+        further: dict[str, Any] = {} if self._owner is None else {"uid": self._owner}
+        if self.remote is not None:
+            further["remote"] = self.remote
         with self.session.sharing:
-            found = self.session.request("pool_open", name=self.name, write=write, **owner)
+            found = self.session.request("pool_open", name=self.name, write=write, **further)
             self._published = found["sealed"]
+            self._version = found.get("version")
             if found["mapped"]:
                 self._mapping = self.session.mappings.get(found["va"]) or self._adopt(found)
                 return self
@@ -143,6 +148,12 @@ class Pool:
         """As far as this object has seen."""
         return self._published
 
+    @property
+    def version(self) -> int | None:
+        """Which version of a pool on servers this is; the newest one has the highest number. None for other pools, and
+        for one that has not been opened or published yet."""
+        return self._version
+
     def array(
         self, dtype: npt.DTypeLike = np.uint8, shape: Shape | None = None, *, offset: int = 0
     ) -> np.ndarray[Any, Any]:
@@ -164,10 +175,17 @@ class Pool:
 
     # ---- life ----
 
-    def publish(self, array: npt.ArrayLike | None = None, *, mode: int = 0o600) -> Pool:
+    def publish(self, array: npt.ArrayLike | None = None, *, mode: int = 0o600, remote: str | None = None) -> Pool:
         """Makes it immutable, for ever. Nobody can write to it afterwards, through arrays that are there already either
         (as to any read-only memory: SIGSEGV). With an array, first puts that there: in a new pool of its size if there
-        is none of this name, of that mode. Returns itself."""
+        is none of this name, of that mode. Returns itself.
+
+        remote: the name of a remote tier, on whose servers it becomes the newest version of this name, for
+        gmem.pool(name, remote=) on any machine that has these servers attached. It returns when they have all of it.
+        LeaseLost, Busy (another machine is publishing that name), NotReplicated, Unreachable, OutOfMemory: the version
+        before is still the newest, and this may be asked for again."""
+        if self.remote is not None:
+            raise InvalidArgument("remote: what comes from servers is published already", argument="remote")
         if array is not None:
             source = np.asarray(array)
             if source.dtype.hasobject:
@@ -180,13 +198,17 @@ class Pool:
                 text = f"array: {source.nbytes} bytes do not fit into the {self.nbytes} of {self.name}"
                 raise InvalidArgument(text, argument="array")
             self.array(source.dtype, source.shape)[...] = source
-        self.session.request("pool_publish", name=self.name)
+        further = {} if remote is None else {"remote": remote}
+        reply = self.session.request("pool_publish", name=self.name, **further)
         self._published = True
+        self._version = reply.get("version", self._version)
         return self
 
     def unlink(self) -> None:
-        """Nobody can open it any more. It goes when the last process has closed it."""
-        self.session.request("pool_unlink", name=self.name)
+        """Nobody can open it any more. It goes when the last process has closed it; from servers, when no machine reads
+        any of its versions."""
+        further = {} if self.remote is None else {"remote": self.remote}
+        self.session.request("pool_unlink", name=self.name, **further)
 
     def __repr__(self) -> str:
         state = "closed" if not self.is_open else f"{self.nbytes} bytes at 0x{self.address:x}"
@@ -217,7 +239,7 @@ def _checked_mode(mode: int) -> int:
 def pool(
     name: str, size: int | None = None, *, mode: int = 0o600, write: bool | None = None,
     page_size: str | int | None = None, persistent: bool = False, owner: int | None = None,
-    session: Session | None = None,
+    remote: str | None = None, session: Session | None = None,
 ) -> Pool:  # fmt: skip
     """A pool: memory with a name that every process of this gmemd can open, at the same address in all of them and in
     their device contexts. A page that one process has brought in is there for all.
@@ -226,11 +248,17 @@ def pool(
     session, or by unlink(); persistent (administrators only) by unlink() alone. mode: who may open it, as of a file.
     Without a size it is one that exists: write=True or False opens it now, else the first use does, to read only.
     owner: the uid whose pool it has to be.
+    remote: the name of a remote tier: the newest version that a machine has published there under that name, to read
+    only. Its pages come when they are touched, once for all processes of this machine. What is open stays what it is.
     """
     if not isinstance(name, str):
         raise InvalidArgument(f"name: {name!r} is no string", argument="name")
     session = session if session is not None else default()
-    made = Pool(session, name, owner)
+    if remote is not None and (not isinstance(remote, str) or not remote):
+        raise InvalidArgument(f"remote: {remote!r} is not the name of a device", argument="remote")
+    if remote is not None and size is not None:
+        raise InvalidArgument("remote: make a pool, and publish that: pool.publish(remote=)", argument="remote")
+    made = Pool(session, name, owner, remote)
     if size is None:
         return made if write is None else made.open(write)
     if not isinstance(size, (int, np.integer)) or isinstance(size, bool) or not 0 < size < 1 << 63:

@@ -22,7 +22,7 @@ _ADVICE = {
 }  # fmt: skip
 _FORK = {"share": 0, "none": lib.GMEM_RING_NO_INHERIT}
 _FIELDS = {
-    "mmap": {"bytes", "page_bytes", "fork", "small"}, "mmap_commit": {"va"}, "munmap": {"va", "bytes"},
+    "mmap": {"bytes", "page_bytes", "fork", "small", "above"}, "mmap_commit": {"va"}, "munmap": {"va", "bytes"},
     "munmap_keep": {"va", "bytes"},
     "prefetch": {"hnid", "va", "bytes"}, "discard": {"va", "bytes"}, "advise": {"hnid", "va", "bytes", "advice"},
     "hmemcpy": {"hnid", "dst", "src", "bytes"}, "acquire": {"context", "ranges", "write"},
@@ -50,7 +50,8 @@ def _entry(op: str, args: Mapping[str, Any], stream: int = 0) -> Any:
     try:
         if op == "mmap":
             flags = _FORK[args["fork"]] | (lib.GMEM_RING_SMALL if args["small"] else 0)
-            fields = (lib.GMEM_RING_MMAP, flags | lib.GMEM_RING_KEEP, 0, 0, args["bytes"], args["page_bytes"])
+            flags |= lib.GMEM_RING_KEEP
+            fields = (lib.GMEM_RING_MMAP, flags, 0, args["above"], args["bytes"], args["page_bytes"])
         elif op == "mmap_commit":
             fields = (lib.GMEM_RING_MMAP_COMMIT, 0, 0, args["va"], 0, 0)
         elif op == "munmap":

@@ -27,7 +27,7 @@ from gmem._ring import NotHere, Ring
 
 SYSTEM_SOCKET = "/run/gmem/gmemd.sock"
 _BUSY_RANGES = 64
-_SKIP_BYTES = 1 << 40
+_FAR_SHIFT = 18
 
 
 class Session:
@@ -137,26 +137,31 @@ class Session:
         flags = {"r": 0, "c": lib.GMEM_WIRE_FILE_PRIVATE}.get(mode, lib.GMEM_WIRE_FILE_WRITE)
         flags |= lib.GMEM_WIRE_FILE_NO_INHERIT if fork == "none" else 0
 
-        def reserve() -> dict[str, Any]:
+        def reserve(_: int) -> dict[str, Any]:
             region, message = ffi.new("struct gmem_wire_region *"), ffi.new("char[]", lib.GMEM_WIRE_MESSAGE_BYTES)
             err = lib.gmem_link_give_file(self._link, fd, offset, nbytes, page_bytes, flags, region, message)
             _refuse(err, message)
             return {"va": region.va, "bytes": region.bytes, "offset": region.offset, "huge": False}
 
         with self._layout:
-            return self._map_reserved(reserve, fork)
+            return self._map_reserved(reserve, fork, hold=True)
 
     def _map(self, nbytes: int, page_bytes: int, fork: str, small: bool) -> tuple[int, int]:
         return self._map_reserved(
-            lambda: self.request("mmap", bytes=nbytes, page_bytes=page_bytes, fork=fork, small=small), fork
-        )
+            lambda above: self.request(
+                "mmap", bytes=nbytes, page_bytes=page_bytes, fork=fork, small=small, above=above
+            ), fork, hold=False,
+        )  # fmt: skip
 
-    def _map_reserved(self, reserve: Callable[[], dict[str, Any]], fork: str) -> tuple[int, int]:
+    def _map_reserved(self, reserve: Callable[[int], dict[str, Any]], fork: str, hold: bool) -> tuple[int, int]:
+        """A range that is in use in this process is given back, and the next one is sought twice as far away: what is
+        there, another gmemd's with the same window, can be large. hold: reserve() seeks nowhere in particular, so that
+        what was refused is given back only afterwards."""
         refused: list[tuple[int, int]] = []
-        tries = 0
+        above = tries = 0
         try:
             while True:
-                region = reserve()
+                region = reserve(above)
                 va, size = region["va"], region["bytes"]
                 kept = region.get("kept", False)  # mapped already, and committed
                 if kept:
@@ -166,10 +171,13 @@ class Session:
                 if not err:
                     break
                 refused.append((va, size))
-                tries += 1
+                if not hold:
+                    self.request("munmap", va=va, bytes=size)
+                    refused.clear()
                 if err != -errno.EEXIST or tries == _BUSY_RANGES:
                     raise from_errno(-err, f"mmap of {size} bytes at 0x{va:x}: {os.strerror(-err)}")
-                refused += self._skip(size, tries - 1)
+                above = va + (size << min(tries, _FAR_SHIFT))
+                tries += 1
         finally:
             for start, length in refused:  # only now, so that they were not offered again
                 self.request("munmap", va=start, bytes=length)
@@ -181,17 +189,6 @@ class Session:
             self.unmap(va, size)
             raise
         return va, size
-
-    def _skip(self, size: int, tries: int) -> list[tuple[int, int]]:
-        """A range as large as all those that were refused, or what is to be had of that: what is there, another gmemd's
-        with the same window, can be larger than many tries."""
-        for n in range(min(tries, (_SKIP_BYTES // size).bit_length() - 1), 0, -1):
-            with suppress(GmemError):
-                region = self.request("mmap", bytes=size << n, page_bytes=0, fork="none", small=False)
-                if region.get("kept", False):
-                    lib.gmem_link_unmap(self._link, region["va"], region["bytes"])
-                return [(region["va"], region["bytes"])]
-        return []
 
     def map_pool(self, va: int, fork: str = "share") -> None:
         """Maps and commits what pool_create or pool_open has reserved. FileExistsError: the range is in use here."""

@@ -201,6 +201,22 @@ GMEM_API int gmem_pool_publish(struct gmem *session, const char *name);
 /* Nobody can open it any more. For its owner. */
 GMEM_API int gmem_pool_unlink(struct gmem *session, const char *name);
 
+/* The same on the servers of a remote tier, whose name is remote, for all machines that have these attached.
+ *
+ * Publishing seals the pool here and makes it the newest version of its name there; it returns when the servers have all of
+ * it. The number of a version grows. -EBUSY: another machine is publishing that name; -ECANCELED: the right to do so was
+ * lost on the way; -ENODATA: too few replicas have confirmed it; -ENOSPC: the servers are full; -ETIMEDOUT: none answers;
+ * -EACCES: the name is another user's there, or the servers refuse it. Then the version before is still the newest, and it
+ * may be asked for again. ret_version may be NULL. */
+GMEM_API int gmem_pool_publish_remote(struct gmem *session, const char *name, const char *remote, uint64_t *ret_version);
+/* The newest version, to read only; its pages come when they are touched, once for all processes of this machine, and one
+ * that can't be had within the tier's timeout is SIGBUS. options: GMEM_POOL_OF_UID alone. Opened again when there is a newer
+ * version, that is another range. */
+GMEM_API int gmem_pool_open_remote(struct gmem *session, const char *name, const char *remote,
+				   const struct gmem_pool_options *options, struct gmem_range *ret, uint64_t *ret_version);
+/* Nobody can open it any more; it goes when no machine reads any of its versions. For its owner. */
+GMEM_API int gmem_pool_unlink_remote(struct gmem *session, const char *name, const char *remote);
+
 /* ---- heap: in libgmem-heap.so, pkg-config gmem-heap ---- */
 
 /* malloc(3) and its kin in unified memory, moved in pages of 4 KiB: lists, trees and small arrays for kernels. Failures

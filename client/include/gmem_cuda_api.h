@@ -140,13 +140,14 @@ typedef struct CUmemAccessDesc {
 				   unsigned shared_bytes, CUstream stream, void **params, void **extra))
 
 struct gmem_cuda_api {
-#define X(member, symbol, parameters) CUresult (*member) parameters;
+#define X(member, symbol, parameters) CUresult (*member) parameters; /* NOLINT(bugprone-macro-parentheses) */
 	GMEM_CUDA_API(X)
 #undef X
 };
 
 /* Loads libcuda into ret; 0, -ENOENT (no libcuda here) or -ENOSYS (one without a symbol; *ret_missing names it). The
  * environment's GMEM_LIBCUDA names another library, as tests do with their double. It is never unloaded. */
+/* NOLINTNEXTLINE(readability-function-size): of which most is the list */
 static inline int gmem_cuda_api_load(struct gmem_cuda_api *ret, const char **ret_missing)
 {
 	const char *name = secure_getenv("GMEM_LIBCUDA");

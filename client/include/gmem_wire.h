@@ -195,7 +195,7 @@ enum gmem_ring_op {
 	GMEM_RING_PREFETCH,    /* hnid, va, bytes */
 	GMEM_RING_DISCARD,     /* va, bytes */
 	GMEM_RING_HMEMCPY,     /* hnid, va: destination, bytes; arg: source */
-	GMEM_RING_MMAP,        /* bytes; arg: page_bytes; flags. Completion: values[] by enum gmem_ring_value */
+	GMEM_RING_MMAP,        /* bytes; arg: page_bytes; va: not below; flags. Completion: values[] by enum gmem_ring_value */
 	GMEM_RING_MMAP_COMMIT, /* va */
 	GMEM_RING_MUNMAP,      /* va, bytes */
 	GMEM_RING_ACQUIRE,     /* va, bytes; arg: context; flags */

@@ -16,7 +16,7 @@
 #include "agent.h"
 #include "syscalls.h"
 
-#define STACK_BYTES (256u << 10) /* it includes the program's thread-local storage */
+#define STACK_BYTES (256u << 10)
 
 struct gmem_agent {
 	struct gmem_agent_shared *shared;
@@ -67,6 +67,8 @@ static int start_thread(struct gmem_agent *agent)
 	sigfillset(&all);
 	pthread_sigmask(SIG_BLOCK, &all, &before); /* the program's handlers run on its own threads */
 	err = pthread_create(&agent->thread, &attributes, run, agent);
+	if (err == EINVAL) /* the program's thread-local storage is part of it, and does not fit */
+		err = pthread_create(&agent->thread, NULL, run, agent);
 	pthread_sigmask(SIG_SETMASK, &before, NULL);
 	pthread_attr_destroy(&attributes);
 	return -err;

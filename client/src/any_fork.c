@@ -7,13 +7,11 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <fcntl.h>
-#include <poll.h>
-#include <string.h>
 #include <unistd.h>
 
 #include "any.h"
 #include "extents.h"
+#include "forkpipe.h"
 #include "heap.h"
 #include "interpose.h"
 #include "peer.h"
@@ -29,8 +27,9 @@ struct run {
 	bool heap;
 };
 
-static int copied[2] = { -1, -1 }; /* over a fork: its end says that the child has its copies */
-static int spare[2] = { -1, -1 };  /* for the next one: there may be no descriptors to be had then */
+static struct gmem_fork_pipe copied = GMEM_NO_FORK_PIPE; /* of the fork under way */
+static int torn; /* of the fork under way: its child can't get a copy of one moment; 0: it can */
+static struct gmem_fork_pipe spare = GMEM_NO_FORK_PIPE;  /* for the next one: there may be no descriptors to be had then */
 
 static bool next_run(uintptr_t va, struct run *ret)
 {
@@ -45,19 +44,22 @@ static bool next_run(uintptr_t va, struct run *ret)
 	return true;
 }
 
-static void set_frozen(int advice)
+static int set_frozen(int advice)
 {
 	struct run run;
+	int err = 0;
 
 	for (uintptr_t va = 0; next_run(va, &run); va = run.end)
-		if (!run.withheld && !run.wiped)
-			gmem_hmadvise(gmem_any.session, GMEM_NO_HNID, (void *)run.va, run.end - run.va, advice);
+		if (!run.withheld && !run.wiped &&
+		    gmem_hmadvise(gmem_any.session, GMEM_NO_HNID, (void *)run.va, run.end - run.va, advice))
+			err = -EAGAIN;
+	return err;
 }
 
 static void reserve(void)
 {
-	if (spare[0] < 0 && pipe2(spare, O_CLOEXEC))
-		spare[0] = spare[1] = -1;
+	if (spare.fds[0] < 0)
+		gmem_fork_pipe_open(&spare);
 }
 
 static void renew(void)
@@ -68,7 +70,7 @@ static void renew(void)
 
 int *gmem_any_fork_fd(int i)
 {
-	return i < 2 ? &spare[i] : NULL;
+	return i < 2 ? &spare.fds[i] : NULL;
 }
 
 static void before_fork(void)
@@ -82,22 +84,16 @@ static void before_fork(void)
 	if (gmem_any_in_window(&here, sizeof(here)))
 		gmem_any_die("a program can't fork while it runs on a stack in managed memory");
 	reserve();
-	memcpy(copied, spare, sizeof(copied));
-	spare[0] = spare[1] = -1;
-	if (copied[0] < 0)
+	copied = spare;
+	spare = (struct gmem_fork_pipe)GMEM_NO_FORK_PIPE;
+	if (copied.fds[0] < 0)
 		gmem_any_die("a program can't fork: no descriptors are left");
-	set_frozen(GMEM_PEER_FREEZE);
+	torn = set_frozen(GMEM_PEER_FREEZE);
 }
 
 static void after_fork_parent(void)
 {
-	struct pollfd end = { .fd = copied[0], .events = POLLIN };
-
-	close(copied[1]);
-	while (poll(&end, 1, -1) < 0 && errno == EINTR)
-		;
-	close(copied[0]);
-	copied[0] = copied[1] = -1;
+	gmem_fork_pipe_wait(&copied, -1);
 	set_frozen(GMEM_PEER_THAW);
 	gmem_any_unlock_fds();
 	renew();
@@ -146,7 +142,7 @@ static int replace(const struct run *run)
 
 static void after_fork_child(void)
 {
-	int err = gmem_session_check(gmem_any.session);
+	int err = torn ? torn : gmem_session_check(gmem_any.session);
 	struct run run;
 
 	for (uintptr_t va = 0; !err && next_run(va, &run); va = run.end) {
@@ -160,9 +156,7 @@ static void after_fork_child(void)
 	gmem_any_forget_pins();
 	if (err)
 		gmem_any_die("a forked child could not get a copy of its memory: %s", gmem_last_error());
-	close(copied[0]);
-	close(copied[1]);
-	copied[0] = copied[1] = -1;
+	gmem_fork_pipe_end(&copied);
 	gmem_any_unlock_fds();
 	renew();
 	gmem_any_map_unlock();

@@ -39,20 +39,24 @@ static bool next_region(struct gmem_link *link, uint64_t va, struct region *ret)
 	return ret->va + ret->bytes > va;
 }
 
-void gmem_copies_freeze(struct gmem_link *link, bool frozen)
+int gmem_copies_freeze(struct gmem_link *link, bool frozen)
 {
 	struct gmem_ring_sqe sqe = { .op = GMEM_RING_ADVISE, .hnid = NO_HNID, .arg = frozen ? ADVISE_FREEZE : ADVISE_THAW };
 	struct gmem_ring_cqe cqe;
 	struct region region;
+	int err = 0;
 
 	if (!link->copies || !link->ring)
-		return;
+		return 0;
 	for (uint64_t va = 0; next_region(link, va, &region); va = region.va + region.bytes) {
+		int here;
+
 		sqe.va = region.va;
 		sqe.bytes = region.bytes;
-		if (region.copied)
-			call(link, sqe, &cqe);
+		here = region.copied ? call(link, sqe, &cqe) : 0;
+		err = err ? err : here;
 	}
+	return err;
 }
 
 /* ---- in the child ---- */
@@ -118,7 +122,7 @@ void gmem_copies_take(struct gmem_link *link)
 		return;
 	}
 	for (uint64_t va = 0; next_region(link, va, &region); va = region.va + region.bytes) {
-		int err = region.copied ? replace(link, &region) : 0;
+		int err = !region.copied ? 0 : link->torn ? link->torn : replace(link, &region);
 
 		if (!err)
 			continue;

@@ -12,8 +12,8 @@
 
 struct gmem_link;
 
-/* In the parent, around a fork: nobody writes to them. */
-void gmem_copies_freeze(struct gmem_link *link, bool frozen);
+/* In the parent, around a fork: nobody writes to them. 0 or -errno. */
+int gmem_copies_freeze(struct gmem_link *link, bool frozen);
 /* In the child, once it has joined. What can't be copied is unmapped there, and said on stderr. */
 void gmem_copies_take(struct gmem_link *link);
 /* Unmaps, or keeps from children, what is mapped of the session's files beside the window. */

@@ -19,7 +19,8 @@
 #define SMALL_BYTES 4096ull
 #define HUGE_BYTES (2ull << 20)
 #define BUSY_RANGES_MAX 64
-#define SKIP_BYTES_MAX (1ull << 40)
+#define BUSY_TRIES 40
+#define FAR_SHIFT 18
 /* A request describes at most 65536 pages; this many bytes are never more, and always whole pages. */
 #define QUERY_BYTES_MAX (65536 * SMALL_BYTES)
 
@@ -66,10 +67,10 @@ struct grant {
 	bool kept; /* mapped already, and committed */
 };
 
-static int reserve_by_ring(struct gmem *session, size_t bytes, const struct gmem_mmap_options *options,
+static int reserve_by_ring(struct gmem *session, size_t bytes, const struct gmem_mmap_options *options, uint64_t above,
 			   struct grant *ret)
 {
-	struct gmem_ring_sqe sqe = { .op = GMEM_RING_MMAP, .bytes = bytes, .arg = options->page_bytes };
+	struct gmem_ring_sqe sqe = { .op = GMEM_RING_MMAP, .bytes = bytes, .arg = options->page_bytes, .va = above };
 	struct gmem_ring_cqe cqe;
 	int err;
 
@@ -83,7 +84,8 @@ static int reserve_by_ring(struct gmem *session, size_t bytes, const struct gmem
 	return err;
 }
 
-static int reserve(struct gmem *session, size_t bytes, const struct gmem_mmap_options *options, struct grant *ret)
+static int reserve(struct gmem *session, size_t bytes, const struct gmem_mmap_options *options, uint64_t above,
+		   struct grant *ret)
 {
 	struct gmem_request request;
 	struct gmem_reply reply;
@@ -91,12 +93,13 @@ static int reserve(struct gmem *session, size_t bytes, const struct gmem_mmap_op
 	int err;
 
 	if (has_ring(session))
-		return reserve_by_ring(session, bytes, options, ret);
-	gmem_request_init(&request, "mmap", 4);
+		return reserve_by_ring(session, bytes, options, above, ret);
+	gmem_request_init(&request, "mmap", 5);
 	gmem_request_uint(&request, "bytes", bytes);
 	gmem_request_uint(&request, "page_bytes", options->page_bytes);
 	gmem_request_str(&request, "fork", options->flags & GMEM_MMAP_NO_INHERIT ? "none" : "share");
 	gmem_request_bool(&request, "small", options->flags & GMEM_MMAP_SMALL);
+	gmem_request_uint(&request, "above", above);
 	err = gmem_rpc_call(session->rpc, &request, &reply);
 	if (err)
 		return err;
@@ -109,51 +112,32 @@ static int reserve(struct gmem *session, size_t bytes, const struct gmem_mmap_op
 	return err;
 }
 
-/* Skips as much as was refused so far, or what is to be had of that: something of another gmemd's, which has the same
- * window, can be larger than many tries. Returns how many ranges that adds. */
-static size_t skip(struct gmem *session, const struct gmem_mmap_options *options, size_t tries, struct grant *ret)
-{
-	size_t bytes = ret[-1].bytes;
-
-	for (size_t i = tries; i > 0; i--) {
-		if (bytes > SKIP_BYTES_MAX >> i || reserve(session, bytes << i, options, ret))
-			continue;
-		if (ret->kept)
-			gmem_link_unmap(session->link, ret->va, ret->bytes);
-		return 1;
-	}
-	return 0;
-}
-
-/* Reserves and maps. Ranges that are in use in this process are given back, after all tries so that they do not come
- * again. */
+/* Reserves and maps. A range that is in use in this process is given back, and the next one is sought twice as far away:
+ * what is there, another gmemd's with the same window, can be large. */
 static int reserve_and_map(struct gmem *session, size_t bytes, const struct gmem_mmap_options *options,
 			   struct grant *ret)
 {
-	struct grant busy[2 * BUSY_RANGES_MAX], got;
 	bool inherit = !(options->flags & GMEM_MMAP_NO_INHERIT);
-	size_t count = 0, tries = 0;
+	struct grant got;
+	uint64_t above = 0;
 	int err;
 
-	do {
-		err = reserve(session, bytes, options, &got);
+	for (int tries = 0;; tries++) {
+		err = reserve(session, bytes, options, above, &got);
 		if (err)
-			break;
+			return err;
 		err = got.kept ? gmem_link_reuse(session->link, got.va, got.bytes) :
 				 gmem_link_map(session->link, got.va, got.bytes, got.offset, got.huge, inherit);
-		if (err)
-			busy[count++] = got;
-		if (err == -EEXIST)
-			count += skip(session, options, tries, &busy[count]);
-	} while (err == -EEXIST && ++tries < BUSY_RANGES_MAX);
-	for (size_t i = 0; i < count; i++)
-		call_range(session, "munmap", GMEM_RING_MUNMAP, NULL, (void *)(uintptr_t)busy[i].va, busy[i].bytes);
-	if (err && count)
-		gmem_fail(err, "bytes: %zu bytes can't be mapped at 0x%llx: %s", bytes,
-			  (unsigned long long)got.va, strerror(-err));
-	if (!err)
-		*ret = got;
-	return err;
+		if (!err)
+			break;
+		call_range(session, "munmap", GMEM_RING_MUNMAP, NULL, (void *)(uintptr_t)got.va, got.bytes);
+		if (err != -EEXIST || tries == BUSY_TRIES)
+			return gmem_fail(err, "bytes: %zu bytes can't be mapped at 0x%llx: %s", bytes,
+					 (unsigned long long)got.va, strerror(-err));
+		above = got.va + (got.bytes << (tries < FAR_SHIFT ? tries : FAR_SHIFT));
+	}
+	*ret = got;
+	return 0;
 }
 
 int gmem_session_commit(struct gmem *session, uint64_t va)

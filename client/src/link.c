@@ -6,8 +6,6 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <fcntl.h>
-#include <poll.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/socket.h>
@@ -18,6 +16,7 @@
 #include "atfork.h"
 #include "copies.h"
 #include "cuda.h"
+#include "forkpipe.h"
 #include "link.h"
 #include "ring.h"
 
@@ -25,13 +24,18 @@
 
 static pthread_mutex_t links_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct gmem_link *links; /* links_lock, which is held over a fork */
-static int joined[2] = { -1, -1 };
+static struct gmem_fork_pipe joined = GMEM_NO_FORK_PIPE;
 
 static void before_fork(void)
 {
+	int err = 0;
+
 	pthread_mutex_lock(&links_lock);
+	if (links)
+		err = gmem_fork_pipe_open(&joined);
 	for (struct gmem_link *link = links; link; link = link->next) {
-		gmem_copies_freeze(link, true);
+		/* a child that nobody waits for can't take a copy: it would be of no one moment */
+		link->torn = err ? err : gmem_copies_freeze(link, true);
 		pthread_mutex_lock(&link->lock);
 		if (link->ring)
 			gmem_ring_lock(link->ring);
@@ -41,8 +45,6 @@ static void before_fork(void)
 			gmem_copies_withhold(link);
 		}
 	}
-	if (links && pipe2(joined, O_CLOEXEC))
-		joined[0] = joined[1] = -1;
 }
 
 static bool any_copies(void)
@@ -62,16 +64,8 @@ static void unlock_links(void)
 
 static void after_fork_parent(void)
 {
-	struct pollfd wait = { .fd = joined[0], .events = POLLIN };
-
-	if (joined[0] >= 0) {
-		close(joined[1]);
-		/* a byte, or the end of a child that died; while it copies, nothing may be written here */
-		while (poll(&wait, 1, any_copies() ? -1 : CHILD_MS) < 0 && errno == EINTR)
-			;
-		close(joined[0]);
-		joined[0] = joined[1] = -1;
-	}
+	/* while it copies, nothing may be written here */
+	gmem_fork_pipe_wait(&joined, any_copies() ? -1 : CHILD_MS);
 	for (struct gmem_link *link = links; link; link = link->next)
 		if (link->ring)
 			gmem_ring_unlock(link->ring);
@@ -123,14 +117,7 @@ static void after_fork_child(void)
 	gmem_cuda_forked();
 	for (struct gmem_link *link = links; link; link = link->next)
 		rejoin(link);
-	if (joined[1] >= 0) {
-		if (write(joined[1], "", 1) < 0) {
-			/* the parent is gone: nobody waits */
-		}
-		close(joined[0]);
-		close(joined[1]);
-		joined[0] = joined[1] = -1;
-	}
+	gmem_fork_pipe_end(&joined);
 	unlock_links();
 	pthread_mutex_unlock(&links_lock);
 }

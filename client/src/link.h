@@ -37,6 +37,7 @@ struct gmem_link {
 	int files[GMEM_FILES];          /* -1 where there is none */
 	uint64_t inodes[GMEM_FILES];    /* of files; 0 where there is none */
 	bool copies;                    /* it has had regions that forked children get a copy of */
+	int torn;                       /* over a fork: why its child can't get them; 0: it can */
 	int channel;                    /* a context in this process (cuda.h); -1: it is no such */
 	struct gmem_ring *ring;         /* NULL: requests go over the control plane only */
 	struct gmem_agent *agent;       /* NULL: gmemd has not asked for one */

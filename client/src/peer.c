@@ -6,8 +6,6 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <fcntl.h>
-#include <poll.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -19,6 +17,7 @@
 
 #include "atfork.h"
 #include "error.h"
+#include "forkpipe.h"
 #include "peer.h"
 #include "session.h"
 #include "syscalls.h"
@@ -38,7 +37,8 @@ struct peer {
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* guards what follows; held over a fork */
 static struct peer *peers; /* by address */
 static size_t peer_count, peer_capacity;
-static int copied[2] = { -1, -1 }; /* over a fork: its end says that the child has its copies */
+static struct gmem_fork_pipe copied = GMEM_NO_FORK_PIPE;
+static int torn; /* over a fork: why its child can't get copies; 0: it can */
 
 static pthread_mutex_t session_lock = PTHREAD_MUTEX_INITIALIZER; /* of opening it */
 static struct gmem *_Atomic default_session;
@@ -234,41 +234,34 @@ static int map_fresh(struct gmem *session, size_t bytes, uintptr_t *ret)
 
 /* ---- fork: the child's memory is a copy, made before fork() returns in the parent ---- */
 
-static void set_frozen(int advice)
+static int set_frozen(int advice)
 {
-	for (size_t i = 0; i < peer_count; i++) /* without gmemd there is nothing to copy from */
-		if (!peers[i].withheld)
-			gmem_hmadvise(default_session, GMEM_NO_HNID, (void *)peers[i].va, peers[i].end - peers[i].va, advice);
+	int err = 0;
+
+	for (size_t i = 0; i < peer_count; i++) {
+		size_t bytes = peers[i].end - peers[i].va;
+		int here = peers[i].withheld ? 0 :
+					       gmem_hmadvise(default_session, GMEM_NO_HNID, (void *)peers[i].va, bytes, advice);
+
+		err = err ? err : here;
+	}
+	return err;
 }
 
+/* A child that nobody waits for can't take a copy: it would be of no one moment. */
 static void before_fork(void)
 {
 	pthread_mutex_lock(&lock);
-	if (peer_count && pipe2(copied, O_CLOEXEC))
-		copied[0] = copied[1] = -1;
-	set_frozen(GMEM_PEER_FREEZE);
-}
-
-static void close_copied(void)
-{
-	for (int i = 0; i < 2; i++) {
-		if (copied[i] >= 0)
-			close(copied[i]);
-		copied[i] = -1;
-	}
+	torn = peer_count ? gmem_fork_pipe_open(&copied) : 0;
+	if (torn)
+		gmem_fail(torn, "%s", strerror(-torn));
+	else
+		torn = set_frozen(GMEM_PEER_FREEZE);
 }
 
 static void after_fork_parent(void)
 {
-	struct pollfd end = { .fd = copied[0], .events = POLLIN };
-
-	if (copied[0] >= 0) {
-		close(copied[1]);
-		copied[1] = -1;
-		while (poll(&end, 1, -1) < 0 && errno == EINTR)
-			;
-	}
-	close_copied();
+	gmem_fork_pipe_wait(&copied, -1);
 	set_frozen(GMEM_PEER_THAW);
 	pthread_mutex_unlock(&lock);
 }
@@ -309,7 +302,7 @@ static void take_copies(struct gmem *session)
 	for (size_t i = 0; i < peer_count;) {
 		struct peer *peer = &peers[i];
 
-		if (!peer->withheld && !replace(session, peer)) {
+		if (!peer->withheld && !torn && !replace(session, peer)) {
 			i++;
 			continue;
 		}
@@ -331,7 +324,7 @@ static void after_fork_child(void)
 		take_copies(session);
 	}
 	gmem_streams_forget();
-	close_copied();
+	gmem_fork_pipe_end(&copied);
 	pthread_mutex_unlock(&lock);
 }
 

@@ -15,6 +15,7 @@
 
 struct grant {
 	uint64_t va, bytes;
+	uint64_t version; /* of a pool on servers */
 	bool mapped; /* this process has it already */
 };
 
@@ -43,6 +44,8 @@ static int call(struct gmem *session, struct gmem_request *request, struct grant
 	if (gmem_map_uint(root, "va", &ret->va) || gmem_map_uint(root, "bytes", &ret->bytes) ||
 	    gmem_map_bool(root, "mapped", &ret->mapped))
 		err = gmem_fail(-EPROTO, "name: gmemd's reply can't be read");
+	if (gmem_map_uint(root, "version", &ret->version))
+		ret->version = 0;
 	gmem_reply_deinit(&reply);
 	return err;
 }
@@ -61,28 +64,39 @@ static int ask_create(struct gmem *session, const char *name, size_t bytes, cons
 	return call(session, &request, ret);
 }
 
-static int ask_open(struct gmem *session, const char *name, const struct gmem_pool_options *options, struct grant *ret)
+static int ask_open(struct gmem *session, const char *name, const char *remote, const struct gmem_pool_options *options,
+		    struct grant *ret)
 {
 	bool owned = options->flags & GMEM_POOL_OF_UID;
 	struct gmem_request request;
 
-	gmem_request_init(&request, "pool_open", owned ? 3 : 2);
+	gmem_request_init(&request, "pool_open", 2u + owned + (remote != NULL));
 	gmem_request_str(&request, "name", name);
+	if (remote)
+		gmem_request_str(&request, "remote", remote);
 	gmem_request_bool(&request, "write", options->flags & GMEM_POOL_WRITE);
 	if (owned)
 		gmem_request_uint(&request, "uid", options->uid);
 	return call(session, &request, ret);
 }
 
-static int call_name(struct gmem *session, const char *op, const char *name)
+static int init_name(struct gmem *session, const char *op, const char *name, const char *remote, struct gmem_request *request)
 {
-	struct gmem_request request;
-
 	if (!session || !name)
 		return gmem_fail(-EINVAL, "%s: is NULL", session ? "name" : "session");
-	gmem_request_init(&request, op, 1);
-	gmem_request_str(&request, "name", name);
-	return gmem_rpc_call(session->rpc, &request, NULL);
+	gmem_request_init(request, op, remote ? 2 : 1);
+	gmem_request_str(request, "name", name);
+	if (remote)
+		gmem_request_str(request, "remote", remote);
+	return 0;
+}
+
+static int call_name(struct gmem *session, const char *op, const char *name, const char *remote)
+{
+	struct gmem_request request;
+	int err = init_name(session, op, name, remote, &request);
+
+	return err ? err : gmem_rpc_call(session->rpc, &request, NULL);
 }
 
 /* As it was before: with the words of the failure kept. */
@@ -145,7 +159,7 @@ int gmem_pool_create(struct gmem *session, const char *name, size_t bytes, const
 			char why[384];
 
 			snprintf(why, sizeof(why), "%s", gmem_last_error());
-			call_name(session, "pool_unlink", name);
+			call_name(session, "pool_unlink", name, NULL);
 			gmem_fail(err, "%s", why);
 		}
 		if (err == -EEXIST)
@@ -159,38 +173,85 @@ int gmem_pool_create(struct gmem *session, const char *name, size_t bytes, const
 	return err;
 }
 
-int gmem_pool_open(struct gmem *session, const char *name, const struct gmem_pool_options *options,
-		   struct gmem_range *ret)
+static int open_pool(struct gmem *session, const char *name, const char *remote, const struct gmem_pool_options *options,
+		     struct gmem_range *ret, uint64_t *ret_version)
 {
 	const struct gmem_pool_options defaults = { .size = sizeof(defaults) };
 	struct grant got;
 	int err;
 
 	options = options ? options : &defaults;
-	err = check(session, name, options, GMEM_POOL_WRITE | GMEM_POOL_OF_UID);
+	err = check(session, name, options, (remote ? 0 : GMEM_POOL_WRITE) | GMEM_POOL_OF_UID);
 	if (!err && !ret)
 		err = gmem_fail(-EINVAL, "ret: is NULL");
 	if (err)
 		return err;
 	pthread_rwlock_wrlock(&session->mapping);
-	err = ask_open(session, name, options, &got);
+	err = ask_open(session, name, remote, options, &got);
 	if (!err && !got.mapped) {
 		err = map(session, &got);
 		if (err == -EEXIST)
 			give_back(session, &got, false);
 	}
 	pthread_rwlock_unlock(&session->mapping);
-	if (!err)
-		*ret = (struct gmem_range){ (void *)(uintptr_t)got.va, got.bytes };
-	return err;
+	if (err)
+		return err;
+	*ret = (struct gmem_range){ (void *)(uintptr_t)got.va, got.bytes };
+	if (ret_version)
+		*ret_version = got.version;
+	return 0;
+}
+
+int gmem_pool_open(struct gmem *session, const char *name, const struct gmem_pool_options *options,
+		   struct gmem_range *ret)
+{
+	return open_pool(session, name, NULL, options, ret, NULL);
 }
 
 int gmem_pool_publish(struct gmem *session, const char *name)
 {
-	return call_name(session, "pool_publish", name);
+	return call_name(session, "pool_publish", name, NULL);
 }
 
 int gmem_pool_unlink(struct gmem *session, const char *name)
 {
-	return call_name(session, "pool_unlink", name);
+	return call_name(session, "pool_unlink", name, NULL);
+}
+
+/* ---- of several machines ---- */
+
+int gmem_pool_open_remote(struct gmem *session, const char *name, const char *remote,
+			  const struct gmem_pool_options *options, struct gmem_range *ret, uint64_t *ret_version)
+{
+	if (!remote)
+		return gmem_fail(-EINVAL, "remote: is NULL");
+	return open_pool(session, name, remote, options, ret, ret_version);
+}
+
+int gmem_pool_publish_remote(struct gmem *session, const char *name, const char *remote, uint64_t *ret_version)
+{
+	struct gmem_request request;
+	struct gmem_reply reply;
+	uint64_t version;
+	int err = remote ? 0 : gmem_fail(-EINVAL, "remote: is NULL");
+
+	if (!err)
+		err = init_name(session, "pool_publish", name, remote, &request);
+	if (!err)
+		err = gmem_rpc_call(session->rpc, &request, &reply);
+	if (err)
+		return err;
+	if (gmem_map_uint(gmem_reply_root(&reply), "version", &version))
+		err = gmem_fail(-EPROTO, "name: gmemd's reply can't be read");
+	else if (ret_version)
+		*ret_version = version;
+	gmem_reply_deinit(&reply);
+	return err;
+}
+
+int gmem_pool_unlink_remote(struct gmem *session, const char *name, const char *remote)
+{
+	if (!remote)
+		return gmem_fail(-EINVAL, "remote: is NULL");
+	return call_name(session, "pool_unlink", name, remote);
 }

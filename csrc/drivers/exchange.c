@@ -351,7 +351,7 @@ static bool is_over(const struct lane *lane)
 	return lane->answered == lane->queued && lane->wait == NOT_WANTED;
 }
 
-static int take_in(struct run *run, struct lane *lane)
+static int take_some(struct run *run, struct lane *lane)
 {
 	struct gmem_wire *wire = lane->wire;
 	int err = gmem_wire_receive(wire);
@@ -378,6 +378,16 @@ static int take_in(struct run *run, struct lane *lane)
 	return err;
 }
 
+static int take_in(struct run *run, struct lane *lane)
+{
+	int err;
+
+	do {
+		err = take_some(run, lane);
+	} while (!err && lane->wire->more);
+	return err;
+}
+
 /* ---- lanes ---- */
 
 /* What was on it is asked again; what was stored, but not confirmed, is stored again. */
@@ -396,7 +406,9 @@ static void end_lane(struct run *run, struct lane *lane, int err)
 		else if (request->state == ON_LANE || request->state == STORED)
 			again(request, at_once);
 	}
-	if (err == -EPROTO)
+	if (gmem_wire_why(lane->wire)[0])
+		gmem_nodes_note(run->x->nodes, "%s", gmem_wire_why(lane->wire));
+	else if (err == -EPROTO)
 		gmem_nodes_note(run->x->nodes, "%.80s: what it says is no reply",
 				run->x->nodes->nodes[lane->node]->address.name);
 	if (err)
@@ -473,7 +485,7 @@ static void serve_lane(struct run *run, unsigned l, short revents, uint64_t now)
 	struct lane *lane = &run->lanes[l];
 	int err = 0;
 
-	if (revents & (POLLIN | POLLERR | POLLHUP))
+	if (revents & (lane->wire->receive_events | POLLERR | POLLHUP))
 		err = take_in(run, lane);
 	if (!err)
 		err = push_out(run, lane);

@@ -14,7 +14,7 @@
 
 #define GMEM_VALUE_PIECES 16
 #define GMEM_EXCHANGE_MAX 64 /* requests at once */
-#define GMEM_VALUE_NAME 120
+#define GMEM_VALUE_NAME 176
 
 /* A page of a value, or of the part of it that is read. */
 struct gmem_piece {

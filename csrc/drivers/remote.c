@@ -176,14 +176,16 @@ static void remote_remove(struct gmem_device *tier)
 		close(tier->bell);
 	if (tier->guard >= 0)
 		close(tier->guard);
+	gmem_tls_destroy(tier->tls);
 	free(tier);
 }
 
 /* ---- probe ---- */
 
 struct options {
-	const char *tenant, *user, *password_file, *address;
-	uint64_t capacity, replicas, timeout_ms, control, guard;
+	const char *tenant, *user, *password_file, *address, *verify;
+	struct gmem_tls_options tls;
+	uint64_t with_tls, capacity, replicas, timeout_ms, control, guard;
 };
 
 #define UNSET UINT64_MAX
@@ -205,15 +207,24 @@ static int read_options(const struct gmem_driver_config *config, struct options 
 		{ "replicas", &ret->replicas, false, NULL }, { "timeout_ms", &ret->timeout_ms, false, NULL },
 		{ "user", NULL, false, &ret->user }, { "password_file", NULL, false, &ret->password_file },
 		{ "address", NULL, false, &ret->address }, { "control", &ret->control, false, NULL },
-		{ "guard", &ret->guard, false, NULL },
+		{ "guard", &ret->guard, false, NULL }, { "tls", &ret->with_tls, true, NULL },
+		{ "tls_ca_file", NULL, false, &ret->tls.ca_file }, { "tls_cert_file", NULL, false, &ret->tls.cert_file },
+		{ "tls_key_file", NULL, false, &ret->tls.key_file },
+		{ "tls_server_name", NULL, false, &ret->tls.server_name }, { "tls_verify", NULL, false, &ret->verify },
 	};
 	int err;
 
-	*ret = (struct options){ .tenant = "default", .user = "", .password_file = "", .capacity = 1ull << 30,
+	*ret = (struct options){ .tenant = "default", .user = "", .password_file = "", .verify = "full",
+				 .tls = { "", "", "", "", GMEM_TLS_FULL }, .capacity = 1ull << 30,
 				 .timeout_ms = TIMEOUT_DEFAULT_MS, .control = UNSET, .guard = UNSET };
 	err = gmem_driver_options(config, known, sizeof(known) / sizeof(known[0]));
 	if (err)
 		return err;
+	if (gmem_tls_verify_parse(ret->verify, &ret->tls.verify))
+		return refuse(config, -EINVAL, "tls_verify: full, ca or none");
+	for (size_t i = 0; !ret->with_tls && i < config->count; i++)
+		if (!strncmp(config->keys[i], "tls_", 4))
+			return refuse(config, -EINVAL, "tls_...: needs tls=on");
 	if (!is_tenant(ret->tenant))
 		return refuse(config, -EINVAL, "tenant: 1 to 32 letters, digits, and - _ .");
 	if (ret->capacity < CAPACITY_MIN || ret->capacity > CAPACITY_MAX)
@@ -238,7 +249,7 @@ static int open_nodes(const struct gmem_driver_config *config, const struct opti
 	struct gmem_identity identity = { .tls = NULL };
 	struct gmem_address address;
 	uint64_t patience = tier->timeout_ns / 4;
-	int control = -1, err;
+	int control = -1, err = 0;
 
 	if ((size_t)snprintf(identity.user, sizeof(identity.user), "%s", options->user) >= sizeof(identity.user))
 		return refuse(config, -EINVAL, "user: too long");
@@ -247,6 +258,11 @@ static int open_nodes(const struct gmem_driver_config *config, const struct opti
 		return refuse(config, -EINVAL, "password_file: too long");
 	if (options->address && gmem_address_parse(options->address, NULL, &address))
 		return refuse(config, -EINVAL, "address: IP:PORT, [IP6]:PORT or unix:/PATH");
+	if (options->with_tls)
+		err = gmem_tls_create(&options->tls, config->message, &tier->tls);
+	if (err)
+		return err;
+	identity.tls = tier->tls;
 	patience = patience < PATIENCE_MIN_NS ? PATIENCE_MIN_NS : patience > PATIENCE_MAX_NS ? PATIENCE_MAX_NS : patience;
 	if (options->control != UNSET && (control = fcntl((int)options->control, F_DUPFD_CLOEXEC, 3)) < 0)
 		return refuse(config, -errno, "control: no descriptor");
@@ -421,4 +437,5 @@ const struct gmem_driver_ops gmem_remote_ops = {
 	.last_error = remote_last_error, .peer_map = remote_peer_map, .peer_unmap = remote_peer_unmap,
 	.peer_free = remote_peer_free, .peer_map_batch = remote_peer_map_batch,
 	.peer_unmap_batch = remote_peer_unmap_batch, .peer_usage = remote_peer_usage,
+	.pool_put = gmem_remote_pool_put, .pool_get = gmem_remote_pool_get, .pool_drop = gmem_remote_pool_drop,
 };

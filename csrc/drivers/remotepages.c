@@ -47,8 +47,7 @@ static bool is_page(const struct gmem_device *tier, const struct gmem_peer_io *i
 	       (io->bytes == 1u << GMEM_SHIFT_4K || io->bytes == 1u << GMEM_SHIFT_64K || io->bytes == 1u << GMEM_SHIFT_2M);
 }
 
-/* Extents of 2 MiB, 4 MiB and 8 MiB: large enough for a batch, small enough to spread an array over all nodes. */
-static uint64_t extent_of(uint64_t key, uint32_t page_bytes)
+uint64_t gmem_remote_extent(uint64_t key, uint32_t page_bytes)
 {
 	return key >> (page_bytes == 1u << GMEM_SHIFT_4K ? 9 : page_bytes == 1u << GMEM_SHIFT_64K ? 6 : 2);
 }
@@ -63,7 +62,7 @@ static bool name_value(struct gmem_device *tier, uint32_t value, struct gmem_req
 		return false;
 	gmem_request_name(request, "gmem:%s:{t%016llx:%llx}:%llx:%llx", tier->tenant,
 			  (unsigned long long)tier->values.header->object,
-			  (unsigned long long)extent_of(lead, record->page_bytes), (unsigned long long)lead,
+			  (unsigned long long)gmem_remote_extent(lead, record->page_bytes), (unsigned long long)lead,
 			  (unsigned long long)version);
 	return true;
 }
@@ -361,15 +360,15 @@ static void push_some(struct gmem_device *tier, struct gmem_peer_io *io, unsigne
 	batch.tier = tier;
 	batch.io = io;
 	batch.count = batch.pages = batch.drops = 0;
-	for (uint8_t i = 0; i < count; i++) {
+	for (unsigned i = 0; i < count; i++) {
 		io[i].result = !is_page(tier, &io[i]) ? -EINVAL : !tries ? -EIO : 0;
 		if (io[i].result)
 			continue;
 		if (io[i].bytes != 1u << GMEM_SHIFT_4K) {
-			start_or_fail(&batch, &i, 1);
+			start_or_fail(&batch, &(uint8_t){ (uint8_t)i }, 1);
 			continue;
 		}
-		small[smalls++] = i;
+		small[smalls++] = (uint8_t)i;
 		if (smalls == GMEM_VALUE_SLOTS) {
 			start_or_fail(&batch, small, smalls);
 			smalls = 0;
@@ -442,7 +441,7 @@ static void pull_some(struct gmem_device *tier, struct gmem_peer_io *io, unsigne
 	uint8_t ios[GMEM_EXCHANGE_MAX];
 	unsigned started = 0;
 
-	for (uint8_t i = 0; i < count; i++) {
+	for (unsigned i = 0; i < count; i++) {
 		struct gmem_entry entry = { 0, 0 };
 
 		if (tries && io[i].result != -EAGAIN)
@@ -455,7 +454,7 @@ static void pull_some(struct gmem_device *tier, struct gmem_peer_io *io, unsigne
 		if (!start_pull(tier, &io[i], entry, &requests[started], &pieces[started]))
 			continue;
 		words[started] = entry.word;
-		ios[started++] = i;
+		ios[started++] = (uint8_t)i;
 	}
 	if (started)
 		gmem_remote_exchange(tier, requests, started, tier->timeout_ns);

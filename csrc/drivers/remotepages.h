@@ -21,6 +21,7 @@ struct gmem_device {
 	unsigned replicas;                    /* (C) */
 	uint64_t timeout_ns, capacity, key_count; /* (C) */
 	uint64_t bandwidth, latency_ns;       /* (C) */
+	struct gmem_tls *tls;                 /* (C) of nodes; NULL: none */
 	int guard;                            /* (C) whoever watches it ends the server when nobody has it any more */
 	struct gmem_quota quota;              /* of the entries; not limited */
 	struct gmem_entries *entries;         /* (C) */
@@ -43,6 +44,9 @@ uint64_t gmem_remote_page_bytes(uint64_t word);
 uint32_t gmem_remote_value(uint64_t word);
 unsigned gmem_remote_slot(uint64_t word);
 
+/* Of a page: extents are 2 MiB, 4 MiB and 8 MiB, large enough for a batch, small enough to spread an array over all nodes. */
+uint64_t gmem_remote_extent(uint64_t key, uint32_t page_bytes);
+
 /* Set the result of each io. */
 void gmem_remote_push(struct gmem_device *tier, struct gmem_peer_io *io, size_t count);
 void gmem_remote_pull(struct gmem_device *tier, struct gmem_peer_io *io, size_t count);
@@ -54,6 +58,12 @@ void gmem_remote_exchange(struct gmem_device *tier, struct gmem_request *request
 bool gmem_remote_sweep(struct gmem_device *tier, uint64_t ns);
 /* Brings the pages of some values that are at most half full into one; true: there is less now, once it is swept. */
 bool gmem_remote_squeeze(struct gmem_device *tier);
+/* Pools of several machines (remotepools.c): the ops of driver.h. */
+void gmem_remote_pool_put(struct gmem_device *tier, const struct gmem_pool_version *version, struct gmem_peer_io *io,
+			  size_t count);
+void gmem_remote_pool_get(struct gmem_device *tier, const struct gmem_pool_version *version, struct gmem_peer_io *io,
+			  size_t count);
+int gmem_remote_pool_drop(struct gmem_device *tier, const struct gmem_pool_version *version, uint64_t first, uint64_t count);
 /* Wakes the thread that does both. */
 void gmem_remote_ring(struct gmem_device *tier);
 

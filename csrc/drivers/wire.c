@@ -46,6 +46,7 @@ static int parse_inet(const char *text, struct gmem_address *made)
 		return -EINVAL;
 	memcpy(host, begin, (size_t)(end - begin));
 	host[end - begin] = '\0';
+	memcpy(made->host, host, sizeof(host));
 	if (inet_pton(AF_INET, host, &made->in.sin_addr) == 1) {
 		made->in.sin_family = AF_INET;
 		made->in.sin_port = htons((uint16_t)port);
@@ -76,6 +77,8 @@ int gmem_address_parse(const char *text, const char *name, struct gmem_address *
 	}
 	if (!err && (size_t)snprintf(made.name, sizeof(made.name), "%s", name ? name : text) >= sizeof(made.name))
 		err = -EINVAL;
+	if (name)
+		memcpy(made.host, made.name, sizeof(made.host));
 	if (!err)
 		*ret = made;
 	return err;
@@ -130,18 +133,54 @@ void gmem_wire_number(struct gmem_wire *wire, uint64_t number)
 
 /* ---- in and out ---- */
 
+/* One call's worth, as far as there is room. */
+static ssize_t send_some(struct gmem_wire *wire)
+{
+	const uint8_t *from = wire->tx + wire->tx_begin;
+	size_t bytes = wire->tx_end - wire->tx_begin;
+	ssize_t n;
+
+	if (wire->tls) {
+		wire->send_events = POLLOUT;
+		return gmem_tls_write(wire->tls, from, bytes, &wire->send_events);
+	}
+	do {
+		n = send(wire->fd, from, bytes, MSG_NOSIGNAL);
+	} while (n < 0 && errno == EINTR);
+	return n < 0 ? -errno : n;
+}
+
 int gmem_wire_send(struct gmem_wire *wire)
 {
 	while (wire->tx_begin < wire->tx_end) {
-		ssize_t n = send(wire->fd, wire->tx + wire->tx_begin, wire->tx_end - wire->tx_begin, MSG_NOSIGNAL);
+		ssize_t n = send_some(wire);
 
-		if (n < 0 && errno == EINTR)
-			continue;
 		if (n < 0)
-			return -errno;
+			return (int)n;
 		wire->tx_begin += (size_t)n;
 	}
 	wire->tx_begin = wire->tx_end = 0;
+	return 0;
+}
+
+/* TLS gives a record at a time, and poll() knows only of what is not yet read from the socket: so on until it has no
+ * more. An error behind something is told the next time. */
+static int receive_tls(struct gmem_wire *wire)
+{
+	size_t before = wire->rx_end;
+
+	wire->receive_events = POLLIN;
+	while (wire->rx_end < GMEM_WIRE_BUFFER) {
+		ssize_t n = gmem_tls_read(wire->tls, wire->rx + wire->rx_end, GMEM_WIRE_BUFFER - wire->rx_end,
+					  &wire->receive_events);
+
+		if (n < 0) {
+			wire->more = n != -EAGAIN;
+			return wire->rx_end == before ? (int)n : 0;
+		}
+		wire->rx_end += (size_t)n;
+	}
+	wire->more = true;
 	return 0;
 }
 
@@ -154,6 +193,8 @@ int gmem_wire_receive(struct gmem_wire *wire)
 		wire->rx_end -= wire->rx_begin;
 		wire->rx_begin = 0;
 	}
+	if (wire->tls)
+		return receive_tls(wire);
 	do {
 		n = recv(wire->fd, wire->rx + wire->rx_end, GMEM_WIRE_BUFFER - wire->rx_end, 0);
 	} while (n < 0 && errno == EINTR);
@@ -163,9 +204,15 @@ int gmem_wire_receive(struct gmem_wire *wire)
 	return 0;
 }
 
+const char *gmem_wire_why(const struct gmem_wire *wire)
+{
+	return wire->tls ? gmem_tls_why(wire->tls) : "";
+}
+
 void gmem_wire_expect(struct gmem_wire *wire, size_t bytes)
 {
-	int low_water = bytes >= LOW_WATER ? LOW_WATER : 1;
+	size_t ahead = wire->tls ? GMEM_TLS_AHEAD : 0; /* of that much the socket may have been read already */
+	int low_water = bytes >= LOW_WATER + ahead ? LOW_WATER : 1;
 
 	if (low_water == wire->low_water)
 		return;
@@ -175,7 +222,7 @@ void gmem_wire_expect(struct gmem_wire *wire, size_t bytes)
 
 short gmem_wire_events(const struct gmem_wire *wire, bool wants_reply)
 {
-	return (short)((wire->tx_begin < wire->tx_end ? POLLOUT : 0) | (wants_reply ? POLLIN : 0));
+	return (short)((wire->tx_begin < wire->tx_end ? wire->send_events : 0) | (wants_reply ? wire->receive_events : 0));
 }
 
 static int await(struct gmem_wire *wire, short events, uint64_t deadline_ns)
@@ -236,6 +283,40 @@ static int read_secret(const char *path, char *ret, size_t *ret_bytes)
 	return *ret_bytes ? 0 : -ENODATA;
 }
 
+/* Who the server is has to be clear before it is told a password. */
+static int begin_tls(struct gmem_wire *wire, const struct gmem_address *address, struct gmem_tls *tls,
+		     uint64_t deadline_ns, char *why)
+{
+	short events = POLLIN;
+	int err = gmem_tls_begin(tls, wire->fd, address->host, why, &wire->tls);
+
+	if (err)
+		return err;
+	while ((err = gmem_tls_handshake(wire->tls, &events)) == -EAGAIN) {
+		err = await(wire, events, deadline_ns);
+		if (err)
+			break;
+	}
+	if (err == -ETIMEDOUT)
+		snprintf(why, GMEM_MESSAGE_MAX, "tls: %.80s does not answer as a server with TLS would", address->name);
+	else if (err == -ECONNRESET && !gmem_wire_why(wire)[0])
+		snprintf(why, GMEM_MESSAGE_MAX, "tls: %.80s ends the connection in the handshake", address->name);
+	return err;
+}
+
+/* A few bytes on a new connection: it takes them, or it is none. */
+static int send_first(struct gmem_wire *wire, uint64_t deadline_ns)
+{
+	int err;
+
+	while ((err = gmem_wire_send(wire)) == -EAGAIN) {
+		err = await(wire, wire->send_events, deadline_ns);
+		if (err)
+			break;
+	}
+	return err;
+}
+
 static int send_auth(struct gmem_wire *wire, const struct gmem_identity *identity, uint64_t deadline_ns, char *why)
 {
 	char secret[SECRET_MAX];
@@ -252,11 +333,7 @@ static int send_auth(struct gmem_wire *wire, const struct gmem_identity *identit
 		gmem_wire_text(wire, identity->user);
 	gmem_wire_argument(wire, secret, bytes);
 	explicit_bzero(secret, sizeof(secret));
-	err = gmem_wire_send(wire);
-	if (err == -EAGAIN) { /* a few bytes on a new connection: it takes them, or it is none */
-		err = await(wire, POLLOUT, deadline_ns);
-		err = err ? err : gmem_wire_send(wire);
-	}
+	err = send_first(wire, deadline_ns);
 	explicit_bzero(wire->tx, SECRET_MAX + 256);
 	return err;
 }
@@ -276,10 +353,24 @@ static int read_line(struct gmem_wire *wire, uint64_t deadline_ns, struct gmem_r
 		}
 		err = gmem_wire_receive(wire);
 		if (err == -EAGAIN)
-			err = await(wire, POLLIN, deadline_ns);
+			err = await(wire, gmem_wire_events(wire, true), deadline_ns);
 		if (err)
 			return err;
 	}
+}
+
+/* That the server wants a certificate of ours, or another one, it says behind the handshake. */
+static int greet(struct gmem_wire *wire, uint64_t deadline_ns)
+{
+	struct gmem_resp reply;
+	int err;
+
+	gmem_wire_command(wire, 1);
+	gmem_wire_text(wire, "PING");
+	err = send_first(wire, deadline_ns);
+	if (err && err != -EPIPE && err != -ECONNRESET) /* gone already: what it had said is still to be read */
+		return err;
+	return read_line(wire, deadline_ns, &reply);
 }
 
 static int authenticate(struct gmem_wire *wire, const struct gmem_identity *identity, uint64_t deadline_ns, char *why)
@@ -288,7 +379,7 @@ static int authenticate(struct gmem_wire *wire, const struct gmem_identity *iden
 	int err;
 
 	if (!identity->password_file[0])
-		return 0;
+		return wire->tls ? greet(wire, deadline_ns) : 0;
 	err = send_auth(wire, identity, deadline_ns, why);
 	if (!err)
 		err = read_line(wire, deadline_ns, &reply);
@@ -308,6 +399,8 @@ static struct gmem_wire *new_wire(void)
 		return NULL;
 	wire->fd = -1;
 	wire->low_water = 1;
+	wire->send_events = POLLOUT;
+	wire->receive_events = POLLIN;
 	wire->tx = mmap(NULL, 2 * GMEM_WIRE_BUFFER, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	if (wire->tx == MAP_FAILED) {
 		free(wire);
@@ -333,9 +426,13 @@ int gmem_wire_open(const struct gmem_address *address, const struct gmem_identit
 		set_options(wire->fd, address->any.sa_family != AF_UNIX);
 		err = connect_to(wire, address, deadline_ns);
 	}
+	if (!err && identity->tls)
+		err = begin_tls(wire, address, identity->tls, deadline_ns, why);
 	if (!err)
 		err = authenticate(wire, identity, deadline_ns, why);
 	if (err) {
+		if (!why[0])
+			snprintf(why, GMEM_MESSAGE_MAX, "%s", gmem_wire_why(wire));
 		if (!why[0])
 			snprintf(why, GMEM_MESSAGE_MAX, "%.80s: %s", address->name, strerror(-err));
 		gmem_wire_close(wire);
@@ -347,6 +444,8 @@ int gmem_wire_open(const struct gmem_address *address, const struct gmem_identit
 
 void gmem_wire_close(struct gmem_wire *wire)
 {
+	if (wire->tls)
+		gmem_tls_end(wire->tls);
 	if (wire->fd >= 0)
 		close(wire->fd);
 	munmap(wire->tx, 2 * GMEM_WIRE_BUFFER);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Wire: one connection to a server, non-blocking, with a buffer for each direction. A wire belongs to one thread at a
- * time (nodes.h lends them). Pages pass through the buffers in pieces that stay in the CPU's cache.
+ * Wire: one connection to a server, non-blocking, plain or in TLS, with a buffer for each direction. A wire belongs to
+ * one thread at a time (nodes.h lends them). Pages pass through the buffers in pieces that stay in the CPU's cache.
  */
 #ifndef GMEM_DRIVERS_WIRE_H
 #define GMEM_DRIVERS_WIRE_H
@@ -14,6 +14,7 @@
 #include <sys/un.h>
 
 #include "resp.h"
+#include "tls.h"
 
 #define GMEM_WIRE_BUFFER (256u << 10)
 
@@ -25,10 +26,12 @@ struct gmem_address {
 		struct sockaddr_in6 in6;
 		struct sockaddr_un un;
 	};
-	char name[128]; /* the server's name, for its certificate and for people */
+	char name[128]; /* for people */
+	char host[128]; /* what its certificate has to be for */
 };
 
-/* "unix:/PATH", "1.2.3.4:6379", "[::1]:6379": numbers only, since a look-up of names blocks. name: NULL: as text. */
+/* "unix:/PATH", "1.2.3.4:6379", "[::1]:6379": numbers only, since a look-up of names blocks. name: of the
+ * host; NULL: its number. */
 int gmem_address_parse(const char *text, const char *name, struct gmem_address *ret);
 bool gmem_address_equal(const struct gmem_address *a, const struct gmem_address *b);
 
@@ -42,23 +45,26 @@ struct gmem_identity {
 struct gmem_wire {
 	int fd;
 	bool reused;                /* it has been lent before: that the server has closed it meanwhile is no failure */
-	bool wants_read;            /* TLS: what it has to do before it can write; and to write before it can read */
-	bool wants_write;
-	void *session;              /* TLS */
+	bool more;                  /* receiving has ended for want of room: poll() may know of nothing */
+	struct gmem_tls_session *tls; /* NULL: plain */
+	short send_events, receive_events; /* of poll(), that sending and receiving wait for; TLS may have to do the other first */
 	int low_water;              /* poll() waits for so much */
 	size_t tx_begin, tx_end, rx_begin, rx_end;
 	uint8_t *tx, *rx;
 };
 
-/* Connects and authenticates. -EACCES: refused by name or password; -ETIMEDOUT, -ECONNREFUSED, ...; why is a sentence
- * (GMEM_MESSAGE_MAX). */
+/* Connects and authenticates. -EACCES: refused by name, password or certificate, theirs or ours; -ETIMEDOUT,
+ * -ECONNREFUSED, ...; why is a sentence (GMEM_MESSAGE_MAX). */
 int gmem_wire_open(const struct gmem_address *address, const struct gmem_identity *identity, uint64_t deadline_ns,
 		   char *why, struct gmem_wire **ret);
 void gmem_wire_close(struct gmem_wire *wire);
 
-/* Moves what is there between buffer and socket. -EAGAIN: not now; -EPIPE, -ECONNRESET, ...: it is over. */
+/* Moves what is there between buffer and socket. -EAGAIN: not now; -EPIPE, -ECONNRESET, ...: it is over. While there is
+ * more, receiving is to be called again before poll(). */
 int gmem_wire_send(struct gmem_wire *wire);
 int gmem_wire_receive(struct gmem_wire *wire);
+/* What TLS had against it; "": nothing. */
+const char *gmem_wire_why(const struct gmem_wire *wire);
 /* So much is to come: who waits is not woken for each packet. */
 void gmem_wire_expect(struct gmem_wire *wire, size_t bytes);
 /* What poll() is to wait for. */

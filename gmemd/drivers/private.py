@@ -19,7 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from gmemd.drivers.servers import Endpoint, refuse
+from gmemd.drivers.servers import Endpoint
+from gmemd.errors import refuse
 
 _START_S = 10.0
 # Values are rounded up to what the allocator has: a page of a power of two takes a quarter more.

@@ -11,8 +11,12 @@ from typing import Any
 
 import structlog
 
+from gmemd.drivers import tls
 from gmemd.drivers.private import PrivateServer
-from gmemd.drivers.servers import Mapper, Servers, parse_endpoints, refuse
+from gmemd.drivers.published import Published
+from gmemd.drivers.servers import Mapper, Servers, parse_endpoints
+from gmemd.drivers.tls import Tls
+from gmemd.errors import refuse
 from gmemd.sizes import format_size, parse_size
 
 log = structlog.get_logger("gmemd.remote")
@@ -23,11 +27,15 @@ OPTIONS = {
     "password_file": "file with the password in its first line, readable by gmemd's user alone",
     "replicas": "how many replicas must have a page before it leaves the host",
     "timeout": "seconds until a server that does not answer is an error",
+    "lease": "seconds after which a machine that publishes a pool, and is not heard of, may be replaced by another",
     "tenant": "whose pages these are: a part of their names, which access rules refer to",
     "capacity": "bytes of pages it may hold",
+    **tls.OPTIONS,
 }
 _CAPACITY = 1 << 30
 _TIMEOUT_S = 15.0
+_LEASE_S = 30.0
+_LEASE_MIN_S = 1.0
 
 
 def _number(options: Mapping[str, str], name: str, default: float) -> float:
@@ -46,13 +54,12 @@ class Companion:
         self._state = dict(state or {})
         self._private: PrivateServer | None = None
         self._mapper: Mapper | None = None
+        self._published: dict[str, Any] = {}
+        self._tls: Tls | None = None
 
     def prepare(self, options: Mapping[str, str]) -> dict[str, str]:
         """(blocks) RequestError names the option."""
         for key in options:
-            if key.startswith("tls"):
-                raise refuse(key, "TLS is not built in: run a tunnel beside gmemd, or keep pages in a trusted network",
-                             errno.EOPNOTSUPP)  # fmt: skip
             if key not in OPTIONS:
                 raise refuse(key, f"no such option; there are {', '.join(OPTIONS)}")
         try:
@@ -61,6 +68,10 @@ class Companion:
             raise refuse("capacity", str(error)) from None
         timeout_ms = int(_number(options, "timeout", _TIMEOUT_S) * 1000)
         replicas = int(_number(options, "replicas", 0))
+        lease_s = _number(options, "lease", _LEASE_S)
+        if lease_s < _LEASE_MIN_S:
+            raise refuse("lease", f"at least {_LEASE_MIN_S:g} seconds")
+        self._tls = Tls.of(options)
         try:
             servers = self._servers(options, capacity)
             if "map" not in self._state:
@@ -72,20 +83,31 @@ class Companion:
             raise refuse("driver", why, errno.ENOENT) from None
         core = {"control": str(self._mapper.theirs.fileno()), "capacity": str(capacity), "timeout_ms": str(timeout_ms),
                 "replicas": str(replicas)}  # fmt: skip
+        self._published = {"tenant": options.get("tenant", "default"), "replicas": replicas,
+                           "timeout_s": timeout_ms / 1000, "lease_s": lease_s}  # fmt: skip
         core.update({key: options[key] for key in ("user", "password_file", "tenant") if key in options})
+        if self._tls is not None:
+            core.update(self._tls.options())
         if self._private is not None and self._private.guard >= 0:
             core["guard"] = str(self._private.guard)
         return core
 
+    def published(self, machine: str) -> Published:
+        """The pools that are published there, for whoever closes it. machine: what this gmemd is called there."""
+        assert self._mapper is not None
+        return Published(self._mapper.servers.again(), machine=machine, **self._published)
+
     def _servers(self, options: Mapping[str, str], capacity: int) -> Servers:
         if "endpoints" in options:
             endpoints = parse_endpoints(options["endpoints"])
+            if self._tls is not None and endpoints[0].path:
+                raise refuse("tls", "a Unix socket has none")
         else:
-            for key in ("user", "password_file"):
+            for key in ("user", "password_file", *tls.OPTIONS):
                 if key in options:
                     raise refuse(key, "a private server has none: name endpoints")
             endpoints = [self._private_server(capacity).endpoint]
-        return Servers(endpoints, options.get("user", ""), options.get("password_file", ""), {})
+        return Servers(endpoints, options.get("user", ""), options.get("password_file", ""), self._tls)
 
     def _check(self, servers: Servers, capacity: int, replicas: int) -> None:
         """Not in place of a predecessor: its pages are there, whether the servers can be reached just now or not."""

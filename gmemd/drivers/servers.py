@@ -15,13 +15,13 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import structlog
 
-from gmemd.errors import RequestError
+from gmemd.drivers.tls import Tls, explain
+from gmemd.errors import RequestError, refuse
 
 log = structlog.get_logger("gmemd.servers")
 
@@ -31,10 +31,6 @@ _ANSWER_S = 1.0  # of one server, for what is asked here
 _PORT = 6379
 _VERSION_MIN = 7
 _ENDPOINT = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(?P<port>\d{1,5}))?")
-
-
-def refuse(option: str, why: str, number: int = errno.EINVAL) -> RequestError:
-    return RequestError(number, f"{option}: {why}", "config")
 
 
 @dataclass(frozen=True)
@@ -99,7 +95,7 @@ def read_secret(path: str) -> str:
 class Servers:
     """A server, or a cluster of them. Methods block for about a second for each server that does not answer."""
 
-    def __init__(self, endpoints: list[Endpoint], user: str, password_file: str, tls: Mapping[str, str]) -> None:
+    def __init__(self, endpoints: list[Endpoint], user: str, password_file: str, tls: Tls | None) -> None:
         import valkey
         from valkey.credentials import CredentialProvider
 
@@ -111,6 +107,7 @@ class Servers:
                 return (user, secret) if user else (secret,)
 
         self._valkey = valkey
+        self._made_of = (endpoints, user, password_file, tls)
         self._endpoints = endpoints
         self._arguments: dict[str, Any] = {
             "socket_timeout": _ANSWER_S, "socket_connect_timeout": _ANSWER_S, "retry": None, "retry_on_timeout": False,
@@ -118,10 +115,14 @@ class Servers:
         if password_file:
             read_secret(password_file)
             self._arguments["credential_provider"] = FromFile()
-        self._arguments.update(tls)
+        self._tls = tls
         self._cluster: Any = None
         self._one: Any = None
         self._seen: dict[str, str] = {}
+
+    def again(self) -> Servers:
+        """The same with connections of its own, which are made when they are needed."""
+        return Servers(*self._made_of)
 
     def open(self) -> None:
         """RequestError says what is wrong with the first server that answers, or that none does."""
@@ -135,12 +136,24 @@ class Servers:
             except (self._valkey.ValkeyError, OSError) as error:
                 if isinstance(error, RequestError):
                     raise
-                problems.append(f"{endpoint}: {error}")
+                problems.append(f"{endpoint}: {explain(error)}{self._hint(error)}")
         raise refuse("endpoints", f"no server can be used: {'; '.join(problems)}"[:500], errno.ECONNREFUSED)
+
+    def _hint(self, error: Exception) -> str:
+        """Where only one side speaks TLS, it waits for the other, or the other hangs up."""
+        if self._tls is not None:
+            return " (does it speak TLS?)" if isinstance(error, self._valkey.TimeoutError) else ""
+        hung_up = isinstance(error, self._valkey.ConnectionError) and isinstance(
+            error.__context__, (ConnectionResetError, type(None))
+        )
+        return " (does it want TLS?)" if hung_up or isinstance(error, self._valkey.InvalidResponse) else ""
 
     def _open_at(self, endpoint: Endpoint) -> None:
         if endpoint.path:
             client = self._valkey.Valkey(unix_socket_path=endpoint.path, **self._arguments)
+        elif self._tls is not None:
+            pool = self._tls.connections()(host=endpoint.host, port=endpoint.port, **self._arguments)
+            client = self._valkey.Valkey(connection_pool=pool)
         else:
             client = self._valkey.Valkey(host=endpoint.host, port=endpoint.port, **self._arguments)
         client.ping()
@@ -161,6 +174,9 @@ class Servers:
         nodes = [ClusterNode(endpoint.host, endpoint.port) for endpoint in self._endpoints]
         arguments = dict(self._arguments)
         del arguments["retry"], arguments["retry_on_timeout"]
+        if self._tls is not None:  # a class of pools is only taken beside a URL
+            arguments["url"] = f"valkey://{self._endpoints[0]}"
+            arguments["connection_pool_class"] = self._tls.connections()
         self._cluster = ValkeyCluster(startup_nodes=nodes, cluster_error_retry_attempts=0, **arguments)
 
     @property
@@ -171,6 +187,14 @@ class Servers:
         if self._cluster is None:
             return [(str(self._endpoints[0]), self._one)]
         return [(node.name, self._cluster.get_valkey_connection(node)) for node in self._cluster.get_primaries()]
+
+    def client_of(self, key: str) -> Any:
+        """The client of the node that has that key's slot, as far as is known."""
+        if self._cluster is None and self._one is None:
+            self.open()
+        if self._cluster is None:
+            return self._one
+        return self._cluster.get_valkey_connection(self._cluster.get_node_from_key(key))
 
     def describe(self) -> list[dict[str, Any]]:
         """For each primary what it says of itself; what a user may not ask is missing."""
@@ -259,7 +283,7 @@ class Mapper:
 
     def __init__(self, servers: Servers, name: str, known: bytes) -> None:
         """known: the first map."""
-        self._servers = servers
+        self.servers = servers
         self._ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._ours.send(known)
         self._thread = threading.Thread(target=self._run, name=f"map-{name}", daemon=True)
@@ -273,8 +297,8 @@ class Mapper:
             try:
                 if not self._ours.recv(64):
                     return
-                self._servers.refresh()
-                self._ours.send(self._servers.map())
+                self.servers.refresh()
+                self._ours.send(self.servers.map())
             except (BrokenPipeError, ConnectionResetError):
                 return
             except Exception as error:  # whatever the package raises; the driver asks again
@@ -290,4 +314,4 @@ class Mapper:
         if self._thread.is_alive():
             self._thread.join(3 * _ANSWER_S)
         self._ours.close()
-        self._servers.close()
+        self.servers.close()

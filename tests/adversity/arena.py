@@ -141,6 +141,7 @@ class Arena:
         self.directory.chmod(0o755)
         self.socket = str(self.directory / "run" / "gmemd.sock")
         self._attackers: list[Talker] = []
+        self._bystanders: list[Talker] = []
         self.honest: Talker | None = None
         if as_uid is not None:
             os.chown(self.directory, as_uid, as_uid)
@@ -187,6 +188,14 @@ class Arena:
         made.answer()
         return made
 
+    def pooler(self, uid: int, bystander: bool = False) -> Talker:
+        """A process of that user with the client library, for pools (pooler.py); as an attacker, or to stay."""
+        command = [sys.executable, str(HERE / "pooler.py")]
+        made = Talker(as_user(uid, command) if ROOTLY else command, {"GMEM_SOCKET": self.socket})
+        (self._bystanders if bystander else self._attackers).append(made)
+        made.answer()
+        return made
+
     def end_attackers(self) -> None:
         for attacker in self._attackers:
             attacker.kill()
@@ -215,8 +224,8 @@ class Arena:
 
     def close(self) -> None:
         self.end_attackers()
-        if self.honest is not None:
-            self.honest.kill()
+        for other in (*self._bystanders, *([self.honest] if self.honest else [])):
+            other.kill()
         if hasattr(self, "control"):
             self.control.close()
         if self.process.poll() is None:

@@ -33,9 +33,19 @@ def arena(shared_arena: Arena) -> Iterator[Arena]:
     yield from _watched(shared_arena)
 
 
+@pytest.fixture(scope="module")
+def make_module_arena() -> Iterator[Callable[..., Arena]]:
+    """A daemon for the tests of a module."""
+    yield from _maker()
+
+
 @pytest.fixture
 def make_arena() -> Iterator[Callable[..., Arena]]:
     """A daemon of the test's own, with options of gmemd's command line."""
+    yield from _maker()
+
+
+def _maker() -> Iterator[Callable[..., Arena]]:
     arenas: list[Arena] = []
 
     def make(*options: str, **more) -> Arena:

@@ -39,9 +39,9 @@ INCLUDES = ["-Icsrc/include", "-Iclient/include"]
 TIMEOUT_S = 240
 
 
-def has_liburing(compiler: str) -> bool:
-    header = subprocess.run([compiler, "-xc", "-E", "-"], input="#include <liburing.h>", text=True, capture_output=True)
-    return header.returncode == 0
+def optional(compiler: str, what: str) -> list[str]:
+    """Flags or libraries of what the core uses where it can be had."""
+    return subprocess.run([".ci/optional", compiler, what], cwd=ROOT, text=True, capture_output=True).stdout.split()
 
 
 CLIENTS = ("anyprog.c", "heap.c", "preload.c")  # programs of their own, without the core
@@ -58,8 +58,7 @@ def build() -> Path:
     headers += [ROOT / "tests/unit_c/harness.h"]
     newest_header = max(header.stat().st_mtime for header in headers)
     compiler = os.environ.get("CC", "gcc")
-    uring = has_liburing(compiler)
-    flags = [*FLAGS, *INCLUDES, *(["-DGMEM_LIBURING"] if uring else [])]
+    flags = [*FLAGS, *INCLUDES, *optional(compiler, "flags")]
     objects = []
     for source in sources:
         target = BUILD / source.relative_to(ROOT).with_suffix(".o")
@@ -69,8 +68,7 @@ def build() -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run([compiler, *flags, "-c", str(source), "-o", str(target)], cwd=ROOT, check=True)
     program = BUILD / "bench"
-    libraries = ["-luring"] if uring else []
-    subprocess.run([compiler, *FLAGS, *objects, *libraries, "-o", str(program)], cwd=ROOT, check=True)
+    subprocess.run([compiler, *FLAGS, *objects, *optional(compiler, "libs"), "-o", str(program)], cwd=ROOT, check=True)
     return program
 
 

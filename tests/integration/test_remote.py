@@ -159,7 +159,6 @@ def test_refusals_say_which_option(refused, server, tmp_path):
     assert "endpoints" in refused("127.0.0.1:1")
     assert "replicas: " in refused(server.endpoint, replicas=1)
     assert "nope: no such option" in refused(server.endpoint, nope=1)
-    assert "tls: TLS is not built in" in refused(server.endpoint, tls="on")
     assert "capacity" in refused(server.endpoint, capacity=4096)
     assert "tenant" in refused(server.endpoint, tenant="a:b")
     assert "can be read by others" in refused(server.endpoint, password_file=secret(tmp_path, "x", 0o644))

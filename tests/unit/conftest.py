@@ -268,7 +268,9 @@ class FakeCore:
         if self.contexts.pop(context, None) is None:
             raise OSError(errno.ENOENT, "no such context")
 
-    def do_mmap(self, session: int, size: int, *, page_bytes: int, fork: str, small: bool) -> dict[str, Any]:
+    def do_mmap(
+        self, session: int, size: int, *, page_bytes: int, fork: str, small: bool, above: int = 0
+    ) -> dict[str, Any]:
         known = self._known(session)
         offset = sum(r["bytes"] for r in known["regions"])
         region = {
@@ -359,7 +361,7 @@ class FakeCore:
              "stored_pages", "stored_page_bytes", "stored_bytes", "raw_pages"), 0)  # fmt: skip
         return [
             {"hnid": h, "name": name, "driver": driver, "capacity_bytes": 1 << 20, "page_bytes_mask": 1 << 12,
-             "caps": 0x041, "policy": "acme", **zero}
+             "caps": 0x041, "policy": "acme", "last_error": "", **zero}
             for h, (name, driver) in sorted(self.devices.items())
         ]  # fmt: skip
 

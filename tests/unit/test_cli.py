@@ -73,6 +73,7 @@ class FakeControl:
         "hnid": 1, "name": "[red]gpu", "driver": "simgpu", "used_bytes": 1 << 20, "peak_bytes": 1 << 21,
         "capacity_bytes": 48 << 20, "pinned_bytes": 0, "contexts": 1, "faults": 12345, "in_bytes": 0, "out_bytes": 0,
         "evictions": 7, "errors": 0, "health": -5, "policy": "acme", "stored_bytes": 3 << 20,
+        "last_error": "it [i]fell off the bus",
     }  # fmt: skip
     session = {
         "session": 3, "uid": 1000, "pid": 77, "name": "py[b]thon", "mapped_bytes": 4096, "regions": 2, "contexts": 1,

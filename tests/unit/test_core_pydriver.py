@@ -120,11 +120,15 @@ def test_health(core, pagestore):
             if self.sick:
                 raise OSError(errno.ENODEV, "it fell off the bus")
 
+        def last_error(self):
+            return "it fell off the bus" if self.sick else ""
+
     driver = Ailing()
     hnid = attach(core, driver)
-    assert core.hnodes()[hnid]["health"] == 0
+    assert core.hnodes()[hnid]["health"] == 0 and core.hnodes()[hnid]["last_error"] == ""
     driver.sick = True
     assert core.hnodes()[hnid]["health"] == -errno.ENODEV
+    assert core.hnodes()[hnid]["last_error"] == "it fell off the bus"
 
 
 def test_closing_the_core_removes_drivers_and_ends_calls(pagestore):

@@ -91,7 +91,7 @@ def test_good_requests_pass_with_their_values(op):
 
 
 def test_defaults():
-    assert check("mmap", bytes=1) == {"bytes": 1, "page_bytes": 0, "fork": "share", "small": False}
+    assert check("mmap", bytes=1) == {"bytes": 1, "page_bytes": 0, "fork": "share", "small": False, "above": 0}
     assert check("map") == {"session": None, "limit": 4096}
     assert check("attach", driver="d", name="n")["config"] == {}
 

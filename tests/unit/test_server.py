@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The real ROUTER server over a core that only keeps books."""
 
+import ctypes
 import errno
 import itertools
 import os
@@ -17,7 +18,7 @@ from gmemd import __version__, schema
 from gmemd.devices import DeviceTable
 from gmemd.drivers.registry import Registry
 from gmemd.ops import Operations
-from gmemd.server import Server
+from gmemd.server import Server, make_identities_random
 from gmemd.sessions import Context, SessionTable
 from gmemd.watch import Watch
 
@@ -402,3 +403,23 @@ def test_what_is_asked_again_is_done_once(rig):
     assert msgpack.unpackb(dealer.recv())["ok"] and len(rig.core.called("mmap")) == 2
     dealer.send(msgpack.packb({**request, "bytes": 8192}))
     assert msgpack.unpackb(dealer.recv())["ok"] and len(rig.core.called("mmap")) == 3, "another request, all the same"
+
+
+def first_identity(context, make_random):
+    """What a ROUTER calls its first connection, in a process whose random numbers are known."""
+    ctypes.CDLL(None).srand(1)
+    if make_random:
+        make_identities_random(context)
+    with context.socket(zmq.ROUTER) as router, context.socket(zmq.DEALER) as dealer:
+        endpoint = f"inproc://identities-{os.urandom(8).hex()}"
+        router.bind(endpoint)
+        dealer.connect(endpoint)
+        dealer.send(b"")
+        return router.recv_multipart()[0]
+
+
+def test_identities_are_not_to_be_guessed():
+    with zmq.Context() as context:
+        context.socket(zmq.PAIR).close()
+        assert first_identity(context, False) == first_identity(context, False), "they come from rand()"
+        assert len({first_identity(context, True) for _ in range(3)}) == 3

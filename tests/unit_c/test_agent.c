@@ -93,12 +93,16 @@ static void overflows(uint8_t *window)
 		CHECK_EQ(window[i * 4096], i + 1);
 }
 
+/* A program's, and part of each thread's stack: more than the agent's has room for. */
+static _Thread_local volatile char local_storage[1 << 20];
+
 int main(void)
 {
 	int file = memfd_create("window", 0);
 	struct gmem_agent *theirs = NULL;
 	uint8_t *window, *outside;
 
+	local_storage[0] = 1;
 	CHECK(!ftruncate(file, BYTES));
 	window = mmap(NULL, BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
 	outside = mmap(NULL, BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

@@ -21,21 +21,15 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#include <gmem/driver.h>
-
 #include "../../csrc/drivers/crc32c.h"
 #include "../../csrc/drivers/store.h"
+#include "tierops.h"
 
-#define KIB4 4096ul
-#define KIB64 65536ul
-#define MIB2 (2ul << 20)
 #define KEYS 4096
 #define BATCH 64
 
 static const char *engine; /* of the run */
 static char folder[64];
-static char message[GMEM_MESSAGE_MAX];
-static const struct gmem_driver_ops *ops;
 static bool hugepages;
 
 /* ---- helpers ---- */
@@ -50,52 +44,32 @@ static char *in_folder(const char *name)
 	return at;
 }
 
+static const char *with_engine(const char *options)
+{
+	static _Thread_local char text[300];
+
+	snprintf(text, sizeof(text), "%s%s%s", options, strstr(options, "engine=") ? "" : " engine=",
+		 strstr(options, "engine=") ? "" : engine);
+	return text;
+}
+
 /* options: "path=... capacity=8M"; an engine is added. */
 static int attach(const char *options, struct gmem_device **ret)
 {
-	char *text, *save = NULL;
-	const char *keys[10], *values[10];
-	struct gmem_driver_config config = { .name = "f", .keys = keys, .values = values, .message = message,
-					     .key_count = KEYS };
-	int err;
-
-	CHECK(asprintf(&text, "%s%s%s", options, strstr(options, "engine=") ? "" : " engine=",
-		       strstr(options, "engine=") ? "" : engine) > 0);
-	message[0] = '\0';
-	for (char *word = strtok_r(text, " ", &save); word; word = strtok_r(NULL, " ", &save)) {
-		char *equals = strchr(word, '=');
-
-		*equals = '\0';
-		keys[config.count] = word;
-		values[config.count++] = equals + 1;
-	}
-	err = ops->probe(&config, ret);
-	free(text);
-	return err;
+	return tier_attach(with_engine(options), KEYS, NULL, ret);
 }
 
 static struct gmem_device *attached(const char *path, const char *options)
 {
-	struct gmem_device *device;
 	char text[256];
 
 	snprintf(text, sizeof(text), "path=%s %s", path, options);
-	if (attach(text, &device)) {
-		fprintf(stderr, "%s: %s\n", text, message);
-		exit(1);
-	}
-	return device;
+	return tier_attached(with_engine(text), KEYS, NULL);
 }
 
 static void refused(const char *options, int err, const char *why)
 {
-	struct gmem_device *device;
-
-	CHECK_EQ(attach(options, &device), err);
-	if (!strstr(message, why)) {
-		fprintf(stderr, "%s: \"%s\" does not say \"%s\"\n", options, message, why);
-		exit(1);
-	}
+	tier_refused(with_engine(options), KEYS, err, why);
 }
 
 /* The store is the device's first member; tests look where a page lies. */
@@ -109,26 +83,6 @@ static uint64_t offset_of(struct gmem_device *device, uint64_t key)
 	uint32_t crc;
 
 	return gmem_place_offset(gmem_index_get(&store_of(device)->index, key, &crc));
-}
-
-static void fill(void *at, size_t bytes, uint64_t key, uint64_t version)
-{
-	uint64_t *words = at, x = key * 0x9e3779b97f4a7c15ull + version * 0xbf58476d1ce4e5b9ull + 1;
-
-	for (size_t i = 0; i < bytes / 8; i++) {
-		x ^= x << 13;
-		x ^= x >> 7;
-		x ^= x << 17;
-		words[i] = x;
-	}
-}
-
-static bool is_filled(const void *at, size_t bytes, uint64_t key, uint64_t version)
-{
-	static _Thread_local uint64_t expected[MIB2 / 8];
-
-	fill(expected, bytes, key, version);
-	return !memcmp(at, expected, bytes);
 }
 
 static uint8_t *pages_memory(size_t bytes)
@@ -146,14 +100,14 @@ static int one(struct gmem_device *device, uint64_t key, size_t bytes, bool writ
 {
 	struct gmem_peer_io io[] = { { key, one_page, bytes, 99 }, { KEYS, one_page, bytes, 99 } };
 
-	CHECK_EQ((write ? ops->peer_map_batch : ops->peer_unmap_batch)(device, io, 2), 0);
+	CHECK_EQ((write ? tier_ops->peer_map_batch : tier_ops->peer_unmap_batch)(device, io, 2), 0);
 	CHECK_EQ(io[1].result, -EINVAL);
 	return io[0].result;
 }
 
 static int push(struct gmem_device *device, uint64_t key, size_t bytes, uint64_t version)
 {
-	fill(one_page, bytes, key, version);
+	tier_fill(one_page, bytes, key, version);
 	return one(device, key, bytes, true);
 }
 
@@ -165,16 +119,8 @@ static int pull(struct gmem_device *device, uint64_t key, size_t bytes, uint64_t
 	memset(one_page, 0xaa, bytes);
 	err = one(device, key, bytes, false);
 	if (!err)
-		CHECK(is_filled(one_page, bytes, key, version));
+		CHECK(tier_is_filled(one_page, bytes, key, version));
 	return err;
-}
-
-static struct gmem_device_usage usage(struct gmem_device *device)
-{
-	struct gmem_device_usage u;
-
-	CHECK_EQ(ops->peer_usage(device, &u), 0);
-	return u;
 }
 
 static void write_file(const char *path, const void *data, size_t bytes, off_t at)
@@ -205,7 +151,7 @@ static void test_crc32c(void)
 	CHECK_EQ(gmem_crc32c(0, "123456789", 9), 0xe3069283u); /* RFC 3720 has more of them */
 	CHECK_EQ(gmem_crc32c_tables(0, "123456789", 9), 0xe3069283u);
 	CHECK_EQ(gmem_crc32c(0, data, 32), 0x8a9136aau);
-	fill(data, sizeof(data), 1, 1);
+	tier_fill(data, sizeof(data), 1, 1);
 	for (size_t bytes = 0; bytes < sizeof(data) - 8; bytes += bytes < 100 ? 1 : 1361) {
 		uint32_t crc = gmem_crc32c(0, data + bytes % 8, bytes);
 
@@ -289,7 +235,7 @@ static void test_round_trips(void)
 	struct gmem_device *device = attached(folder, "capacity=16M");
 	struct gmem_device_info info;
 
-	CHECK_EQ(ops->info(device, &info), 0);
+	CHECK_EQ(tier_ops->info(device, &info), 0);
 	CHECK_EQ(info.capacity_bytes, 16 << 20);
 	CHECK_EQ(info.caps, GMEM_CAP_PEER | GMEM_CAP_SLOW);
 	CHECK(info.bandwidth_bytes_per_s > 1 << 20 && info.latency_ns > 100);
@@ -299,25 +245,25 @@ static void test_round_trips(void)
 			CHECK_EQ(pull(device, 10 + s, sizes[s], version), 0);
 			CHECK_EQ(pull(device, 10 + s, sizes[s], version), 0); /* it stays */
 		}
-	CHECK_EQ(usage(device).pages, 3);
-	CHECK_EQ(usage(device).page_bytes, KIB4 + KIB64 + MIB2);
-	CHECK_EQ(usage(device).stored_bytes, KIB4 + KIB64 + MIB2);
+	CHECK_EQ(tier_usage(device).pages, 3);
+	CHECK_EQ(tier_usage(device).page_bytes, KIB4 + KIB64 + MIB2);
+	CHECK_EQ(tier_usage(device).stored_bytes, KIB4 + KIB64 + MIB2);
 	CHECK_EQ(pull(device, 10, KIB64, 0), -EINVAL); /* another size */
 	CHECK_EQ(pull(device, 10, 5000, 0), -EINVAL);
 	CHECK_EQ(push(device, KEYS, KIB4, 0), -EINVAL);
 	CHECK_EQ(push(device, 1, 8192, 0), -EINVAL);
 	CHECK_EQ(pull(device, 1, KIB4, 0), -ENOENT);
 	for (int s = 0; s < 3; s++) {
-		CHECK_EQ(ops->peer_free(device, 10 + s, sizes[s]), 0);
-		CHECK_EQ(ops->peer_free(device, 10 + s, sizes[s]), -ENOENT);
+		CHECK_EQ(tier_ops->peer_free(device, 10 + s, sizes[s]), 0);
+		CHECK_EQ(tier_ops->peer_free(device, 10 + s, sizes[s]), -ENOENT);
 		CHECK_EQ(pull(device, 10 + s, sizes[s], 0), -ENOENT);
 	}
-	CHECK_EQ(usage(device).stored_bytes, 0);
+	CHECK_EQ(tier_usage(device).stored_bytes, 0);
 	for (int i = 0; i < 8; i++) /* all of the capacity again */
 		CHECK_EQ(push(device, i, MIB2, 1), 0);
 	CHECK_EQ(push(device, 99, KIB4, 1), -ENOSPC);
-	CHECK_EQ(ops->health(device), 0);
-	ops->remove(device);
+	CHECK_EQ(tier_ops->health(device), 0);
+	tier_ops->remove(device);
 }
 
 static void test_batches(const char *options)
@@ -330,23 +276,23 @@ static void test_batches(const char *options)
 	for (uint64_t version = 1; version < 3; version++) {
 		for (size_t i = 0; i < BATCH; i++) {
 			io[i] = (struct gmem_peer_io){ i, memory + i * MIB2, sizes[i % 5], 99 };
-			fill(io[i].memory, io[i].bytes, i, version);
+			tier_fill(io[i].memory, io[i].bytes, i, version);
 		}
 		io[7].bytes = 12345;
-		CHECK_EQ(ops->peer_map_batch(device, io, BATCH), 0);
+		CHECK_EQ(tier_ops->peer_map_batch(device, io, BATCH), 0);
 		for (size_t i = 0; i < BATCH; i++)
 			CHECK_EQ(io[i].result, i == 7 ? -EINVAL : 0);
 		memset(memory, 0, BATCH * MIB2);
 		io[7].bytes = KIB4;
-		CHECK_EQ(ops->peer_unmap_batch(device, io, BATCH), 0);
+		CHECK_EQ(tier_ops->peer_unmap_batch(device, io, BATCH), 0);
 		for (size_t i = 0; i < BATCH; i++) {
 			CHECK_EQ(io[i].result, i == 7 ? -ENOENT : 0);
-			CHECK(i == 7 || is_filled(io[i].memory, io[i].bytes, i, version));
+			CHECK(i == 7 || tier_is_filled(io[i].memory, io[i].bytes, i, version));
 		}
 	}
-	CHECK_EQ(ops->peer_map_batch(device, io, 0), 0);
+	CHECK_EQ(tier_ops->peer_map_batch(device, io, 0), 0);
 	munmap(memory, BATCH * MIB2);
-	ops->remove(device);
+	tier_ops->remove(device);
 }
 
 static void test_full(void)
@@ -362,7 +308,7 @@ static void test_full(void)
 	CHECK_EQ(push(device, 5, KIB4, 2), -ENOSPC); /* the new one has to be somewhere first */
 	CHECK_EQ(pull(device, 5, KIB4, 1), 0);
 	for (int i = 0; i < 1024; i += 2)
-		CHECK_EQ(ops->peer_free(device, i, KIB4), 0);
+		CHECK_EQ(tier_ops->peer_free(device, i, KIB4), 0);
 	CHECK_EQ(push(device, 2000, KIB64, 1), -ENOSPC); /* half is free, but nowhere 64 KiB */
 	for (int i = 0; i < 1024; i += 2)
 		CHECK_EQ(push(device, i, KIB4, 3), 0);
@@ -370,20 +316,20 @@ static void test_full(void)
 		CHECK_EQ(pull(device, i, KIB4, i % 2 ? 1 : 3), 0);
 	for (int i = 0; i < 1024; i++)
 		if (offset_of(device, i) >= GMEM_SCRATCH_DATA + MIB2)
-			CHECK_EQ(ops->peer_free(device, i, KIB4), 0);
+			CHECK_EQ(tier_ops->peer_free(device, i, KIB4), 0);
 		else
 			kept = i;
 	for (size_t i = 0; i < BATCH; i++) { /* 2 MiB are free: 32 of 64 */
 		io[i] = (struct gmem_peer_io){ 2000 + i, memory + i * KIB64, KIB64, 99 };
-		fill(io[i].memory, KIB64, 2000 + i, 1);
+		tier_fill(io[i].memory, KIB64, 2000 + i, 1);
 	}
-	CHECK_EQ(ops->peer_map_batch(device, io, BATCH), 0);
+	CHECK_EQ(tier_ops->peer_map_batch(device, io, BATCH), 0);
 	for (size_t i = 0; i < BATCH; i++)
 		CHECK_EQ(io[i].result, i < 32 ? 0 : -ENOSPC);
 	CHECK_EQ(pull(device, 2031, KIB64, 1), 0);
 	CHECK_EQ(pull(device, kept, KIB4, kept % 2 ? 1 : 3), 0);
 	munmap(memory, BATCH * KIB64);
-	ops->remove(device);
+	tier_ops->remove(device);
 }
 
 /* ---- what goes wrong ---- */
@@ -404,7 +350,7 @@ static void test_damage(void)
 	CHECK_EQ(pull(device, 3, KIB64, 1), -EBADMSG);
 	CHECK(one_page[0] == 0xaa); /* nothing of it gets out */
 	CHECK_EQ(pull(device, 100, MIB2, 1), -EBADMSG);
-	snprintf(text, sizeof(text), "%s", ops->last_error(device));
+	snprintf(text, sizeof(text), "%s", tier_ops->last_error(device));
 	CHECK(strstr(text, "damaged"));
 	/* two pages in each other's place: each is whole, and not the one asked for */
 	read_file(path, a, KIB64, (off_t)offset_of(device, 5));
@@ -418,8 +364,8 @@ static void test_damage(void)
 			CHECK_EQ(pull(device, i, KIB64, 1), 0);
 	CHECK_EQ(push(device, 3, KIB64, 2), 0);
 	CHECK_EQ(pull(device, 3, KIB64, 2), 0);
-	CHECK_EQ(ops->health(device), 0);
-	ops->remove(device);
+	CHECK_EQ(tier_ops->health(device), 0);
+	tier_ops->remove(device);
 	CHECK(access(path, F_OK)); /* made by it */
 }
 
@@ -430,14 +376,14 @@ static void test_misdirected_twin(void)
 	struct gmem_index_entry *entries = store_of(device)->index.entries;
 
 	memset(one_page, 1, KIB4);
-	CHECK_EQ(ops->peer_map(device, 1, one_page, KIB4), 0);
-	CHECK_EQ(ops->peer_map(device, 2, one_page, KIB4), 0);
-	CHECK_EQ(ops->peer_unmap(device, 1, one_page, KIB4), 0);
+	CHECK_EQ(tier_ops->peer_map(device, 1, one_page, KIB4), 0);
+	CHECK_EQ(tier_ops->peer_map(device, 2, one_page, KIB4), 0);
+	CHECK_EQ(tier_ops->peer_unmap(device, 1, one_page, KIB4), 0);
 	entries[1].crc[1] = atomic_load(&entries[2].crc[1]);
 	entries[1].place = atomic_exchange(&entries[2].place, atomic_load(&entries[1].place));
-	CHECK_EQ(ops->peer_unmap(device, 1, one_page, KIB4), -EBADMSG);
-	CHECK_EQ(ops->peer_unmap(device, 2, one_page, KIB4), 0); /* its own checksum, and equal content */
-	ops->remove(device);
+	CHECK_EQ(tier_ops->peer_unmap(device, 1, one_page, KIB4), -EBADMSG);
+	CHECK_EQ(tier_ops->peer_unmap(device, 2, one_page, KIB4), 0); /* its own checksum, and equal content */
+	tier_ops->remove(device);
 }
 
 static void test_cut_short(void)
@@ -449,15 +395,15 @@ static void test_cut_short(void)
 		CHECK_EQ(push(device, i, KIB64, 1), 0);
 	CHECK(!truncate(path, (off_t)offset_of(device, 4) + 8192));
 	CHECK_EQ(pull(device, 4, KIB64, 1), -EIO);
-	CHECK(strstr(ops->last_error(device), "reading 65536 bytes"));
+	CHECK(strstr(tier_ops->last_error(device), "reading 65536 bytes"));
 	CHECK_EQ(pull(device, 3, KIB64, 1), 0);
-	CHECK_EQ(ops->health(device), 0);
+	CHECK_EQ(tier_ops->health(device), 0);
 	for (int i = 0; i < GMEM_STORE_ERRORS_MAX; i++)
 		CHECK_EQ(pull(device, 4, KIB64, 1), -EIO);
-	CHECK_EQ(ops->health(device), -EIO);
+	CHECK_EQ(tier_ops->health(device), -EIO);
 	CHECK_EQ(pull(device, 3, KIB64, 1), 0); /* it is back */
-	CHECK_EQ(ops->health(device), 0);
-	ops->remove(device);
+	CHECK_EQ(tier_ops->health(device), 0);
+	tier_ops->remove(device);
 }
 
 static _Atomic int failing_writes, failing_reads; /* how many more */
@@ -485,27 +431,27 @@ static void test_failing(void)
 	failing_writes = 1; /* the slot is bad, another is not */
 	CHECK_EQ(push(device, 2, KIB64, 1), 0);
 	CHECK_EQ(pull(device, 2, KIB64, 1), 0);
-	CHECK_EQ(usage(device).stored_bytes, 3 * KIB64); /* one is never used again */
+	CHECK_EQ(tier_usage(device).stored_bytes, 3 * KIB64); /* one is never used again */
 	failing_writes = 2;
 	CHECK_EQ(push(device, 1, KIB64, 2), -EIO);
 	CHECK_EQ(failing_writes, 0);
 	CHECK_EQ(offset_of(device, 1), before);
 	CHECK_EQ(pull(device, 1, KIB64, 1), 0); /* the old one */
-	CHECK(strstr(ops->last_error(device), "writing 65536 bytes"));
-	CHECK(strstr(ops->last_error(device), strerror(EIO)));
-	CHECK_EQ(usage(device).pages, 2);
+	CHECK(strstr(tier_ops->last_error(device), "writing 65536 bytes"));
+	CHECK(strstr(tier_ops->last_error(device), strerror(EIO)));
+	CHECK_EQ(tier_usage(device).pages, 2);
 	failing_reads = 1; /* a second try */
 	CHECK_EQ(pull(device, 1, KIB64, 1), 0);
 	failing_reads = 2;
 	CHECK_EQ(pull(device, 1, KIB64, 1), -EIO);
 	fail_with = ENOSPC;
 	failing_writes = 1;
-	before = usage(device).stored_bytes;
+	before = tier_usage(device).stored_bytes;
 	CHECK_EQ(push(device, 1, KIB64, 2), -ENOSPC);
-	CHECK_EQ(usage(device).stored_bytes, before);
+	CHECK_EQ(tier_usage(device).stored_bytes, before);
 	CHECK_EQ(pull(device, 1, KIB64, 1), 0);
 	gmem_aio_fault = NULL;
-	ops->remove(device);
+	tier_ops->remove(device);
 }
 
 /* When nothing works any more it says so, keeps its slots, is not asked each time, and comes back. */
@@ -519,25 +465,25 @@ static void test_lost(void)
 	fail_with = EIO;
 	failing_writes = 1000;
 	for (int i = 0; i < GMEM_STORE_ERRORS_MAX / 2; i++) {
-		CHECK_EQ(ops->health(device), 0);
+		CHECK_EQ(tier_ops->health(device), 0);
 		CHECK_EQ(push(device, 2, KIB4, 1), -EIO);
 	}
-	CHECK_EQ(ops->health(device), -EIO);
-	used = usage(device).stored_bytes;
+	CHECK_EQ(tier_ops->health(device), -EIO);
+	used = tier_usage(device).stored_bytes;
 	CHECK_EQ(push(device, 2, KIB4, 1), -EIO);
 	for (int left = failing_writes, i = 0; i < 100; i++) {
 		CHECK_EQ(push(device, 2, KIB4, 1), -EIO);
 		CHECK(failing_writes >= left - 4);
 	}
-	CHECK_EQ(usage(device).stored_bytes, used);
+	CHECK_EQ(tier_usage(device).stored_bytes, used);
 	failing_writes = 0;
 	store_of(device)->tried_ns = 0; /* a second later */
 	CHECK_EQ(push(device, 2, KIB4, 1), 0);
-	CHECK_EQ(ops->health(device), 0);
+	CHECK_EQ(tier_ops->health(device), 0);
 	CHECK_EQ(pull(device, 1, KIB4, 1), 0);
 	CHECK_EQ(push(device, 3, KIB4, 1), 0);
 	gmem_aio_fault = NULL;
-	ops->remove(device);
+	tier_ops->remove(device);
 }
 
 /* A client's memfd that it has cut short under us. */
@@ -551,13 +497,13 @@ __attribute__((unused)) static void test_memory_gone(void)
 	at = mmap(NULL, KIB64, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 	CHECK_EQ(push(device, 1, KIB64, 1), 0);
 	CHECK(!ftruncate(fd, 8192));
-	CHECK_EQ(ops->peer_map(device, 1, at, KIB64), -EFAULT);
-	CHECK_EQ(ops->peer_unmap(device, 1, at, KIB64), -EFAULT);
+	CHECK_EQ(tier_ops->peer_map(device, 1, at, KIB64), -EFAULT);
+	CHECK_EQ(tier_ops->peer_unmap(device, 1, at, KIB64), -EFAULT);
 	CHECK_EQ(pull(device, 1, KIB64, 1), 0);
-	CHECK_EQ(usage(device).stored_bytes, KIB64);
+	CHECK_EQ(tier_usage(device).stored_bytes, KIB64);
 	munmap(at, KIB64);
 	close(fd);
-	ops->remove(device);
+	tier_ops->remove(device);
 }
 
 /* ---- full filesystems ---- */
@@ -571,16 +517,16 @@ static void fill_filesystem(struct gmem_device *device)
 		CHECK(++stored < 8);
 	CHECK_EQ(err, -ENOSPC);
 	CHECK(stored >= 2);
-	CHECK(strstr(ops->last_error(device), "filesystem is full"));
-	used = usage(device).stored_bytes;
+	CHECK(strstr(tier_ops->last_error(device), "filesystem is full"));
+	used = tier_usage(device).stored_bytes;
 	CHECK_EQ(used, stored * MIB2);
 	CHECK_EQ(push(device, 0, MIB2, 2), -ENOSPC);
 	for (uint64_t i = 0; i < stored; i++)
 		CHECK_EQ(pull(device, i, MIB2, 1), 0);
-	CHECK_EQ(ops->peer_free(device, 0, MIB2), 0);
+	CHECK_EQ(tier_ops->peer_free(device, 0, MIB2), 0);
 	CHECK_EQ(push(device, 20, MIB2, 1), 0); /* where there had been one */
 	CHECK_EQ(pull(device, 20, MIB2, 1), 0);
-	CHECK_EQ(ops->health(device), 0);
+	CHECK_EQ(tier_ops->health(device), 0);
 }
 
 static void test_file_limit(void)
@@ -595,7 +541,7 @@ static void test_file_limit(void)
 	CHECK(!setrlimit(RLIMIT_FSIZE, &limit));
 	fill_filesystem(device);
 	CHECK(!setrlimit(RLIMIT_FSIZE, &old));
-	ops->remove(device);
+	tier_ops->remove(device);
 }
 
 static void test_tmpfs(void)
@@ -616,11 +562,11 @@ static void test_tmpfs(void)
 	CHECK(access(in_folder("small/new"), F_OK)); /* nothing is left */
 	device = attached(small, "capacity=16M preallocate=off");
 	fill_filesystem(device);
-	ops->remove(device);
+	tier_ops->remove(device);
 	device = attached(small, "capacity=8M");
 	CHECK_EQ(push(device, 1, KIB64, 1), 0);
 	CHECK_EQ(pull(device, 1, KIB64, 1), 0);
-	ops->remove(device);
+	tier_ops->remove(device);
 	CHECK(!umount(small));
 	CHECK(!rmdir(small));
 }
@@ -633,15 +579,15 @@ static void test_no_direct(void)
 	CHECK(!store_of(device)->scratch.direct);
 	CHECK_EQ(push(device, 1, KIB64, 1), 0);
 	CHECK_EQ(pull(device, 1, KIB64, 1), 0);
-	ops->remove(device);
+	tier_ops->remove(device);
 	device = attached("/dev/shm", "capacity=8M");
 	CHECK_EQ(push(device, 1, KIB64, 1), 0);
 	CHECK_EQ(pull(device, 1, KIB64, 1), 0);
 	if (!store_of(device)->scratch.direct) {
-		CHECK(strstr(ops->last_error(device), "O_DIRECT"));
+		CHECK(strstr(tier_ops->last_error(device), "O_DIRECT"));
 		refused("path=/dev/shm capacity=8M direct=on", -EINVAL, "direct: ");
 	}
-	ops->remove(device);
+	tier_ops->remove(device);
 }
 
 /* ---- refusals ---- */
@@ -664,7 +610,7 @@ static void test_options(void)
 	refused(text, -EINVAL, "capacity: ");
 	snprintf(text, sizeof(text), "path=%s capacity=1000T", folder);
 	err = attach(text, &device);
-	CHECK((err == -EFBIG || err == -ENOSPC) && strstr(message, "capacity: "));
+	CHECK((err == -EFBIG || err == -ENOSPC) && strstr(tier_message, "capacity: "));
 	snprintf(text, sizeof(text), "path=%s capacity=lots", folder);
 	refused(text, -EINVAL, "capacity: ");
 	snprintf(text, sizeof(text), "path=%s depth=0", folder);
@@ -700,14 +646,14 @@ static void test_paths(void)
 	snprintf(text, sizeof(text), "path=%s capacity=8M", path);
 	refused(text, -EBUSY, "in use");
 	second = attached(folder, "capacity=8M"); /* directories can be shared */
-	ops->remove(second);
+	tier_ops->remove(second);
 	CHECK(!link(path, in_folder("left")));
-	ops->remove(device);
+	tier_ops->remove(device);
 	CHECK(access(path, F_OK) && !access(in_folder("left"), F_OK));
 	/* what a daemon left that was killed: taken, and gone afterwards */
 	device = attached(in_folder("left"), "capacity=4M");
 	CHECK_EQ(push(device, 1, KIB64, 1), 0);
-	ops->remove(device);
+	tier_ops->remove(device);
 	CHECK(access(in_folder("left"), F_OK));
 	/* a file that was given stays, and is taken again */
 	write_file(given, "", 0, 0);
@@ -715,7 +661,7 @@ static void test_paths(void)
 		device = attached(given, "capacity=4M");
 		CHECK_EQ(pull(device, 1, KIB64, 1), -ENOENT);
 		CHECK_EQ(push(device, 1, KIB64, 1), 0);
-		ops->remove(device);
+		tier_ops->remove(device);
 		CHECK(!access(given, F_OK));
 	}
 }
@@ -748,12 +694,12 @@ static void test_uring_refused(void)
 
 		deny_io_uring();
 		snprintf(text, sizeof(text), "path=%s capacity=8M engine=io_uring", folder);
-		CHECK(attach(text, &device) && strstr(message, "engine: io_uring: "));
+		CHECK(attach(text, &device) && strstr(tier_message, "engine: io_uring: "));
 		device = attached(folder, "capacity=8M engine=auto");
 		CHECK_EQ(gmem_aio_engine(store_of(device)->aio), GMEM_AIO_SYNC);
 		CHECK_EQ(push(device, 1, KIB64, 1), 0);
 		CHECK_EQ(pull(device, 1, KIB64, 1), 0);
-		ops->remove(device);
+		tier_ops->remove(device);
 		_exit(0);
 	}
 	CHECK_EQ(waitpid(pid, &status, 0), pid);
@@ -797,13 +743,13 @@ static void push_some(struct worker *w, struct gmem_peer_io *io, uint8_t *memory
 		if (i == count)
 			break;
 		io[i] = (struct gmem_peer_io){ w->base + k, memory + used, w->bytes[k], 99 };
-		fill(io[i].memory, w->bytes[k], w->base + k, now);
+		tier_fill(io[i].memory, w->bytes[k], w->base + k, now);
 		used += w->bytes[k];
 	}
 	if (count == 1)
-		io[0].result = ops->peer_map(w->device, io[0].key, io[0].memory, io[0].bytes);
+		io[0].result = tier_ops->peer_map(w->device, io[0].key, io[0].memory, io[0].bytes);
 	else
-		CHECK_EQ(ops->peer_map_batch(w->device, io, count), 0);
+		CHECK_EQ(tier_ops->peer_map_batch(w->device, io, count), 0);
 	for (uint64_t i = 0; i < count; i++) {
 		CHECK(!io[i].result || io[i].result == -ENOSPC);
 		if (!io[i].result)
@@ -827,14 +773,14 @@ static void pull_some(struct worker *w, struct gmem_peer_io *io, uint8_t *memory
 		used += bytes;
 	}
 	if (n == 1)
-		io[0].result = ops->peer_unmap(w->device, io[0].key, io[0].memory, io[0].bytes);
+		io[0].result = tier_ops->peer_unmap(w->device, io[0].key, io[0].memory, io[0].bytes);
 	else
-		CHECK_EQ(ops->peer_unmap_batch(w->device, io, n), 0);
+		CHECK_EQ(tier_ops->peer_unmap_batch(w->device, io, n), 0);
 	for (uint64_t i = 0; i < n; i++) {
 		uint32_t version = w->version[io[i].key - w->base];
 
 		CHECK_EQ(io[i].result, version ? 0 : -ENOENT);
-		CHECK(!version || is_filled(io[i].memory, io[i].bytes, io[i].key, version));
+		CHECK(!version || tier_is_filled(io[i].memory, io[i].bytes, io[i].key, version));
 	}
 }
 
@@ -853,10 +799,10 @@ static void *work(void *arg)
 		else if (what < 8)
 			pull_some(w, io, memory);
 		for (uint64_t i = 0; what >= 8 && i < 12; i++, k = (k + 1) % THREAD_KEYS) {
-			CHECK_EQ(ops->peer_free(w->device, w->base + k, w->bytes[k]), w->version[k] ? 0 : -ENOENT);
+			CHECK_EQ(tier_ops->peer_free(w->device, w->base + k, w->bytes[k]), w->version[k] ? 0 : -ENOENT);
 			w->version[k] = 0;
 		}
-		ops->last_error(w->device);
+		tier_ops->last_error(w->device);
 	}
 	munmap(memory, 4 * MIB2);
 	return NULL;
@@ -884,11 +830,11 @@ static void test_hammer(unsigned threads, const char *options)
 				CHECK_EQ(pull(device, workers[i].base + k, workers[i].bytes[k], workers[i].version[k]), 0);
 		}
 	}
-	CHECK_EQ(usage(device).pages, pages);
-	CHECK_EQ(usage(device).stored_bytes, usage(device).page_bytes);
+	CHECK_EQ(tier_usage(device).pages, pages);
+	CHECK_EQ(tier_usage(device).stored_bytes, tier_usage(device).page_bytes);
 	CHECK(pushed > 50 && full > 5); /* both were tried */
 	free(workers);
-	ops->remove(device);
+	tier_ops->remove(device);
 }
 
 /* One key from several threads is the core's mistake; it must not cost more than that page. */
@@ -900,13 +846,13 @@ static void *same_key(void *arg)
 	for (int i = 0; i < 300; i++) {
 		int err;
 
-		fill(memory, KIB64, 1, (uint64_t)i);
-		err = ops->peer_map(device, 1, memory, KIB64);
+		tier_fill(memory, KIB64, 1, (uint64_t)i);
+		err = tier_ops->peer_map(device, 1, memory, KIB64);
 		CHECK(!err || err == -ENOSPC);
-		err = ops->peer_unmap(device, 1, memory, KIB64);
+		err = tier_ops->peer_unmap(device, 1, memory, KIB64);
 		CHECK(!err || err == -EBADMSG || err == -ENOENT);
 		if (i % 3 == 0)
-			ops->peer_free(device, 1, KIB64);
+			tier_ops->peer_free(device, 1, KIB64);
 	}
 	munmap(memory, KIB64);
 	return NULL;
@@ -921,10 +867,10 @@ static void test_same_key(void)
 		CHECK(!pthread_create(&threads[i], NULL, same_key, device));
 	for (int i = 0; i < THREADS; i++)
 		pthread_join(threads[i], NULL);
-	ops->peer_free(device, 1, KIB64);
-	CHECK_EQ(usage(device).pages, 0);
-	CHECK_EQ(usage(device).stored_bytes, 0);
-	ops->remove(device);
+	tier_ops->peer_free(device, 1, KIB64);
+	CHECK_EQ(tier_usage(device).pages, 0);
+	CHECK_EQ(tier_usage(device).stored_bytes, 0);
+	tier_ops->remove(device);
 }
 
 /* ---- below a core ---- */
@@ -954,10 +900,10 @@ static void test_core(void)
 	struct gmem_core *core = core_start((struct gmem_core_config){ .hugepages = hugepages });
 	const char *keys[] = { "path", "capacity", "engine" }, *values[] = { folder, "32M", engine };
 	struct gmem_driver_config config = { .name = "nvme0", .keys = keys, .values = values, .count = 3,
-					     .message = message };
+					     .message = tier_message };
 	int hnid;
 
-	CHECK_EQ(gmem_device_attach(core, ops, &config, &hnid), 0);
+	CHECK_EQ(gmem_device_attach(core, tier_ops, &config, &hnid), 0);
 	CHECK_EQ(client_wait(client_start(core, store_and_read, (void *)(intptr_t)hnid)), 0);
 	core_settle(core);
 	CHECK_EQ(gmem_device_detach(core, hnid, false), 0);
@@ -972,11 +918,11 @@ static void run(const char *name)
 	engine = name;
 	snprintf(text, sizeof(text), "path=%s capacity=2M", folder);
 	if (attach(text, &device)) {
-		CHECK(strstr(message, "engine: "));
-		printf("%s: not run: %s\n", name, message);
+		CHECK(strstr(tier_message, "engine: "));
+		printf("%s: not run: %s\n", name, tier_message);
 		return;
 	}
-	ops->remove(device);
+	tier_ops->remove(device);
 	test_round_trips();
 	test_batches("capacity=64M");
 	test_batches("capacity=64M depth=1");
@@ -1020,8 +966,8 @@ int main(void)
 	CHECK(mkdtemp(folder));
 	atexit(remove_folder);
 	one_page = pages_memory(MIB2);
-	ops = gmem_driver_builtin("file");
-	CHECK(ops);
+	tier_ops = gmem_driver_builtin("file");
+	CHECK(tier_ops);
 	hugepages = hugepages_reserve(16);
 	test_crc32c();
 	test_slots();

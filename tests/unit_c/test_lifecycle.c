@@ -9,12 +9,14 @@
 #include <dirent.h>
 #include <errno.h>
 #include <signal.h>
+#include <stdatomic.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #define PAGE 65536ul
 #define PAGES 32
+#define MOVES 2000
 
 struct shared {
 	volatile int step;
@@ -372,6 +374,58 @@ static int remaps(struct client *client, void *arg)
 	return 0;
 }
 
+static atomic_bool moved_enough;
+
+static void *fault_for_ever(void *arg)
+{
+	volatile uint64_t *at = arg;
+
+	while (!moved_enough) {
+		madvise((void *)at, PAGE, MADV_DONTNEED); /* it stays in its file: the next touch is a minor fault */
+		for (size_t i = 0; i < PAGE / 8; i += 512)
+			at[i]++;
+	}
+	return NULL;
+}
+
+/* An mremap is two events, and beside faults of other threads several threads of the daemon read them. */
+static int moves(struct client *client, void *arg)
+{
+	volatile uint64_t *from = client_mmap(client, PAGE, 4096, GMEM_FORK_SHARE);
+	void *to = client_mmap(client, PAGE, 4096, GMEM_FORK_SHARE);
+	pthread_t threads[3];
+
+	(void)arg;
+	for (int i = 0; i < 3; i++)
+		CHECK(!pthread_create(&threads[i], NULL, fault_for_ever, client_mmap(client, PAGE, 4096, GMEM_FORK_SHARE)));
+	for (uint64_t i = 1; i <= MOVES; i++) {
+		void *free = (void *)from;
+
+		from[0] = i;
+		CHECK(mremap(free, PAGE, PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, to) == to);
+		from = to;
+		CHECK_EQ(from[0], i); /* SIGBUS if the second was done before the first */
+		from[512 * (i % 16)] = i;
+		to = free;
+	}
+	moved_enough = true;
+	for (int i = 0; i < 3; i++)
+		pthread_join(threads[i], NULL);
+	return 0;
+}
+
+static void test_order_of_events(struct gmem_core *core)
+{
+	struct gmem_core_stats before, after;
+
+	gmem_core_stats(core, &before);
+	CHECK_EQ(client_wait(client_start(core, moves, NULL)), 0);
+	gmem_core_stats(core, &after);
+	CHECK_EQ(after.outside_faults, before.outside_faults);
+	expect_empty(core);
+	printf("events: in order\n");
+}
+
 int main(void)
 {
 	struct gmem_core_features features;
@@ -396,6 +450,7 @@ int main(void)
 	expect_empty(core);
 	CHECK_EQ(client_wait(client_start(core, remaps, NULL)), 0);
 	expect_empty(core);
+	test_order_of_events(core);
 	gmem_hnodes(core, hnodes, &count);
 	CHECK_EQ(hnodes[1].pinned_bytes, 0);
 	CHECK_EQ(hnodes[1].peak_bytes, 512 << 10);

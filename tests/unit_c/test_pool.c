@@ -17,7 +17,7 @@
 #define PAGES 24
 #define DEVICE 1
 
-enum order { IDLE, JOIN, MAP, WRITE, SUM, WRITE_REFUSED, SPOIL, COUNT, FREE_WRITE, LEAVE };
+enum order { IDLE, JOIN, MAP, WRITE, SUM, WRITE_REFUSED, READ_REFUSED, SPOIL, COUNT, FREE_WRITE, LEAVE };
 
 /* What a client is told to do, and what it says; in memory that is older than all of them. */
 struct puppet {
@@ -64,6 +64,15 @@ static int try_write(struct puppet *puppet)
 
 	if (!sig)
 		*word(puppet, 0) = 666;
+	return sig;
+}
+
+static int try_read(const struct puppet *puppet)
+{
+	int sig = sigsetjmp(escape, 1);
+
+	if (!sig)
+		(void)*word(puppet, puppet->value);
 	return sig;
 }
 
@@ -114,6 +123,9 @@ static int play(struct client *client, void *arg)
 			break;
 		case WRITE_REFUSED:
 			puppet->result = (uint64_t)try_write(puppet);
+			break;
+		case READ_REFUSED:
+			puppet->result = (uint64_t)try_read(puppet);
 			break;
 		case SPOIL:
 			puppet->result = (uint64_t)pwrite(puppet->fd, "spoiled!", 8, (off_t)puppet->region.offset + 8) == 8 ?
@@ -206,6 +218,35 @@ static void check_refusals(struct gmem_core *core, struct puppet *reader)
 	CHECK_EQ(gmem_advise(core, session, -1, va, bytes, GMEM_ADVISE_FREEZE), -EOPNOTSUPP);
 }
 
+/* A hole where a sealed pool's content is recorded: another copy is taken, and without one it is lost, not zero. */
+static void check_holes(struct gmem_core *core, struct puppet *reader, uint64_t sum)
+{
+	uint64_t session = reader->client->session, va = reader->region.va, bytes = reader->page_bytes;
+	struct gmem_page_info page;
+	struct gmem_region_info file;
+	char path[64];
+	size_t count;
+	int fd;
+
+	CHECK_EQ(gmem_region_file(core, session, va, GMEM_HOST, &file), 0);
+	snprintf(path, sizeof(path), "/proc/self/fd/%d", file.fd);
+	fd = open(path, O_RDWR);
+	CHECK(fd >= 0);
+	CHECK_EQ(gmem_prefetch(core, session, DEVICE, va + bytes, bytes), 0);
+	CHECK_EQ(gmem_query(core, session, va + bytes, bytes, &page, 1, &count), 0);
+	CHECK_EQ(page.valid, 1 << GMEM_HOST | 1 << DEVICE);
+	CHECK(!fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(file.offset + bytes), (off_t)bytes));
+	CHECK_EQ(tell(reader, SUM, 0), sum);
+	CHECK_EQ(gmem_device_detach(core, DEVICE, false), 0);
+	CHECK(!fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)file.offset, (off_t)bytes));
+	CHECK_EQ(tell(reader, READ_REFUSED, 0), SIGBUS);
+	CHECK_EQ(gmem_query(core, session, va, bytes, &page, 1, &count), 0);
+	CHECK_EQ(page.state, GMEM_POISONED);
+	CHECK_EQ(tell(reader, READ_REFUSED, 1), 0);
+	close(fd);
+	close(file.fd);
+}
+
 static void run(struct puppet *writer, struct puppet *reader, struct puppet *late, uint64_t page_bytes)
 {
 	struct gmem_core *core = core_start((struct gmem_core_config){ .feature_mask = ~0ull, .event_fork = true });
@@ -270,10 +311,12 @@ static void run(struct puppet *writer, struct puppet *reader, struct puppet *lat
 	}
 	CHECK_EQ(gmem_pool_unlink(core, pool), 0);
 	CHECK_EQ(gmem_pool_unlink(core, pool), -ENOENT);
-	if (features.continue_wp)
+	if (features.continue_wp) {
 		CHECK_EQ(tell(late, SUM, 0), counted);
-	else
+		check_holes(core, late, counted);
+	} else {
 		leave(writer);
+	}
 	leave(reader);
 	leave(late);
 	core_settle(core);

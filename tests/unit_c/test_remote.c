@@ -12,103 +12,48 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-#include <gmem/driver.h>
 #include <gmem/stats.h>
 
 #include "../../csrc/drivers/nodes.h"
 #include "../../csrc/drivers/resp.h"
 #include "../../csrc/drivers/values.h"
 #include "fakeserver.h"
+#include "tierops.h"
 
-#define KIB4 4096ul
-#define KIB64 65536ul
-#define MIB2 (2ul << 20)
 #define KEYS 65536
 #define BATCH 64
 
-static char message[GMEM_MESSAGE_MAX];
-static const struct gmem_driver_ops *ops;
 static uint8_t *memory; /* BATCH * 2 MiB */
 
 /* ---- helpers ---- */
 
 static int attach(const char *options, struct gmem_device **ret)
 {
-	char *text = strdup(options), *save = NULL;
-	const char *keys[12], *values[12];
-	struct gmem_driver_config config = { .name = "r", .keys = keys, .values = values, .message = message,
-					     .key_count = KEYS };
-	int err;
-
-	message[0] = '\0';
-	for (char *word = strtok_r(text, " ", &save); word; word = strtok_r(NULL, " ", &save)) {
-		char *equals = strchr(word, '=');
-
-		*equals = '\0';
-		keys[config.count] = word;
-		values[config.count++] = equals + 1;
-	}
-	err = ops->probe(&config, ret);
-	free(text);
-	return err;
+	return tier_attach(options, KEYS, NULL, ret);
 }
 
 static struct gmem_device *attached(const struct fake_server *server, const char *options)
 {
-	struct gmem_device *device;
 	char text[256];
 
 	snprintf(text, sizeof(text), "address=%s %s", server->address, options);
-	if (attach(text, &device)) {
-		fprintf(stderr, "%s: %s\n", text, message);
-		exit(1);
-	}
-	return device;
+	return tier_attached(text, KEYS, NULL);
 }
 
 static void refused(const char *options, int err, const char *why)
 {
-	struct gmem_device *device;
-
-	CHECK_EQ(attach(options, &device), err);
-	if (!strstr(message, why)) {
-		fprintf(stderr, "%s: \"%s\" does not say \"%s\"\n", options, message, why);
-		exit(1);
-	}
+	tier_refused(options, KEYS, err, why);
 }
 
 static void says(struct gmem_device *device, const char *why)
 {
-	if (!strstr(ops->last_error(device), why)) {
-		fprintf(stderr, "\"%s\" does not say \"%s\"\n", ops->last_error(device), why);
-		exit(1);
-	}
-}
-
-static void fill(void *at, size_t bytes, uint64_t key, uint64_t version)
-{
-	uint64_t *words = at, x = key * 0x9e3779b97f4a7c15ull + version * 0xbf58476d1ce4e5b9ull + 1;
-
-	for (size_t i = 0; i < bytes / 8; i++) {
-		x ^= x << 13;
-		x ^= x >> 7;
-		x ^= x << 17;
-		words[i] = x;
-	}
-}
-
-static bool is_filled(const void *at, size_t bytes, uint64_t key, uint64_t version)
-{
-	static _Thread_local uint64_t expected[MIB2 / 8];
-
-	fill(expected, bytes, key, version);
-	return !memcmp(at, expected, bytes);
+	tier_says("last_error", tier_ops->last_error(device), why);
 }
 
 static int push(struct gmem_device *device, uint64_t key, size_t bytes, uint64_t version)
 {
-	fill(memory, bytes, key, version);
-	return ops->peer_map(device, key, memory, bytes);
+	tier_fill(memory, bytes, key, version);
+	return tier_ops->peer_map(device, key, memory, bytes);
 }
 
 static int pull(struct gmem_device *device, uint64_t key, size_t bytes, uint64_t version)
@@ -116,9 +61,9 @@ static int pull(struct gmem_device *device, uint64_t key, size_t bytes, uint64_t
 	int err;
 
 	memset(memory, 0xaa, bytes);
-	err = ops->peer_unmap(device, key, memory, bytes);
+	err = tier_ops->peer_unmap(device, key, memory, bytes);
 	if (!err)
-		CHECK(is_filled(memory, bytes, key, version));
+		CHECK(tier_is_filled(memory, bytes, key, version));
 	return err;
 }
 
@@ -130,9 +75,9 @@ static void push_batch(struct gmem_device *device, uint64_t first, unsigned coun
 
 	for (unsigned i = 0; i < count; i++) {
 		io[i] = (struct gmem_peer_io){ first + i * step, memory + i * bytes, bytes, 99 };
-		fill(io[i].memory, bytes, io[i].key, version);
+		tier_fill(io[i].memory, bytes, io[i].key, version);
 	}
-	CHECK_EQ(ops->peer_map_batch(device, io, count), 0);
+	CHECK_EQ(tier_ops->peer_map_batch(device, io, count), 0);
 	for (unsigned i = 0; i < count; i++)
 		CHECK_EQ(io[i].result, expected);
 }
@@ -145,19 +90,11 @@ static void pull_batch(struct gmem_device *device, uint64_t first, unsigned coun
 	memset(memory, 0xaa, count * bytes);
 	for (unsigned i = 0; i < count; i++)
 		io[i] = (struct gmem_peer_io){ first + i * step, memory + i * bytes, bytes, 99 };
-	CHECK_EQ(ops->peer_unmap_batch(device, io, count), 0);
+	CHECK_EQ(tier_ops->peer_unmap_batch(device, io, count), 0);
 	for (unsigned i = 0; i < count; i++) {
 		CHECK_EQ(io[i].result, 0);
-		CHECK(is_filled(io[i].memory, bytes, io[i].key, version));
+		CHECK(tier_is_filled(io[i].memory, bytes, io[i].key, version));
 	}
-}
-
-static struct gmem_device_usage usage(struct gmem_device *device)
-{
-	struct gmem_device_usage u;
-
-	CHECK_EQ(ops->peer_usage(device, &u), 0);
-	return u;
 }
 
 /* What nobody wants is dropped by a thread. */
@@ -171,9 +108,9 @@ static void becomes(struct fake_server *server, unsigned count)
 /* It knows of that a moment after the server. */
 static void stores(struct gmem_device *device, uint64_t bytes)
 {
-	for (int i = 0; i < 500 && usage(device).stored_bytes != bytes; i++)
+	for (int i = 0; i < 500 && tier_usage(device).stored_bytes != bytes; i++)
 		usleep(10000);
-	CHECK_EQ(usage(device).stored_bytes, bytes);
+	CHECK_EQ(tier_usage(device).stored_bytes, bytes);
 }
 
 /* ---- parts ---- */
@@ -263,6 +200,7 @@ static void test_map(void)
 	struct gmem_identity nobody = { .tls = NULL };
 	struct gmem_redirection to = { .slot = 5, .address = "127.0.0.1:7002" };
 	struct gmem_nodes nodes;
+	char said[16];
 	int pair[2];
 
 	CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pair));
@@ -296,9 +234,9 @@ static void test_map(void)
 	}
 	gmem_nodes_stale(&nodes);
 	gmem_nodes_stale(&nodes);
-	CHECK_EQ(recv(pair[1], message, sizeof(message), MSG_DONTWAIT), 5);
-	CHECK(!memcmp(message, "stale", 5));
-	CHECK_EQ(recv(pair[1], message, sizeof(message), MSG_DONTWAIT), -1); /* not twice at once */
+	CHECK_EQ(recv(pair[1], said, sizeof(said), MSG_DONTWAIT), 5);
+	CHECK(!memcmp(said, "stale", 5));
+	CHECK_EQ(recv(pair[1], said, sizeof(said), MSG_DONTWAIT), -1); /* not twice at once */
 	close(pair[1]);
 	CHECK_EQ(gmem_nodes_listen(&nodes), -EPIPE);
 	gmem_nodes_deinit(&nodes);
@@ -313,7 +251,7 @@ static void test_round_trips(void)
 	struct gmem_device *device = attached(server, "capacity=16M tenant=a.b-c_1");
 	struct gmem_device_info info;
 
-	CHECK_EQ(ops->info(device, &info), 0);
+	CHECK_EQ(tier_ops->info(device, &info), 0);
 	CHECK_EQ(info.capacity_bytes, 16 << 20);
 	CHECK_EQ(info.caps, GMEM_CAP_PEER | GMEM_CAP_SLOW | GMEM_CAP_REMOTE);
 	CHECK(info.bandwidth_bytes_per_s > 1 << 20 && info.latency_ns > 100);
@@ -326,8 +264,8 @@ static void test_round_trips(void)
 		}
 	becomes(server, 3);
 	CHECK(!strncmp(server->values->name, "gmem:a.b-c_1:{t", 15));
-	CHECK_EQ(usage(device).pages, 3);
-	CHECK_EQ(usage(device).page_bytes, KIB4 + KIB64 + MIB2);
+	CHECK_EQ(tier_usage(device).pages, 3);
+	CHECK_EQ(tier_usage(device).page_bytes, KIB4 + KIB64 + MIB2);
 	stores(device, KIB4 + KIB64 + MIB2);
 	CHECK_EQ(pull(device, 10, KIB64, 0), -EINVAL); /* another size */
 	CHECK_EQ(pull(device, 10, 5000, 0), -EINVAL);
@@ -335,21 +273,21 @@ static void test_round_trips(void)
 	CHECK_EQ(push(device, 1, 8192, 0), -EINVAL);
 	CHECK_EQ(pull(device, 1, KIB4, 0), -ENOENT);
 	for (int s = 0; s < 3; s++) {
-		CHECK_EQ(ops->peer_free(device, 10 + s, sizes[s]), 0);
-		CHECK_EQ(ops->peer_free(device, 10 + s, sizes[s]), -ENOENT);
+		CHECK_EQ(tier_ops->peer_free(device, 10 + s, sizes[s]), 0);
+		CHECK_EQ(tier_ops->peer_free(device, 10 + s, sizes[s]), -ENOENT);
 		CHECK_EQ(pull(device, 10 + s, sizes[s], 0), -ENOENT);
 	}
 	becomes(server, 0);
 	for (int i = 0; i < 8; i++) /* all of the capacity again */
 		CHECK_EQ(push(device, i, MIB2, 1), 0);
 	CHECK_EQ(push(device, 99, KIB4, 1), -ENOSPC);
-	CHECK_EQ(ops->peer_free(device, 3, MIB2), 0);
+	CHECK_EQ(tier_ops->peer_free(device, 3, MIB2), 0);
 	CHECK_EQ(push(device, 99, KIB4, 1), 0); /* what is free has been dropped first */
-	CHECK_EQ(ops->health(device), 0);
+	CHECK_EQ(tier_ops->health(device), 0);
 	for (int i = 0; i < 8; i++)
-		ops->peer_free(device, i, MIB2);
-	ops->peer_free(device, 99, KIB4);
-	ops->remove(device);
+		tier_ops->peer_free(device, i, MIB2);
+	tier_ops->peer_free(device, 99, KIB4);
+	tier_ops->remove(device);
 	CHECK_EQ(fake_count(server), 0);
 	fake_stop(server);
 }
@@ -368,9 +306,9 @@ static void test_groups(void)
 	CHECK_EQ(fake_count(server), 5);
 	for (unsigned i = 0; i < 64; i++)
 		if (i % 16)
-			CHECK_EQ(ops->peer_free(device, 3 * i, KIB4), 0);
-	CHECK_EQ(usage(device).page_bytes, 7 * KIB4);
-	CHECK_EQ(usage(device).stored_bytes, 67 * KIB4);
+			CHECK_EQ(tier_ops->peer_free(device, 3 * i, KIB4), 0);
+	CHECK_EQ(tier_usage(device).page_bytes, 7 * KIB4);
+	CHECK_EQ(tier_usage(device).stored_bytes, 67 * KIB4);
 	pull_batch(device, 0, 4, 48, KIB4, 1);
 	for (unsigned i = 0; i < 15; i++) /* the rest of the capacity, but for one value: whoever is last makes room */
 		push_batch(device, 2000 + 64 * i, 64, 1, KIB4, 2, 0);
@@ -382,7 +320,7 @@ static void test_groups(void)
 		pull_batch(device, 2000 + 64 * i, 64, 1, KIB4, 2);
 	push_batch(device, 1100, 32, 1, KIB4, 3, 0);
 	pull_batch(device, 1100, 32, 1, KIB4, 3);
-	ops->remove(device);
+	tier_ops->remove(device);
 	fake_stop(server);
 }
 
@@ -395,23 +333,23 @@ static void test_batches_of_all_sizes(void)
 
 	for (unsigned i = 0; i < BATCH; i++) {
 		io[i] = (struct gmem_peer_io){ 7 * i, memory + i * MIB2, sizes[i % 5], 99 };
-		fill(io[i].memory, io[i].bytes, io[i].key, 1);
+		tier_fill(io[i].memory, io[i].bytes, io[i].key, 1);
 	}
 	io[BATCH] = (struct gmem_peer_io){ KEYS, memory, KIB4, 99 };
-	CHECK_EQ(ops->peer_map_batch(device, io, BATCH + 1), 0);
+	CHECK_EQ(tier_ops->peer_map_batch(device, io, BATCH + 1), 0);
 	CHECK_EQ(io[BATCH].result, -EINVAL);
 	memset(memory, 0, BATCH * MIB2);
 	for (unsigned i = 0; i < BATCH; i++) {
 		CHECK_EQ(io[i].result, 0);
 		io[i].result = 99;
 	}
-	CHECK_EQ(ops->peer_unmap_batch(device, io, BATCH + 1), 0);
+	CHECK_EQ(tier_ops->peer_unmap_batch(device, io, BATCH + 1), 0);
 	for (unsigned i = 0; i < BATCH; i++) {
 		CHECK_EQ(io[i].result, 0);
-		CHECK(is_filled(io[i].memory, io[i].bytes, io[i].key, 1));
+		CHECK(tier_is_filled(io[i].memory, io[i].bytes, io[i].key, 1));
 	}
 	CHECK_EQ(atomic_load(&server->connections), 1);
-	ops->remove(device);
+	tier_ops->remove(device);
 	fake_stop(server);
 }
 
@@ -425,17 +363,17 @@ static void test_memory_that_has_gone(void)
 	struct gmem_peer_io io[] = { { 1, memory, KIB4, 99 }, { 2, hole, KIB4, 99 }, { 3, memory + KIB4, KIB4, 99 } };
 
 	CHECK(hole != MAP_FAILED); /* a file of no length: SIGBUS */
-	fill(memory, KIB4, 1, 1);
-	fill(memory + KIB4, KIB4, 3, 1);
-	CHECK_EQ(ops->peer_map_batch(device, io, 3), 0);
+	tier_fill(memory, KIB4, 1, 1);
+	tier_fill(memory + KIB4, KIB4, 3, 1);
+	CHECK_EQ(tier_ops->peer_map_batch(device, io, 3), 0);
 	CHECK(io[0].result == 0 && io[1].result == -EFAULT && io[2].result == 0);
 	CHECK_EQ(pull(device, 1, KIB4, 1), 0);
 	CHECK_EQ(pull(device, 2, KIB4, 1), -ENOENT);
 	CHECK_EQ(pull(device, 3, KIB4, 1), 0);
-	CHECK_EQ(ops->peer_unmap(device, 1, hole, KIB4), -EFAULT);
+	CHECK_EQ(tier_ops->peer_unmap(device, 1, hole, KIB4), -EFAULT);
 	CHECK_EQ(pull(device, 1, KIB4, 1), 0); /* the connection is still in step */
 	CHECK_EQ(atomic_load(&server->connections), 1);
-	ops->remove(device);
+	tier_ops->remove(device);
 	munmap(hole, MIB2);
 	close(fd);
 	fake_stop(server);
@@ -452,7 +390,7 @@ static void test_errors_of_servers(void)
 	fake_answer(server, "SET", "-OOM command not allowed when used memory > 'maxmemory'.\r\n", -1);
 	CHECK_EQ(push(device, 1, KIB64, 2), -ENOSPC);
 	says(device, "OOM");
-	CHECK_EQ(ops->health(device), 0); /* full is not lost */
+	CHECK_EQ(tier_ops->health(device), 0); /* full is not lost */
 	push_batch(device, 100, 64, 1, KIB4, 1, -ENOSPC);
 	fake_answer(server, "SET", "", 0);
 	CHECK_EQ(pull(device, 1, KIB64, 1), 0); /* the old one */
@@ -477,13 +415,13 @@ static void test_errors_of_servers(void)
 	CHECK_EQ(pull(device, 1, KIB64, 3), 0);
 	fake_answer(server, "SET", "-READONLY You can't write against a read only replica.\r\n", -1);
 	CHECK_EQ(push(device, 1, KIB64, 4), -EIO);
-	CHECK_EQ(ops->health(device), -EIO);
+	CHECK_EQ(tier_ops->health(device), -EIO);
 	fake_answer(server, "SET", "", 0);
 	usleep(1100000); /* once a second it is tried */
 	CHECK_EQ(push(device, 1, KIB64, 4), 0);
-	CHECK_EQ(ops->health(device), 0);
+	CHECK_EQ(tier_ops->health(device), 0);
 	CHECK_EQ(pull(device, 1, KIB64, 4), 0);
-	ops->remove(device);
+	tier_ops->remove(device);
 	fake_stop(server);
 }
 
@@ -511,7 +449,7 @@ static void test_rubbish(void)
 		CHECK_EQ(push(device, 2, KIB64, i + 1), 0);
 		CHECK_EQ(pull(device, 2, KIB64, i + 1), 0);
 	}
-	ops->remove(device);
+	tier_ops->remove(device);
 	fake_stop(server);
 }
 
@@ -534,7 +472,7 @@ static void test_damage(void)
 	fake_forget(server);
 	CHECK_EQ(pull(device, 2, MIB2, 1), -EIO);
 	CHECK_EQ(pull(device, 107, KIB4, 1), -EIO);
-	ops->remove(device);
+	tier_ops->remove(device);
 	fake_stop(server);
 }
 
@@ -556,12 +494,12 @@ static void test_connections_that_break(void)
 	fake_answer(server, NULL, "+", 1); /* breaks the one that is open */
 	CHECK_EQ(pull(device, 1, MIB2, 2), -EIO);
 	CHECK_EQ(push(device, 1, MIB2, 3), -EIO);
-	CHECK_EQ(ops->health(device), -EIO);
+	CHECK_EQ(tier_ops->health(device), -EIO);
 	CHECK_EQ(push(device, 1, MIB2, 3), -EIO); /* at once: it is known to be lost */
 	atomic_store(&server->refuses, false);
 	fake_answer(server, NULL, "", 0);
 	CHECK_EQ(pull(device, 1, MIB2, 2), 0); /* the old one: nothing has changed */
-	ops->remove(device);
+	tier_ops->remove(device);
 	fake_stop(server);
 }
 
@@ -591,7 +529,7 @@ static void test_replicas(void)
 	CHECK_EQ(push(device, 1, KIB64, 3), 0);
 	CHECK_EQ(pull(device, 1, KIB64, 3), 0);
 	becomes(server, 5); /* what was not confirmed is dropped */
-	ops->remove(device);
+	tier_ops->remove(device);
 	fake_stop(server);
 }
 
@@ -609,7 +547,7 @@ static void test_passwords(void)
 	refused(text, -EACCES, "NOAUTH");
 	snprintf(text, sizeof(text), "address=%s timeout_ms=1500 user=u password_file=%s", server->address, path);
 	refused(text, -ETIMEDOUT, "refuses user or password");
-	CHECK(!strstr(message, "wrong\n"));
+	CHECK(!strstr(tier_message, "wrong\n"));
 	CHECK_EQ(pwrite(fd, "right\n", 6, 0), 6);
 	CHECK_EQ(attach(text, &device), 0);
 	CHECK_EQ(push(device, 1, KIB64, 1), 0);
@@ -619,7 +557,7 @@ static void test_passwords(void)
 	fake_answer(server, NULL, "rubbish\r\n", 1);
 	CHECK_EQ(pull(device, 1, KIB64, 1), 0);
 	CHECK_EQ(atomic_load(&server->auths) >= 2, 1);
-	ops->remove(device);
+	tier_ops->remove(device);
 	CHECK(!unlink(path));
 	snprintf(text, sizeof(text), "address=%s timeout_ms=1500 password_file=%s", server->address, path);
 	refused(text, -ETIMEDOUT, "password_file: can't be read");
@@ -683,7 +621,7 @@ static void test_redirections(void)
 	fake_answer(two, "GET", "-MOVED 1 127.0.0.1:1\r\n", 2);
 	CHECK_EQ(push(device, 3, KIB64, 1), 0);
 	CHECK_EQ(pull(device, 3, KIB64, 1), 0);
-	ops->remove(device);
+	tier_ops->remove(device);
 	close(pair[1]);
 	fake_stop(one);
 	fake_stop(two);
@@ -735,30 +673,30 @@ static void *hammer_thread(void *arg)
 			uint64_t key = hammer->number * OWN + n;
 
 			if (rand_r(&seed) % 8 == 0) {
-				CHECK_EQ(ops->peer_free(hammer->device, key, 0), versions[n] ? 0 : -ENOENT);
+				CHECK_EQ(tier_ops->peer_free(hammer->device, key, 0), versions[n] ? 0 : -ENOENT);
 				versions[n] = 0;
 			} else if (pushes) {
 				versions[n] = (uint64_t)round + 1;
 				size_of[n] = bytes;
 				io[used] = (struct gmem_peer_io){ key, page + used * MIB2, bytes, 99 };
-				fill(io[used++].memory, bytes, key, versions[n]);
+				tier_fill(io[used++].memory, bytes, key, versions[n]);
 			} else if (versions[n]) {
 				io[used] = (struct gmem_peer_io){ key, page + used * MIB2, size_of[n], 99 };
 				used++;
 			}
 		}
-		CHECK_EQ((pushes ? ops->peer_map_batch : ops->peer_unmap_batch)(hammer->device, io, used), 0);
+		CHECK_EQ((pushes ? tier_ops->peer_map_batch : tier_ops->peer_unmap_batch)(hammer->device, io, used), 0);
 		for (unsigned i = 0; i < used; i++) {
 			unsigned n = (unsigned)(io[i].key % OWN);
 
 			CHECK_EQ(io[i].result, 0);
 			if (!pushes)
-				CHECK(is_filled(io[i].memory, io[i].bytes, io[i].key, versions[n]));
+				CHECK(tier_is_filled(io[i].memory, io[i].bytes, io[i].key, versions[n]));
 		}
 	}
 	for (unsigned n = 0; n < OWN; n++)
 		if (versions[n])
-			CHECK_EQ(ops->peer_free(hammer->device, hammer->number * OWN + n, 0), 0);
+			CHECK_EQ(tier_ops->peer_free(hammer->device, hammer->number * OWN + n, 0), 0);
 	free(page);
 	return NULL;
 }
@@ -777,10 +715,10 @@ static void test_hammer(void)
 	}
 	for (unsigned t = 0; t < THREADS; t++)
 		pthread_join(threads[t], NULL);
-	CHECK_EQ(usage(device).pages, 0);
+	CHECK_EQ(tier_usage(device).pages, 0);
 	becomes(server, 0);
 	stores(device, 0);
-	ops->remove(device);
+	tier_ops->remove(device);
 	fake_stop(server);
 }
 
@@ -793,8 +731,8 @@ static void test_hammer(void)
 
 int main(void)
 {
-	ops = gmem_driver_builtin("remote");
-	CHECK(ops);
+	tier_ops = gmem_driver_builtin("remote");
+	CHECK(tier_ops);
 	memory = mmap(NULL, BATCH * MIB2, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	CHECK(memory != MAP_FAILED);
 	RUN(test_replies);

@@ -199,6 +199,35 @@ static void strict_commit(void)
 	printf("strict commit: ok\n");
 }
 
+/* Without a tier the host's pages go to a device, and as much as both hold for certain is all that is promised: touching it
+ * is no SIGBUS. */
+static void overflow(uint64_t page_bytes)
+{
+	struct gmem_core *core = core_start((struct gmem_core_config){ .host_limit_bytes = BUDGET });
+	struct gmem_mmap_args more = { .bytes = 2 * MIB, .page_bytes = page_bytes };
+	struct gmem_region_info region;
+	struct gmem_core_stats stats;
+	struct client *client;
+
+	shared->page_bytes = page_bytes;
+	step_to(0);
+	CHECK_EQ(attach_simgpu(core, "simgpu0", "capacity=56M"), 1); /* 32 MiB of it change places */
+	client = client_start(core, oversubscribe, NULL);
+	wait_step(1);
+	CHECK_EQ(gmem_mmap(core, client->session, &more, &region), -ENOMEM);
+	CHECK(stats_of(core, GMEM_HOST).peak_bytes <= BUDGET);
+	CHECK(stats_of(core, 1).used_bytes >= DATA - BUDGET);
+	CHECK_EQ(gmem_device_detach(core, 1, false), -ENOMEM);
+	step_to(2);
+	CHECK_EQ(client_wait(client), 0);
+	core_settle(core);
+	gmem_core_stats(core, &stats);
+	CHECK_EQ(stats.poisoned_pages, 0);
+	CHECK_EQ(stats_of(core, 1).used_bytes, 0);
+	gmem_core_destroy(core);
+	printf("%llu KiB pages: a device takes what the host can't\n", (unsigned long long)page_bytes >> 10);
+}
+
 static int touch_damaged(struct client *client, void *arg)
 {
 	volatile uint64_t *p = client_mmap(client, DATA, shared->page_bytes, GMEM_FORK_SHARE);
@@ -537,6 +566,8 @@ int main(void)
 		small_and_large(2 * MIB, true, 0);
 	less_room_than_said();
 	strict_commit();
+	for (int i = 0; i < 3; i++)
+		overflow(sizes[i]);
 	damage(-EBADMSG, GMEM_POISONED);
 	damage(-EIO, GMEM_RESIDENT);
 	limits();

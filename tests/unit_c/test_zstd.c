@@ -13,62 +13,34 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <gmem/driver.h>
 #include <gmem/keep.h>
 
 #include "../../csrc/drivers/slab.h"
+#include "tierops.h"
 
-#define KIB4 4096ul
-#define KIB64 65536ul
-#define MIB2 (2ul << 20)
 #define KEYS 8192
 
 static const char *algorithm; /* of the run */
-static char message[GMEM_MESSAGE_MAX];
-static const struct gmem_driver_ops *ops;
 static uint8_t *page, *got; /* 2 MiB each */
 
 /* ---- helpers ---- */
 
+static const char *with_algorithm(const char *options)
+{
+	static _Thread_local char text[300];
+
+	snprintf(text, sizeof(text), "%s algorithm=%s", options, algorithm);
+	return text;
+}
+
 static int attach(const char *options, struct gmem_driver_keep *keep, struct gmem_device **ret)
 {
-	char *text, *save = NULL;
-	const char *keys[10], *values[10];
-	struct gmem_driver_config config = { .name = "z", .keys = keys, .values = values, .message = message,
-					     .key_count = KEYS, .keep = keep };
-	int err;
-
-	CHECK(asprintf(&text, "%s algorithm=%s", options, algorithm) > 0);
-	message[0] = '\0';
-	for (char *word = strtok_r(text, " ", &save); word; word = strtok_r(NULL, " ", &save)) {
-		char *equals = strchr(word, '=');
-
-		*equals = '\0';
-		keys[config.count] = word;
-		values[config.count++] = equals + 1;
-	}
-	err = ops->probe(&config, ret);
-	free(text);
-	return err;
+	return tier_attach(with_algorithm(options), KEYS, keep, ret);
 }
 
 static struct gmem_device *attached(const char *options, struct gmem_driver_keep *keep)
 {
-	struct gmem_device *device;
-
-	if (attach(options, keep, &device)) {
-		fprintf(stderr, "%s: %s\n", options, message);
-		exit(1);
-	}
-	return device;
-}
-
-static struct gmem_device_usage usage(struct gmem_device *device)
-{
-	struct gmem_device_usage ret;
-
-	CHECK_EQ(ops->peer_usage(device, &ret), 0);
-	return ret;
+	return tier_attached(with_algorithm(options), KEYS, keep);
 }
 
 enum content { ZEROS, WORDS, TEXT, NOISE, HALF, CONTENTS };
@@ -92,14 +64,14 @@ static void fill(uint8_t *at, size_t bytes, enum content content, uint64_t key, 
 static int push(struct gmem_device *device, uint64_t key, size_t bytes, enum content content, uint64_t version)
 {
 	fill(page, bytes, content, key, version);
-	return ops->peer_map(device, key, page, bytes);
+	return tier_ops->peer_map(device, key, page, bytes);
 }
 
 static void check(struct gmem_device *device, uint64_t key, size_t bytes, enum content content, uint64_t version)
 {
 	fill(page, bytes, content, key, version);
 	memset(got, 0xa5, bytes);
-	CHECK_EQ(ops->peer_unmap(device, key, got, bytes), 0);
+	CHECK_EQ(tier_ops->peer_unmap(device, key, got, bytes), 0);
 	CHECK(!memcmp(page, got, bytes));
 }
 
@@ -120,39 +92,39 @@ static void test_round_trips(void)
 			check(device, key, sizes[s], (content + 1) % CONTENTS, 1);
 			CHECK_EQ(push(device, key, sizes[s], content, 2), 0);
 		}
-	CHECK_EQ(usage(device).pages, key);
-	CHECK_EQ(usage(device).page_bytes, CONTENTS * (KIB4 + KIB64 + MIB2));
-	CHECK_EQ(usage(device).raw_pages, 3);
+	CHECK_EQ(tier_usage(device).pages, key);
+	CHECK_EQ(tier_usage(device).page_bytes, CONTENTS * (KIB4 + KIB64 + MIB2));
+	CHECK_EQ(tier_usage(device).raw_pages, 3);
 	for (uint64_t k = 0; k < key; k++) {
 		check(device, k, sizes[k / CONTENTS], k % CONTENTS, 2);
-		CHECK_EQ(ops->peer_free(device, k, sizes[k / CONTENTS]), 0);
-		CHECK_EQ(ops->peer_unmap(device, k, got, sizes[k / CONTENTS]), -EIO);
+		CHECK_EQ(tier_ops->peer_free(device, k, sizes[k / CONTENTS]), 0);
+		CHECK_EQ(tier_ops->peer_unmap(device, k, got, sizes[k / CONTENTS]), -EIO);
 	}
-	CHECK_EQ(usage(device).pages, 0);
-	CHECK_EQ(usage(device).page_bytes, 0);
-	ops->remove(device);
+	CHECK_EQ(tier_usage(device).pages, 0);
+	CHECK_EQ(tier_usage(device).page_bytes, 0);
+	tier_ops->remove(device);
 }
 
 static void test_what_it_takes(void)
 {
 	struct gmem_device *device = attached("capacity=64M", NULL);
-	uint64_t empty = usage(device).stored_bytes, text;
+	uint64_t empty = tier_usage(device).stored_bytes, text;
 
 	for (uint64_t key = 0; key < 512; key++)
 		CHECK_EQ(push(device, key, KIB64, ZEROS, 0), 0);
-	CHECK(usage(device).stored_bytes - empty <= 64 * KIB4); /* entries only */
+	CHECK(tier_usage(device).stored_bytes - empty <= 64 * KIB4); /* entries only */
 	for (uint64_t key = 0; key < 256; key++)
 		CHECK_EQ(push(device, key, KIB64, TEXT, 0), 0);
-	text = usage(device).stored_bytes - empty;
+	text = tier_usage(device).stored_bytes - empty;
 	CHECK(text < 256 * KIB64 / 2);
 	for (uint64_t key = 0; key < 256; key++)
 		CHECK_EQ(push(device, key, KIB64, NOISE, 0), 0);
-	CHECK(usage(device).stored_bytes >= 256 * KIB64);
-	CHECK(usage(device).stored_bytes < 256 * KIB64 + 256 * KIB4);
+	CHECK(tier_usage(device).stored_bytes >= 256 * KIB64);
+	CHECK(tier_usage(device).stored_bytes < 256 * KIB64 + 256 * KIB4);
 	for (uint64_t key = 0; key < 512; key++)
-		ops->peer_free(device, key, KIB64);
-	CHECK_EQ(usage(device).stored_bytes, empty); /* and all of it is given back */
-	ops->remove(device);
+		tier_ops->peer_free(device, key, KIB64);
+	CHECK_EQ(tier_usage(device).stored_bytes, empty); /* and all of it is given back */
+	tier_ops->remove(device);
 }
 
 /* Full is an answer; what was stored stays, and room that was made can be used again, for another kind of page. */
@@ -163,29 +135,29 @@ static void test_full(void)
 	uint64_t stored = 0, assured;
 	int err = 0;
 
-	CHECK_EQ(ops->info(device, &info), 0);
+	CHECK_EQ(tier_ops->info(device, &info), 0);
 	assured = info.assured_bytes;
 	CHECK(assured > 12 << 20 && assured < 16 << 20 && info.capacity_bytes >= 16 << 20);
 	while (!(err = push(device, stored, KIB4, NOISE, 0)))
 		stored++;
 	CHECK_EQ(err, -ENOSPC);
 	CHECK(stored * KIB4 >= assured);
-	CHECK(usage(device).stored_bytes <= 16 << 20);
+	CHECK(tier_usage(device).stored_bytes <= 16 << 20);
 	CHECK_EQ(push(device, 3, KIB4, NOISE, 7), -ENOSPC); /* both would have to be there for a moment */
 	for (uint64_t key = 0; key < stored; key++)
 		check(device, key, KIB4, NOISE, 0);
 	for (uint64_t key = 10; key < 210; key++)
-		CHECK_EQ(ops->peer_free(device, key, KIB4), 0);
+		CHECK_EQ(tier_ops->peer_free(device, key, KIB4), 0);
 	for (uint64_t key = 10; key < 210; key++)
 		CHECK_EQ(push(device, key, KIB4, TEXT, 8), 0);
 	CHECK_EQ(push(device, 3, KIB4, TEXT, 7), 0);
 	check(device, 3, KIB4, TEXT, 7);
 	for (uint64_t key = 0; key < stored; key++)
-		CHECK_EQ(ops->peer_free(device, key, KIB4), 0);
+		CHECK_EQ(tier_ops->peer_free(device, key, KIB4), 0);
 	for (uint64_t key = 0; key < 3; key++)
 		CHECK_EQ(push(device, key, MIB2, NOISE, 1), 0);
 	check(device, 2, MIB2, NOISE, 1);
-	ops->remove(device);
+	tier_ops->remove(device);
 }
 
 /* Sizes of every class, freed in another order, so that slabs are squeezed. */
@@ -209,7 +181,7 @@ static void test_against_an_oracle(void)
 		if (oracle[key].stored && x >> 40 & 1) {
 			check(device, key, sizes[oracle[key].size], oracle[key].content, oracle[key].version);
 		} else if (oracle[key].stored && x >> 41 & 1) {
-			CHECK_EQ(ops->peer_free(device, key, sizes[oracle[key].size]), 0);
+			CHECK_EQ(tier_ops->peer_free(device, key, sizes[oracle[key].size]), 0);
 			oracle[key].stored = 0;
 		} else {
 			uint8_t content = (uint8_t)(x >> 50) % CONTENTS, size = oracle[key].stored ? oracle[key].size : (x >> 45) % 16 == 0;
@@ -229,7 +201,7 @@ static void test_against_an_oracle(void)
 	for (uint64_t key = 0; key < COUNT; key++)
 		if (oracle[key].stored)
 			check(device, key, sizes[oracle[key].size], oracle[key].content, oracle[key].version);
-	ops->remove(device);
+	tier_ops->remove(device);
 }
 
 static void test_batches_and_bad_pages(void)
@@ -245,18 +217,18 @@ static void test_batches_and_bad_pages(void)
 	io[7].key = KEYS;
 	io[8].bytes = 5000;
 	mprotect(memory + 9 * KIB4, KIB4, PROT_READ);
-	CHECK_EQ(ops->peer_map_batch(device, io, 64), 0);
+	CHECK_EQ(tier_ops->peer_map_batch(device, io, 64), 0);
 	for (uint64_t i = 0; i < 64; i++)
 		CHECK_EQ(io[i].result, i == 7 || i == 8 ? -EINVAL : 0);
 	mprotect(memory, 64 * KIB4, PROT_READ | PROT_WRITE);
 	memset(memory, 0, 64 * KIB4);
-	CHECK_EQ(ops->peer_unmap_batch(device, io, 64), 0);
+	CHECK_EQ(tier_ops->peer_unmap_batch(device, io, 64), 0);
 	for (uint64_t i = 0; i < 64; i++) {
 		CHECK_EQ(io[i].result, i == 7 || i == 8 ? -EINVAL : 0);
 		fill(page, KIB4, i % CONTENTS, i, 0);
 		CHECK(i == 7 || i == 8 || !memcmp(page, memory + i * KIB4, KIB4));
 	}
-	ops->remove(device);
+	tier_ops->remove(device);
 	munmap(memory, 64 * KIB4);
 }
 
@@ -322,14 +294,14 @@ static void test_the_next_one_takes_over(void)
 	for (uint64_t key = 0; key < 600; key++)
 		CHECK_EQ(push(first, key, sizes[key % 200 == 0 ? 2 : key % 10 == 0], key % CONTENTS, 1), 0);
 	for (uint64_t key = 0; key < 600; key += 3)
-		CHECK_EQ(ops->peer_free(first, key, KIB4), 0);
-	before = usage(first);
+		CHECK_EQ(tier_ops->peer_free(first, key, KIB4), 0);
+	before = tier_usage(first);
 	count = held_fds(&held, left);
 	CHECK_EQ(count, 2);
 	hold(&again, left, count);
 	second = attached("capacity=32M", &again.driver);
 	CHECK(again.driver.restored);
-	after = usage(second);
+	after = tier_usage(second);
 	CHECK_EQ(after.pages, before.pages);
 	CHECK_EQ(after.page_bytes, before.page_bytes);
 	CHECK_EQ(after.raw_pages, before.raw_pages);
@@ -343,12 +315,12 @@ static void test_the_next_one_takes_over(void)
 		size_t bytes = key % 3 ? sizes[key % 200 == 0 ? 2 : key % 10 == 0] : KIB4;
 
 		check(second, key, bytes, key % 3 ? key % CONTENTS : (key + 1) % CONTENTS, key % 3 ? 1 : 2);
-		CHECK_EQ(ops->peer_free(second, key, bytes), 0);
+		CHECK_EQ(tier_ops->peer_free(second, key, bytes), 0);
 	}
-	CHECK_EQ(usage(second).pages, 0);
-	ops->remove(second);
+	CHECK_EQ(tier_usage(second).pages, 0);
+	tier_ops->remove(second);
 	let_go(&again);
-	ops->remove(first);
+	tier_ops->remove(first);
 	let_go(&held);
 }
 
@@ -365,10 +337,10 @@ static void test_what_does_not_fit_is_refused(void)
 	CHECK_EQ(held_fds(&held, left), 2);
 	hold(&again, left, 2);
 	CHECK_EQ(attach("capacity=16M", &again.driver, &second), -EPROTO);
-	CHECK(strstr(message, "taken over"));
+	CHECK(strstr(tier_message, "taken over"));
 	check(first, 1, KIB4, NOISE, 1);
 	let_go(&again);
-	ops->remove(first);
+	tier_ops->remove(first);
 	let_go(&held);
 }
 
@@ -392,14 +364,14 @@ static void test_damage(void)
 	CHECK(data > 0 && pread(slabs, &byte, 1, data + 100) == 1);
 	byte ^= 1;
 	CHECK_EQ(pwrite(slabs, &byte, 1, data + 100), 1);
-	CHECK_EQ(ops->peer_unmap(device, 5, got, KIB64), -EBADMSG);
-	CHECK(strstr(ops->last_error(device), "damaged"));
-	CHECK_EQ(ops->peer_free(device, 5, KIB64), 0);
+	CHECK_EQ(tier_ops->peer_unmap(device, 5, got, KIB64), -EBADMSG);
+	CHECK(strstr(tier_ops->last_error(device), "damaged"));
+	CHECK_EQ(tier_ops->peer_free(device, 5, KIB64), 0);
 	CHECK_EQ(push(device, 5, KIB64, NOISE, 2), 0);
 	check(device, 5, KIB64, NOISE, 2);
 	close(left[0].fd);
 	close(left[1].fd);
-	ops->remove(device);
+	tier_ops->remove(device);
 	let_go(&held);
 }
 
@@ -410,7 +382,7 @@ static void test_options(void)
 
 	for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
 		CHECK_EQ(attach(bad[i], NULL, &device), -EINVAL);
-		CHECK(!strncmp(message, bad[i], strcspn(bad[i], "=")) || strstr(message, "colour"));
+		CHECK(!strncmp(tier_message, bad[i], strcspn(bad[i], "=")) || strstr(tier_message, "colour"));
 	}
 }
 
@@ -429,11 +401,11 @@ static void *hammer(void *arg)
 	for (uint64_t round = 1; round < 40; round++)
 		for (uint64_t key = h->first; key < h->first + 64; key++) {
 			fill(mine, KIB4, (key + round) % CONTENTS, key, round);
-			CHECK_EQ(ops->peer_map(h->device, key, mine, KIB4), 0);
-			CHECK_EQ(ops->peer_unmap(h->device, key, back, KIB4), 0);
+			CHECK_EQ(tier_ops->peer_map(h->device, key, mine, KIB4), 0);
+			CHECK_EQ(tier_ops->peer_unmap(h->device, key, back, KIB4), 0);
 			CHECK(!memcmp(mine, back, KIB4));
 			if ((key + round) % 3 == 0)
-				CHECK_EQ(ops->peer_free(h->device, key, KIB4), 0);
+				CHECK_EQ(tier_ops->peer_free(h->device, key, KIB4), 0);
 		}
 	free(mine);
 	free(back);
@@ -452,7 +424,7 @@ static void test_threads(void)
 	}
 	for (int i = 0; i < 4; i++)
 		pthread_join(threads[i], NULL);
-	ops->remove(device);
+	tier_ops->remove(device);
 }
 
 int main(void)
@@ -461,8 +433,8 @@ int main(void)
 
 	page = mmap(NULL, 2 * MIB2, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	got = page + MIB2;
-	ops = gmem_driver_builtin("zstd");
-	CHECK(ops);
+	tier_ops = gmem_driver_builtin("zstd");
+	CHECK(tier_ops);
 	for (int i = 0; i < 2; i++) {
 		algorithm = algorithms[i];
 		test_round_trips();

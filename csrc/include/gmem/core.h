@@ -132,6 +132,7 @@ struct gmem_mmap_args {
 	uint64_t page_bytes; /* 4096, 65536, 2 MiB, or 0: 2 MiB for 2 MiB and more, else 4 KiB */
 	enum gmem_fork fork;
 	bool small_only;     /* never hugetlb */
+	uint64_t above;      /* not below that address, where there is room: what is below is in use in the client */
 	struct gmem_source *source; /* of fresh pages, taken over in every case; NULL: they are zero */
 	bool uncharged;      /* with a source: its pages can always go back there */
 	uint64_t asked;      /* a number of the request's, 0: none */
@@ -202,10 +203,27 @@ struct gmem_pool_info {
 	enum gmem_class class_;
 	bool sealed;
 	uint64_t writers, readers; /* regions that are open, before it was published too */
+	uint64_t fetched_bytes;    /* imported ones: what has come from the servers since this core was made */
 	uint64_t resident_bytes[GMEM_HNODE_MAX];
 };
 int gmem_pool_info(struct gmem_core *core, uint64_t pool, struct gmem_pool_info *ret);
 void gmem_pool_ids(struct gmem_core *core, uint64_t *ids, size_t capacity, size_t *ret_count);
+
+/* ---- pools that several machines share: versions of them are on the servers of a device (driver.h: pool_*) ---- */
+/* Which pages of a published pool have content: a bit for each, in whole 64-bit words. -EBUSY: it is not published; -EIO:
+ * a page is lost. */
+int gmem_pool_present(struct gmem_core *core, uint64_t pool, uint64_t *present);
+/* Writes those that version->present names of [first, first + count) to hnid's servers, and sets their checksums. first is
+ * a multiple of 16. -EOPNOTSUPP: no such device; else as pool_put has it, and nothing is known of what is there. (blocks) */
+int gmem_pool_export(struct gmem_core *core, uint64_t pool, int hnid, const struct gmem_pool_version *version,
+		     uint64_t first, uint64_t count);
+/* A pool whose pages come from there when they are touched, to read only: of this user, but not of the session, and no
+ * room is promised for it. Detaching the device is -EBUSY while there is one, unless forced. */
+int gmem_pool_import(struct gmem_core *core, uint64_t session, int hnid, const struct gmem_pool_version *version,
+		     uint64_t *ret_pool);
+/* Forgets what hnid's servers have of these pages. (blocks) */
+int gmem_pool_erase(struct gmem_core *core, int hnid, const struct gmem_pool_version *version, uint64_t first,
+		    uint64_t count);
 
 /* ---- devices ---- */
 /* message: GMEM_MESSAGE_MAX bytes, filled on failure. */
@@ -247,6 +265,7 @@ struct gmem_hnode_stats {
 	uint64_t evicted_clean;  /* of these, without a copy */
 	uint64_t errors;
 	int health;
+	char last_error[GMEM_MESSAGE_MAX]; /* by the driver's word; "": none, or it does not say */
 	struct gmem_device_usage usage; /* of tiers; zeros where the driver does not say */
 	const char *policy;      /* who leaves next: constant for the life of the core */
 };
@@ -263,6 +282,7 @@ struct gmem_core_stats {
 	uint64_t prefetched_pages, ahead_pages, discarded_pages;
 	uint64_t poisoned_pages, retries, parked_faults;
 	uint64_t leftovers;        /* pages that had content where they were not */
+	uint64_t outside_faults;   /* touches of what is registered and no region's: SIGBUS */
 	uint64_t evictions_stopped; /* by a request for the page */
 	uint64_t throttled_faults; /* of pages that bounce: they waited */
 	uint64_t aged_pages;      /* whose translations were dropped to see whether they are used */

@@ -81,6 +81,16 @@ struct gmem_device_info {
 					 * compresses promises less than it may turn out to hold */
 };
 
+/* One version of a pool that several machines share. Its pages are named by the pool's name and the stamp, which no other
+ * version has; what is written under a name once is never changed. */
+struct gmem_pool_version {
+	const char *name;        /* of letters, digits and _.- */
+	uint64_t stamp, pages;
+	uint8_t shift;           /* log2 of the page size */
+	const uint64_t *present; /* a bit for each page: the others are zeros, and stored nowhere */
+	uint32_t *checks;        /* of each page that is present: pool_put sets it, pool_get compares */
+};
+
 /* What a peer's content takes, for operators. */
 struct gmem_device_usage {
 	uint64_t pages, page_bytes; /* stored, and their size before compression */
@@ -181,6 +191,19 @@ struct gmem_driver_ops {
 	int (*pmap_map)(struct gmem_pmap *pmap, struct gmem_range range, struct gmem_mem *mem, uint64_t offset,
 			enum gmem_prot prot);
 	int (*pmap_flush)(struct gmem_pmap *pmap);
+
+	/* Pools of several machines. io[].key is the page's index in the pool; its bit in present is set. Several at once, each
+	 * with its own result.
+	 *
+	 * put: pages of 4 KiB come with all that are present of their 16 (index & ~15). 0: as many replicas as were asked for
+	 * have it; -ENODATA: fewer have; -ENOSPC: full; -ETIMEDOUT: nobody answers; -EACCES. get: -ETIMEDOUT as well; -EIO: it is
+	 * damaged, or gone. */
+	void (*pool_put)(struct gmem_device *device, const struct gmem_pool_version *version, struct gmem_peer_io *io,
+			 size_t count);
+	void (*pool_get)(struct gmem_device *device, const struct gmem_pool_version *version, struct gmem_peer_io *io,
+			 size_t count);
+	/* Forgets whatever is stored of pages [first, first + count); present and checks may be NULL. */
+	int (*pool_drop)(struct gmem_device *device, const struct gmem_pool_version *version, uint64_t first, uint64_t count);
 };
 
 #endif

@@ -62,6 +62,7 @@ struct gmem_hnode {
 	struct gmem_mutex relay_lock;
 	uint8_t *relay;                          /* relay_lock; room for one page, on its way between two that can't reach each other */
 	atomic_bool lost;                        /* (A) its driver has said so */
+	_Atomic uint32_t visitors;               /* (A) threads in its driver that hold no page of its: it is not removed under them */
 	struct gmem_hnode *next_retired;         /* devices_lock */
 };
 
@@ -99,6 +100,12 @@ void gmem_hnode_cool(struct gmem_hnode *hnode, struct gmem_object *object, uint6
 /* Whether a fault thread should leave the waiting for a page of so many bytes to a filler. */
 bool gmem_hnode_slow(const struct gmem_hnode *hnode, uint64_t bytes);
 void gmem_hnode_pinned(struct gmem_hnode *hnode, int64_t bytes);
+
+/* The device at hnid, whose driver may be called until gmem_hnode_leave(); NULL: there is none, or it is being detached. */
+struct gmem_hnode *gmem_hnode_visit(struct gmem_core *core, int hnid);
+void gmem_hnode_leave(struct gmem_hnode *hnode);
+/* Until there is no visitor. New ones no longer find it. */
+void gmem_hnode_await_visitors(struct gmem_hnode *hnode);
 
 /* Its memory is reached by its copy engine alone. */
 static inline bool gmem_hnode_own_frames(const struct gmem_hnode *hnode) { return hnode->info.caps & GMEM_CAP_OWN_FRAMES; }

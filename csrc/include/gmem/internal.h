@@ -39,6 +39,7 @@ struct gmem_core {
 	struct gmem_session *sessions[GMEM_SESSION_BUCKETS]; /* sessions_lock */
 	_Atomic uint64_t session_count, context_count, region_count, object_count; /* (A) */
 	_Atomic uint64_t next_id;                            /* (A) of sessions and contexts */
+	_Atomic uint32_t imports[GMEM_HNODE_MAX];            /* (A) objects whose pages come from servers of that device */
 	struct gmem_mutex pools_lock;
 	struct gmem_pool *pools;                             /* pools_lock */
 	struct gmem_mutex tenants_lock;

@@ -43,7 +43,8 @@ enum gmem_record_kind {
 #define GMEM_OBJECT_SEALED 2
 #define GMEM_OBJECT_SUCCEEDED 4
 
-enum gmem_record_source { GMEM_RECORD_NO_SOURCE, GMEM_RECORD_FILE, GMEM_RECORD_FILE_WRITE, GMEM_RECORD_FILE_PRIVATE };
+enum gmem_record_source { GMEM_RECORD_NO_SOURCE, GMEM_RECORD_FILE, GMEM_RECORD_FILE_WRITE, GMEM_RECORD_FILE_PRIVATE,
+			  GMEM_RECORD_REMOTE };
 
 struct gmem_record {
 	_Atomic uint32_t kind;

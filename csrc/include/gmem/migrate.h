@@ -45,6 +45,8 @@ int gmem_page_downgrade(struct gmem_page *page);
 int gmem_page_discard(struct gmem_page *page);
 /* The same of a sealed object's page: its source has it. */
 int gmem_page_give_back(struct gmem_page *page);
+/* Its copy there is damaged. Another one may do; if there is none, nobody shall ever see this one: it is poisoned. */
+void gmem_page_lose(struct gmem_page *page, struct gmem_hnode *from);
 /* Fills the page, which is allocated there and mapped nowhere, from its object's source, if it has one. */
 int gmem_page_pull(struct gmem_page *page, int hnid);
 /* Maps it in one view as the state allows: writable for the writer, else read-only. was_protected: the fault said that it was write-protected. */
@@ -62,7 +64,7 @@ struct gmem_hnode *gmem_page_source(struct gmem_page *page);
 /* The copy engine that stands between two hnodes, NULL if the CPU copies as fast as anything. */
 struct gmem_hnode *gmem_copy_engine(struct gmem_hnode *from, struct gmem_hnode *to);
 /* The content of pages (GMEM_COPY_PAGES at most) from one hnode to another, which has been charged for them, by the copy engine
- * between them, in one go; it makes their memory there. */
+ * between them or the CPU, in one go; it makes their memory there. */
 #define GMEM_COPY_PAGES 64
 int gmem_copy_pages(struct gmem_hnode *from, struct gmem_hnode *to, struct gmem_page *const *pages, size_t count);
 int gmem_copy_by_engine(struct gmem_hnode *engine, const struct gmem_sg *sg, size_t count);

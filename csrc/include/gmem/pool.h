@@ -29,6 +29,10 @@ struct gmem_pool {
 	struct gmem_pool *chain;    /* pools_lock */
 };
 
+/* A new one of that number; references the object. */
+int gmem_pool_add(struct gmem_core *core, uint64_t id, struct gmem_object *object);
+/* Its object, referenced; NULL: there is no such pool. */
+struct gmem_object *gmem_pool_object(struct gmem_core *core, uint64_t id);
 /* A predecessor's, whose objects are there; next: NULL unless its publishing was under way. */
 int gmem_pool_adopt(struct gmem_core *core, const struct gmem_record *known, uint32_t record,
 		    struct gmem_object *object, struct gmem_object *next);

@@ -29,6 +29,9 @@ int gmem_range_init(struct gmem_range_allocator *ranges, uint64_t start, uint64_
 void gmem_range_deinit(struct gmem_range_allocator *ranges);
 /* align is a power of two. -ENOMEM if no piece is large enough. */
 int gmem_range_alloc(struct gmem_range_allocator *ranges, uint64_t bytes, uint64_t align, uint64_t *ret_start);
+/* The same, not below that address; where there is no such piece, wherever there is one. */
+int gmem_range_alloc_above(struct gmem_range_allocator *ranges, uint64_t above, uint64_t bytes, uint64_t align,
+			   uint64_t *ret_start);
 /* This very range. -EEXIST: some of it has been handed out. */
 int gmem_range_take(struct gmem_range_allocator *ranges, uint64_t start, uint64_t bytes);
 /* [start, start + bytes) must have been handed out. */

@@ -14,7 +14,9 @@
 #include <gmem/driver.h>
 #include <gmem/types.h>
 
+struct gmem_core;
 struct gmem_object;
+struct gmem_record;
 struct gmem_source;
 
 struct gmem_source_ops {
@@ -29,6 +31,9 @@ struct gmem_source_ops {
 	int (*sync)(struct gmem_source *source);
 	/* The object is gone. */
 	void (*release)(struct gmem_source *source);
+	/* What a successor needs to make it again: fields source and source_* of an object's record, whose bytes are known, and a
+	 * descriptor (-1: it is lost), which stays the source's. NULL: the record of its object says all. */
+	void (*describe)(const struct gmem_source *source, struct gmem_record *record, int *ret_fd);
 };
 
 struct gmem_source {
@@ -59,7 +64,21 @@ struct gmem_file_args {
 int gmem_file_check(int fd, const struct gmem_file_args *args, const char **ret_why);
 /* Takes fd over on success; -1: one that is lost, and whose reads fail. */
 int gmem_filesource_create(int fd, const struct gmem_file_args *args, struct gmem_source **ret);
-/* NULL, or which file it is. */
-const struct gmem_file_args *gmem_filesource_args(const struct gmem_source *source, int *ret_fd);
+
+/* ---- versions of pools that other machines have published (remotesource.c) ---- */
+
+struct gmem_manifest {
+	struct gmem_pool_version version; /* name and arrays are copied */
+	int hnid;                         /* of the device whose servers have it */
+};
+
+/* -EOPNOTSUPP: that device has no such pools. */
+int gmem_remotesource_create(struct gmem_core *core, const struct gmem_manifest *manifest, struct gmem_source **ret);
+/* One that a predecessor had described by fd, which is taken over; -1, or no such thing: one whose reads fail. */
+int gmem_remotesource_adopt(struct gmem_core *core, int fd, struct gmem_source **ret);
+/* NULL: it is no such source. */
+const struct gmem_pool_version *gmem_remotesource_version(const struct gmem_source *source);
+/* Bytes that have come from servers since this daemon began; 0 for other sources. */
+uint64_t gmem_remotesource_fetched(const struct gmem_source *source);
 
 #endif

@@ -14,7 +14,7 @@ struct gmem_stats {
 	_Atomic uint64_t h2d_bytes, d2h_bytes, d2d_bytes;
 	_Atomic uint64_t duplicates, invalidations, evictions, evicted_clean;
 	_Atomic uint64_t prefetched_pages, ahead_pages, discarded_pages, poisoned_pages, retries, parked_faults, aged_pages;
-	_Atomic uint64_t throttled_faults, evictions_stopped, leftovers;
+	_Atomic uint64_t throttled_faults, evictions_stopped, leftovers, outside_faults;
 	_Atomic uint64_t migration_ns, fault_ns;
 	_Atomic uint64_t ring_requests, ring_errors, stuck_reports;
 };

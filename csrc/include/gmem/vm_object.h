@@ -58,8 +58,8 @@ int gmem_object_reserve(struct gmem_session *session, const struct gmem_mmap_arg
 /* One of a predecessor's, whose extent and VA range have been taken. */
 int gmem_object_adopt(struct gmem_core *core, struct gmem_account *account, struct gmem_account *files,
 		      const struct gmem_record *known, uint32_t record, struct gmem_object **ret);
-/* A file's, before anybody knows the object; kept for a successor. uncharged: no room is promised for it. Takes it over, also on failure. */
-int gmem_object_set_file(struct gmem_object *object, struct gmem_source *source, bool uncharged);
+/* One that describes itself, before anybody knows the object; kept for a successor. uncharged: no room is promised for it. Takes it over, also on failure. */
+int gmem_object_set_source(struct gmem_object *object, struct gmem_source *source, bool uncharged);
 void gmem_object_uncharge(struct gmem_object *object); /* a predecessor's, that was so */
 struct gmem_object *gmem_object_ref(struct gmem_object *object);
 /* False if it is being destroyed. */

@@ -545,6 +545,31 @@ static void test_fork(void)
 	CHECK(!munmap(at, bytes));
 }
 
+/* Without a descriptor the parent can't wait for the child, whose copy would be of no one moment: it gets none. */
+static void test_fork_without_descriptors(void)
+{
+	static int fds[1 << 16];
+	uint8_t *at = anonymous(MIB, PROT_READ | PROT_WRITE, 0);
+	int count = 0, status;
+	pid_t child;
+
+	fill(at, MIB, 3);
+	adopt(at, MIB);
+	while (count < 1 << 16 && (fds[count] = dup(0)) >= 0)
+		count++;
+	CHECK(errno == EMFILE);
+	child = fork();
+	if (!child) {
+		signal(SIGSEGV, SIG_DFL);
+		_exit(at[0] == 3 ? 1 : 2);
+	}
+	while (count)
+		close(fds[--count]);
+	CHECK(child > 0 && waitpid(child, &status, 0) == child && WIFSIGNALED(status) && WTERMSIG(status) == SIGSEGV);
+	check_filled(at, MIB, 3);
+	CHECK(!munmap(at, MIB));
+}
+
 /* The session ends, the memory does not: it is private again, and nobody has noticed. */
 static void test_close(void)
 {
@@ -600,6 +625,7 @@ int main(int argc, char **argv)
 	test_threads(context);
 	OK(gmem_context_close(context));
 	test_fork();
+	test_fork_without_descriptors();
 	test_close();
 	printf("adopt: ok\n");
 	return 0;

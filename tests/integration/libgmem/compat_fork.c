@@ -6,6 +6,7 @@
 
 #include <pthread.h>
 #include <sched.h>
+#include <signal.h>
 #include <sys/wait.h>
 
 #define PAGES 6
@@ -162,6 +163,30 @@ static void fork_while_others_write(void)
 	check_counts();
 }
 
+/* Without a descriptor the parent can't wait for the child, whose copy would be of no one moment: it gets none. */
+static void fork_without_descriptors(void)
+{
+	static int fds[1 << 16];
+	int count = 0, status;
+	pid_t pid;
+
+	while (count < 1 << 16 && (fds[count] = dup(0)) >= 0)
+		count++;
+	CHECK(errno == EMFILE);
+	pid = fork();
+	if (!pid) {
+		signal(SIGSEGV, SIG_DFL);
+		_exit(data[0] == 5 ? 1 : 2);
+	}
+	while (count)
+		close(fds[--count]);
+	CHECK(pid > 0 && waitpid(pid, &status, 0) == pid);
+	if (!WIFSIGNALED(status) || WTERMSIG(status) != SIGSEGV)
+		FAILED("the child ended with status %#x", status);
+	CHECK(data[0] == 5);
+	data[0] = 6;
+}
+
 /* Known to the C library before gmem's own handler, but what it finds is the child's copy. */
 static uint8_t *hasty;
 
@@ -214,6 +239,7 @@ int main(void)
 	check_all(80);
 	fork_while_others_write();
 	child_that_writes_early();
+	fork_without_descriptors();
 	/* a child that goes on with another program */
 	CHECK(!system("true"));
 	CHECK(!munmap(data, PAGES * PAGE));
