@@ -7,7 +7,6 @@
 #define GMEM_FAULT_H
 
 #include <gmem/affinity.h>
-#include <gmem/affinity.h>
 #include <gmem/lockrank.h>
 #include <gmem/view.h>
 
