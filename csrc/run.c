@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include <errno.h>
 
+#include <gmem/copy.h>
 #include <gmem/crash.h>
 #include <gmem/freeze.h>
 #include <gmem/internal.h>

@@ -62,7 +62,7 @@ struct gmem_view {
 	struct gmem_as *as;           /* (C) holds a reference of the session that owns the as */
 	struct gmem_session *session; /* (C) */
 	_Atomic uint64_t faults;      /* (A) */
-	atomic_bool reading;          /* (A) a thread reads messages, or handles an event among them (fault.c) */
+	atomic_bool reading;          /* (A) a thread reads messages, or handles an event among them (service.c) */
 	atomic_bool rearm;            /* (A) it is to arm the uffd: another thread left it to it */
 	uint32_t slot;                /* (C) once watched */
 	uint64_t token;               /* (C) once watched; what epoll hands out */
