@@ -22,8 +22,9 @@
 #define CLOSE_FAULTS 3      /* that many, before the first one */
 #define LINGER_NS 40000
 #define NO_FD_NAP_NS 1000000
-#define LOOK_FAULTS 256     /* how often to look where the client runs: it is kept from running meanwhile */
-#define FIRST_LOOK 8        /* the second one, to see early whether that was a good idea */
+#define FIRST_PAUSE 8       /* faults until it looks again where the client runs */
+#define LAST_PAUSE 512
+#define ROAM_PAUSE 256
 #define CROWDED_NS 20000    /* waiting so long for a CPU, on average, is worse than to be woken on another one */
 #define SHY_MOST 64
 #define TURN_NS 2000000     /* then other views get their turn */
@@ -178,12 +179,12 @@ static ssize_t read_messages(struct gmem_core *core, struct gmem_view *view, boo
 	return n < 0 ? 0 : n / (ssize_t)sizeof(*messages);
 }
 
-static void roam(struct gmem_service *service)
+static void roam(struct gmem_service *service, uint32_t pause)
 {
 	if (service->cpu >= 0)
 		gmem_cpus_set(&service->cpus);
 	service->cpu = service->home = -1;
-	service->followed = 0;
+	service->pause = service->to_look = pause;
 }
 
 static void leave_for_a_while(struct gmem_service *service)
@@ -209,7 +210,7 @@ static bool crowded(struct gmem_service *service)
 
 	if (gmem_thread_waits(&service->waits))
 		return true;
-	return service->cpu >= 0 && service->followed > 1 && service->waits.count > before.count &&
+	return service->cpu >= 0 && service->waits.count > before.count &&
 	       (service->waits.ns - before.ns) / (service->waits.count - before.count) > CROWDED_NS;
 }
 
@@ -221,7 +222,7 @@ static bool has_place(struct gmem_service *service)
 		return false;
 	}
 	if (!crowded(service)) {
-		if (service->followed > FIRST_LOOK)
+		if (service->cpu >= 0 && service->pause > FIRST_PAUSE)
 			service->shy = 0;
 		return true;
 	}
@@ -230,16 +231,26 @@ static bool has_place(struct gmem_service *service)
 	return false;
 }
 
+/* Soon for the first time, to see early whether staying was a good idea; then seldom: the client is kept from running
+ * meanwhile. */
+static void pause_looking(struct gmem_service *service)
+{
+	if (service->cpu < 0)
+		service->pause = FIRST_PAUSE;
+	else if (service->pause < LAST_PAUSE)
+		service->pause *= 2;
+	service->to_look = service->pause;
+}
+
 /* Faults of one thread are answered on its own CPU, which is free while it waits: a wake-up there is a switch from one thread
  * to another, where one on another CPU has to get that out of its idle state. What is fetched ahead is so while the client
  * runs, so on another one; and if others want that CPU, too, we are better off elsewhere. */
 static void follow(struct gmem_view *view, struct gmem_service *service)
 {
-	uint32_t turn;
 	int cpu;
 
 	if (!service->can_stay || !service->client) {
-		roam(service);
+		roam(service, 0);
 		return;
 	}
 	if (gmem_stream_fetching(view)) {
@@ -247,19 +258,18 @@ static void follow(struct gmem_view *view, struct gmem_service *service)
 		return;
 	}
 	come_home(service);
-	turn = service->followed++ % LOOK_FAULTS;
-	if (turn && service->followed != FIRST_LOOK)
-		return;
-	if (!has_place(service)) {
-		roam(service);
-		service->followed = 1;
+	if (service->to_look) {
+		service->to_look--;
 		return;
 	}
-	cpu = gmem_thread_cpu(service->client);
-	if (cpu < 0 || cpu == service->cpu || gmem_cpu_stay(cpu))
+	cpu = has_place(service) ? gmem_thread_cpu(service->client) : -1;
+	if (cpu < 0) {
+		roam(service, ROAM_PAUSE);
 		return;
-	service->cpu = cpu;
-	service->followed = 1;
+	}
+	pause_looking(service);
+	if (cpu != service->cpu && !gmem_cpu_stay(cpu))
+		service->cpu = cpu;
 }
 
 /* Waits for the next fault of a view whose faults are close; false if there is none. */

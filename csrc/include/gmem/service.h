@@ -30,7 +30,7 @@ struct gmem_service {
 	int cpu;                 /* (T) where it stays, beside the thread it serves; -1: anywhere */
 	int home;                /* (T) where it stayed before it left for a while, to fetch ahead; -1: nowhere */
 	pid_t client;            /* (T) the thread that faulted last; 0: the kernel does not tell */
-	uint32_t followed;       /* (T) faults since it began to stay, or to roam */
+	uint32_t pause, to_look; /* (T) faults from one look where the client runs to the next; those that are left */
 	uint32_t shy;            /* (T) looks for which it keeps away from a CPU that others wanted; doubles */
 	uint32_t skip;           /* (T) of these, how many are left */
 	struct gmem_waits waits; /* (T) at the last look */
