@@ -174,21 +174,29 @@ static bool held(struct gmem_page *page, struct gmem_hnode *hnode)
 	return true;
 }
 
-int gmem_page_downgrade(struct gmem_page *page)
+int gmem_pages_downgrade(struct gmem_page *pages, size_t count)
 {
-	int writer = gmem_word_writer(page->word), err;
-	struct gmem_hnode *hnode = gmem_core_hnode(page->core, writer);
+	struct gmem_page *first = &pages[0];
+	int writer = gmem_word_writer(first->word), err;
+	struct gmem_hnode *hnode = gmem_core_hnode(first->core, writer);
 
 	if (!hnode)
 		return 0;
-	if (held(page, hnode))
-		return -EBUSY;
-	gmem_page_notify(page, hnode, GMEM_CAUSE_PROTECT);
-	err = gmem_object_for_views(page->object, writer, page->offset, page->bytes, protect_view, NULL);
+	for (size_t i = 0; i < count; i++)
+		if (held(&pages[i], hnode))
+			return -EBUSY;
+	for (size_t i = 0; i < count; i++)
+		gmem_page_notify(&pages[i], hnode, GMEM_CAUSE_PROTECT);
+	err = gmem_object_for_views(first->object, writer, first->offset, count * first->bytes, protect_view, NULL);
 	gmem_crash(GMEM_CRASH_DOWNGRADE);
-	if (!err)
-		page->word = gmem_word_set_writer(page->word, -1);
+	for (size_t i = 0; !err && i < count; i++)
+		pages[i].word = gmem_word_set_writer(pages[i].word, -1);
 	return err; /* views protected before the failure fault on their next write and get it back */
+}
+
+int gmem_page_downgrade(struct gmem_page *page)
+{
+	return gmem_pages_downgrade(page, 1);
 }
 
 /* Frees the memory of a copy that valid no longer names. */
@@ -450,15 +458,12 @@ int gmem_page_pull(struct gmem_page *page, int hnid)
 
 static int first_touch(struct gmem_page *page, struct gmem_hnode *to)
 {
-	struct gmem_file *file;
 	int err;
 
 	if (gmem_hnode_is_peer(to))
 		return -EOPNOTSUPP; /* there is nothing to store yet */
 	gmem_page_mark(page, GMEM_DIR_FILL, to->hnid);
-	err = gmem_object_file(page->object, to->hnid, &file);
-	if (!err)
-		err = gmem_file_populate(file, page->object->offset + page->offset, page->bytes);
+	err = gmem_object_zero(page->object, to->hnid, page->offset, page->bytes);
 	if (!err)
 		err = gmem_page_pull(page, to->hnid);
 	gmem_count(&page->core->stats.first_touches, !err);

@@ -41,6 +41,8 @@ int gmem_page_own(struct gmem_page *page, int hnid);
 int gmem_page_drop(struct gmem_page *page, int hnid);
 /* Takes the write access of every view, if there is a writer. */
 int gmem_page_downgrade(struct gmem_page *page);
+/* The same of neighbours that have the same writer, in one go for each view. */
+int gmem_pages_downgrade(struct gmem_page *pages, size_t count);
 /* NOMAP: drops every copy. -EPERM: the object is sealed. */
 int gmem_page_discard(struct gmem_page *page);
 /* The same of a sealed object's page: its source has it. */
