@@ -12,6 +12,7 @@
 #define HELP_WAIT_NS 200000
 #define AHEAD_PART 16
 #define TURNS (GMEM_RECENT / 3)
+#define PATIENCE 64 /* faults that continue no stream */
 #define HELPED_BYTES (64ull << 10) /* with smaller pages two threads mostly wait for each other in the kernel */
 
 static uint64_t first_window(uint64_t page_bytes)
@@ -75,6 +76,13 @@ static bool strides(uint64_t a, uint64_t b, int64_t stride, uint64_t *ret)
 	return true;
 }
 
+/* Whether many other faults have come since it last went on: then a fault that seems to continue it does so by chance. */
+static bool has_ended(const struct gmem_view *view, const struct gmem_stream *stream)
+{
+	return atomic_load_explicit(&view->recent_hand, memory_order_relaxed) -
+	       atomic_load_explicit(&stream->hand, memory_order_relaxed) > PATIENCE;
+}
+
 /* The stream that this address continues: behind its window, or in it, if the thread was quicker than we. */
 static struct gmem_stream *find(struct gmem_view *view, uint64_t va)
 {
@@ -83,14 +91,14 @@ static struct gmem_stream *find(struct gmem_view *view, uint64_t va)
 		int64_t stride = stride_of(stream);
 		uint64_t from, left;
 
-		if (stride && strides(load(&stream->begin), va, stride, &from) && strides(va, load(&stream->end), stride, &left))
+		if (stride && !has_ended(view, stream) && strides(load(&stream->begin), va, stride, &from) && strides(va, load(&stream->end), stride, &left))
 			return stream;
 	}
 	return NULL;
 }
 
-/* Two neighbours are a stream, and so are four pages at the same distance from each other; also if a few other streams take
- * turns with it. 0: this page continues nothing. */
+/* Two neighbours, one right after the other, are a stream, and so are four pages at the same distance from each other, or
+ * three neighbours; also if a few other streams take turns with it. 0: this page continues nothing. */
 static int64_t learn(struct gmem_view *view, uint64_t va, uint64_t page_bytes)
 {
 	uint32_t hand = atomic_fetch_add_explicit(&view->recent_hand, 1, memory_order_relaxed);
@@ -102,7 +110,8 @@ static int64_t learn(struct gmem_view *view, uint64_t va, uint64_t page_bytes)
 		for (uint32_t i = 0; i < 3; i++)
 			before[i] = load(&view->recent[(hand - back * (i + 1)) % GMEM_RECENT]);
 		step = va - before[0];
-		if (step == page_bytes || (step && before[2] && before[0] - before[1] == step && before[1] - before[2] == step))
+		if (step == page_bytes ? back == 1 || before[0] - before[1] == step :
+					 step && before[2] && before[0] - before[1] == step && before[1] - before[2] == step)
 			found = (int64_t)step;
 	}
 	store(&view->recent[hand % GMEM_RECENT], va);
@@ -138,6 +147,7 @@ static struct gmem_stream *begin_stream(struct gmem_view *view, const struct gme
 	atomic_store_explicit(&stream->stride, 0, memory_order_relaxed);
 	atomic_thread_fence(memory_order_release);
 	store(&stream->window, 0);
+	atomic_store_explicit(&stream->hand, atomic_load_explicit(&view->recent_hand, memory_order_relaxed), memory_order_relaxed);
 	atomic_store_explicit(&stream->write, write, memory_order_relaxed);
 	store(&stream->begin, behind);
 	store(&stream->end, behind);
@@ -163,6 +173,12 @@ static uint64_t index_at(const struct gmem_place *place, uint64_t va)
 	return place->index + (uint64_t)((int64_t)(va - place->range.va) >> place->object->shift);
 }
 
+/* Mapping what is here takes less than waking somebody; and two that zero small pages of one file wait for its lock in turn. */
+static bool two_are_quicker(uint64_t page_bytes, enum need need)
+{
+	return need == CONTENT ? page_bytes >= HELPED_BYTES : need == ZEROES && page_bytes >= GMEM_HUGE_BYTES;
+}
+
 /* The fault is the stream's next: the window grows. */
 static void advance(struct gmem_core *core, struct gmem_view *view, struct gmem_stream *stream, const struct gmem_place *place,
 		    bool write, bool all)
@@ -182,6 +198,7 @@ static void advance(struct gmem_core *core, struct gmem_view *view, struct gmem_
 	if (write && !atomic_exchange_explicit(&stream->write, true, memory_order_relaxed))
 		store(&stream->next, behind);
 	store(&stream->window, window);
+	atomic_store_explicit(&stream->hand, atomic_load_explicit(&view->recent_hand, memory_order_relaxed), memory_order_relaxed);
 	store(&stream->begin, behind);
 	if (strides(load(&stream->end), end, stride, &passed))
 		store(&stream->end, end);
@@ -189,9 +206,7 @@ static void advance(struct gmem_core *core, struct gmem_view *view, struct gmem_
 		store(&stream->next, behind);
 	need = end == behind ? MAPPING : need_of(core, place->object, index_at(place, behind), view->hnid);
 	atomic_store_explicit(&stream->maps, need == MAPPING, memory_order_relaxed);
-	/* Mapping what is here takes less than waking somebody; and two that make pages of one file wait for its lock in turn,
-	 * where one keeps the memory busy. */
-	if (stride == (int64_t)page_bytes && page_bytes >= HELPED_BYTES && end - behind > piece_bytes(page_bytes) && need == CONTENT)
+	if (stride == (int64_t)page_bytes && end - behind > piece_bytes(page_bytes) && two_are_quicker(page_bytes, need))
 		ask_for_help(core, view);
 }
 

@@ -43,7 +43,8 @@ struct gmem_stream {
 	_Atomic uint64_t begin, next, end;
 	_Atomic uint64_t window; /* pages; 0: seen once */
 	atomic_bool write;
-	_Atomic bool maps; /* (A) its next page is here, as far as is known: it takes a moment */
+	_Atomic uint32_t hand;   /* recent_hand when it last went on */
+	_Atomic bool maps;       /* its next page is here, as far as is known: it takes a moment */
 };
 
 struct gmem_view {
