@@ -21,6 +21,7 @@ struct gmem_file {
 	struct gmem_mem *mem;   /* (C) device memory instead of a memfd (devmem.h); NULL: a memfd */
 	struct gmem_hnode *hnode; /* (C) the device's; NULL: a memfd */
 	struct gmem_file *next; /* account->lock; of a device that is gone */
+	atomic_bool zeroing;    /* (A) a thread makes pages that read zero */
 	_Atomic int lent[2];    /* (A) descriptors to be passed on: to read and write, to read only; -1: not made yet */
 };
 
