@@ -661,7 +661,7 @@ cdef class Core:
             _raise(err)
         return pages[: min(total, capacity) * sizeof(gmem_page_info)], total
 
-    def acquire(self, uint64_t context, list ranges, bint write):
+    def acquire(self, uint64_t context, list ranges, bint write, uint64_t asked=0):
         cdef size_t count = 0
         cdef gmem_range *made = _ranges(ranges, &count)
         cdef gmem_core *core
@@ -670,7 +670,7 @@ cdef class Core:
         try:
             core = self._enter()
             with nogil:
-                err = gmem_acquire(core, context, made, count, writing)
+                err = gmem_acquire(core, context, made, count, writing, asked)
             self._leave()
         finally:
             free(made)

@@ -139,3 +139,51 @@ def test_a_pool_is_published_without_room_whoever_is_killed_meanwhile(point):
         print("done", flush=True)
         sys.stdin.read()
         """)  # fmt: skip
+
+
+HOLDER = """
+    import ctypes, sys, threading
+    import gmem, numpy as np
+    session = gmem.connect(sys.argv[1])
+    numbers = gmem.zeros(64 * 512, np.int64, page_size="4K")
+    numbers[:] = np.arange(numbers.size)
+    at, half = numbers.ctypes.data, numbers.nbytes // 2
+    context = gmem.device("simgpu0").context()
+    {before}
+    print("ready", flush=True)
+    sys.stdin.readline()
+    {then}
+    touch = threading.Thread(target=ctypes.memset, args=(at, 7, 1), daemon=True)  # without the interpreter lock
+    {after}
+    assert numbers[0] == 7 and numbers[-1] == numbers.size - 1
+    print("done", flush=True)
+    sys.stdin.read()
+    """
+
+
+@pytest.mark.parametrize(
+    "point, ranges",
+    [("RECORD_PUBLISHED:1", "[(at, half)]"), ("RING_COMPLETES:1", "[(at, half)]"),
+     ("RECORD_PUBLISHED:1", "[(at, half), (at + half, half)]"), ("RECORD_PUBLISHED:2", "[(at, half), (at + half, half)]")],
+)  # fmt: skip
+def test_what_is_acquired_while_the_daemon_is_killed_is_held_once(point, ranges):
+    """Held twice, it would never come back: the one release leaves the other hold."""
+    killed_at(point, HOLDER.format(before="", then=f"context.acquire({ranges}, True)", after=f"""context.release({ranges})
+    touch.start()
+    touch.join()"""))
+
+
+def test_a_release_is_done_once_though_the_daemon_is_killed_before_it_says_so():
+    """Of two holds on one range; else a kernel would lose what it is using."""
+    acquire, release = "context.acquire([(at, half)], True)", "context.release([(at, half)])"
+    killed_at("RING_COMPLETES:1", HOLDER.format(before=f"{acquire}; {acquire}", then=release, after=f"""touch.start()
+    touch.join(0.5)
+    assert touch.is_alive(), "nobody holds it any more"
+    {release}
+    touch.join()
+    try:
+        {release}
+    except gmem.InvalidArgument:
+        pass
+    else:
+        raise AssertionError("a third hold")"""))
