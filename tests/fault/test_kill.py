@@ -161,16 +161,13 @@ HOLDER = """
     """
 
 
-@pytest.mark.parametrize(
-    "point, ranges",
-    [("RECORD_PUBLISHED:1", "[(at, half)]"), ("RING_COMPLETES:1", "[(at, half)]"),
-     ("RECORD_PUBLISHED:1", "[(at, half), (at + half, half)]"), ("RECORD_PUBLISHED:2", "[(at, half), (at + half, half)]")],
-)  # fmt: skip
-def test_what_is_acquired_while_the_daemon_is_killed_is_held_once(point, ranges):
+@pytest.mark.parametrize("point, count", [("RECORD_PUBLISHED:1", 1), ("RING_COMPLETES:1", 1),
+                                          ("RECORD_PUBLISHED:1", 2), ("RECORD_PUBLISHED:2", 2)])  # fmt: skip
+def test_what_is_acquired_while_the_daemon_is_killed_is_held_once(point, count):
     """Held twice, it would never come back: the one release leaves the other hold."""
-    killed_at(point, HOLDER.format(before="", then=f"context.acquire({ranges}, True)", after=f"""context.release({ranges})
-    touch.start()
-    touch.join()"""))
+    ranges = "[(at, half), (at + half, half)]" if count == 2 else "[(at, half)]"
+    after = f"context.release({ranges}); touch.start(); touch.join()"
+    killed_at(point, HOLDER.format(before="", then=f"context.acquire({ranges}, True)", after=after))
 
 
 def test_a_release_is_done_once_though_the_daemon_is_killed_before_it_says_so():
