@@ -61,6 +61,35 @@ def killed_at(point: str, code: str, check: str = "") -> None:
     assert status == 0
 
 
+def test_a_session_that_has_asked_for_nothing_yet_is_served_by_the_next_daemon():
+    """Its ring's doorbell has never been rung: nothing tells the successor's threads of it but the successor."""
+    target = Target(Path(tempfile.mkdtemp(prefix="gmem-kill-")))
+    code = """
+        import sys
+        import gmem
+        session = gmem.connect(sys.argv[1])
+        print("ready", flush=True)
+        sys.stdin.readline()
+        array = gmem.zeros(100_000)
+        array[:] = 1
+        print("done", flush=True)
+        """
+    client = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), target.socket], text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    try:
+        assert client.stdout.readline() == "ready\n"
+        lives = target.lives()
+        os.kill(target.child(), signal.SIGKILL)
+        assert wait_for(lambda: target.lives() > lives, 30)
+        out, _ = client.communicate("\n", timeout=60)
+        assert out == "done\n"
+    finally:
+        client.kill()
+        client.wait()
+        target.stop()
+        target.kill()
+
+
 @pytest.mark.parametrize("point", ["PUBLISH_COPY:3", "PUBLISH_MOVED:3", "PUBLISHED:1", "RECORD_PUBLISHED:3"])
 def test_a_pool_is_published_whoever_is_killed_meanwhile(point):
     """The daemon dies between two steps of it; the next one, or the request that is made again, finishes it."""
