@@ -52,6 +52,10 @@ cdef extern from "gmem/access.h" nogil:
         pass
 
 
+cdef extern from "gmem/crash.h" nogil:
+    void gmem_crash_named(const char *)
+
+
 cdef extern from "gmem/driver.h" nogil:
     enum:
         GMEM_DRIVER_ABI

@@ -62,6 +62,11 @@ cdef tuple _by_class(const int *fds):
     return (huge if huge >= 0 else None, small if small >= 0 else None)
 
 
+def crash(str point):
+    """A crash point (csrc/include/gmem/crash.h) in Python."""
+    gmem_crash_named(point.encode())
+
+
 cdef int _version(
     gmem_pool_version *v, bytes name, object version, const unsigned char[::1] present, unsigned char[::1] checks
 ) except -1:
