@@ -157,7 +157,8 @@ def make_core(config: Config, **kept: Any) -> Any:
 
 
 def _check_successor() -> None:
-    """(blocks) That what is installed now can go on with what we leave. RequestError (EPROTO): it can't, or does not start."""
+    """(blocks) That what is installed now can go on with what we leave. RequestError (EPROTO): it can't, or does not
+    start."""
     command = [sys.executable, "-m", "gmemd", "state-version"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SUCCESSOR_S, stdin=subprocess.DEVNULL)
@@ -165,8 +166,8 @@ def _check_successor() -> None:
     except (OSError, subprocess.TimeoutExpired) as error:
         found = str(error)
     if found != state_version():
-        raise RequestError(errno.EPROTO, f"what is installed now can't take over: its state version is {found[:120]!r}, "
-                                         f"this gmemd's {state_version()!r}; nothing was done")  # fmt: skip
+        why = f"its state version is {found[:120]!r}, this gmemd's {state_version()!r}; nothing was done"
+        raise RequestError(errno.EPROTO, f"what is installed now can't take over: {why}")
 
 
 class Service:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Upgrades. A gmemd that meets what one of another version has left refuses, touches nothing, and the right one goes on."""
+"""Upgrades. A gmemd that meets what one of another version has left refuses, touches nothing; the right one goes on."""
 
 import os
 import signal
