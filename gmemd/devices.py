@@ -105,8 +105,8 @@ class DeviceTable:
         return hnid, left
 
     def attach_again(self) -> None:
-        """(blocks) A predecessor's devices, at their numbers. One that can't be attached is lost, and told of. OSError: somebody
-        else can attach it."""
+        """(blocks) A predecessor's devices, at their numbers. One that can't be attached is lost, and told of. OSError:
+        somebody else can attach it."""
         for name, note in sorted(self._notes.table("devices").items(), key=lambda item: item[1]["hnid"]):
             try:
                 self.attach(note["driver"], name, note["config"], note["hnid"], note.get("state"))
