@@ -16,10 +16,13 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import rows  # noqa: E402
-from workloads import arena, catalogue, pins, plan, results, runner, swap  # noqa: E402
+from workloads import arena, catalogue, pages, pins, plan, results, runner, swap  # noqa: E402
 from workloads.runner import BYHAND, HINTS, ONDEMAND, PLAIN, ZRAM, Measured, Setting  # noqa: E402
 from workloads.workload import READ, UPDATE, WRITE, Access, Spec, Step, Tile  # noqa: E402
 
+from gmemd import policy  # noqa: E402
+
+PERCENTS = (75, 100, 125, 150, 200, 300)
 ON_GMEM = (HINTS, PLAIN, ONDEMAND, BYHAND)
 
 
@@ -67,8 +70,7 @@ def test_a_wrong_answer_is_noticed(name):
     workload.fill(arrays)
     assert workload.check(arrays, 0) is not None, "nothing has been computed yet"
     for step in workload.steps(0):
-        views = [arrays[tile.array][tile.first : tile.last] for tile, _, _ in step.accesses]
-        step.kernel(*views, *step.args)
+        step.kernel(*step.views(arrays), *step.args)
     assert workload.check(arrays, 0) is None
     result = arrays[workload.result].reshape(-1)
     kept = result[len(result) // 3].copy()
@@ -83,6 +85,22 @@ def test_a_wrong_answer_is_no_speed():
     each = Measured("triad", "regular", 200, 0, PLAIN, [0.1, 0.2], note="3 elements of a", wrong=True)
     (row, _) = results.make_rows([each], {})
     assert row["value"] is None and row["met"] is None and "3 elements" in row["note"]
+
+
+# ---- what the policy makes of the pages that they use ----
+
+
+@pytest.mark.parametrize("name", catalogue.WORKLOADS)
+def test_misses_are_no_more_than_those_of_lru(name):
+    """Of the jobs in full size: a few dozen huge pages or thousands of small ones. Which of its experts does better is
+    learned anew in each trace: those of few pages are long enough for it not to count."""
+    workload = catalogue.make(name, quick=False)
+    few = sum(spec.held_bytes // spec.page_bytes for spec in workload.specs.values()) < 100
+    trace = policy.Trace(*pages.trace(workload, 24 if few else 4))
+    for percent in PERCENTS:
+        capacity = max(1, trace.working_set * 100 // percent)
+        got, lru = (policy.replay(trace, which, capacity).misses for which in (policy.POLICIES[0], "lru"))
+        assert got <= 1.05 * lru, (percent, got, lru)
 
 
 # ---- by hand ----

@@ -4,11 +4,12 @@ knows, in the calls that docs/user.md has: what is never written, what comes nex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import gmem
+import numpy as np
 
 from workloads import pins
 from workloads.engine import Engine
@@ -55,20 +56,24 @@ class Managed(Engine):
         own = getattr(self.workload, "hint", None)
         self._round = own(self) if own else None
         for name, spec in self.workload.specs.items():
-            if spec.constant and self.context:
+            if spec.constant or spec.mostly_read:
                 gmem.advise(self.arrays[name], "read_mostly", session=self.session)
         if not own:
             self._plan()
 
     def _plan(self) -> None:
-        """Pins what pays, and schedules prefetches of the rest. A program that can't see far pins nothing."""
+        """Prefetches as they are needed, or pins what pays and prefetches the rest: whichever moves less."""
         specs, capacity = self.workload.specs, self.capacity - self.capacity // KEPT_FREE
-        kept = pins.choose(self.steps[0], specs, capacity) if self.workload.foresight is None else []
+        pinned = pins.choose(self.steps[0], specs, capacity) if self.workload.foresight is None else []
+        plans = {}
+        for kept in ([], pinned):
+            rest = capacity - sum(pins.nbytes(tile, specs) for tile in kept)
+            steps = [pins.others(step, kept) for step in self.all_steps()]
+            moves = Plan(steps, specs, rest, self.workload.foresight).moves
+            plans[pins.moved(moves, specs)] = kept, moves
+        kept, self.planned = plans[min(plans)]
         for tile in kept:
             gmem.advise(self.tile(tile), "pinned", self.place, session=self.session)
-        rest = capacity - sum(pins.nbytes(tile, specs) for tile in kept)
-        steps = [pins.others(step, kept) for step in self.all_steps()]
-        self.planned = Plan(steps, specs, rest, self.workload.foresight).moves
 
     def tile(self, tile: Tile) -> Array:
         return self.arrays[tile.array][tile.first : tile.last]
@@ -80,18 +85,30 @@ class Managed(Engine):
             super().round(number)
 
     def move(self, queue: Sequence[Move], moves: Moves) -> None:
+        """All in one go, as requests of a stream are done in order; only the last one is waited for."""
         early = queue is moves.early
+        last = None
         for tile in (tile for late, tile in moves.gone if late != early):
-            self._tell(tile, lambda view: gmem.advise(view, "cold", self.place, session=self.session))
+            if self._is_worth_it(tile) and (view := self._whole_pages(tile)).size:
+                last = gmem.advise_async(view, "cold", self.place, session=self.session)
         fresh = moves.fresh if early else []
-        for tile in fresh:  # all of it will be written: nothing has to be copied
-            self._tell(tile, lambda view: gmem.discard(view, session=self.session))
-        for tile in [move.tile for move in queue if move.inwards] + fresh:
-            self._tell(tile, lambda view: gmem.prefetch(view, self.place, session=self.session))
+        for tile in filter(self._is_worth_it, fresh):  # all of it will be written: nothing has to be copied
+            last = gmem.advise_async(self.tile(tile), "discard", session=self.session)
+        for tile in filter(self._is_worth_it, [move.tile for move in queue if move.inwards] + fresh):
+            last = gmem.prefetch_async(self.tile(tile), self.place, session=self.session)
+        if last:
+            last.wait()
 
-    def _tell(self, tile: Tile, say: Callable[[Array], object]) -> None:
-        if pins.nbytes(tile, self.workload.specs) >= TOLD_BYTES:
-            say(self.tile(tile))
+    def _is_worth_it(self, tile: Tile) -> bool:
+        return pins.nbytes(tile, self.workload.specs) >= TOLD_BYTES
+
+    def _whole_pages(self, tile: Tile) -> Array:
+        """Of the page at an edge others need the rest."""
+        spec, view = self.workload.specs[tile.array], self.tile(tile).reshape(-1).view(np.uint8)
+        first, last = tile.first * spec.row_bytes, tile.last * spec.row_bytes
+        begin = -(-first // spec.page_bytes) * spec.page_bytes
+        end = last if last == spec.nbytes else last // spec.page_bytes * spec.page_bytes
+        return view[begin - first : max(begin, end) - first]
 
     def launch(self, step: Step, moves: Moves | None = None) -> Fence:
         views = [_readable(self.tile(access.tile), access.mode) for access in step.accesses]
