@@ -75,26 +75,25 @@ class Gather(Workload):
         return where
 
     def hint(self, managed: Managed) -> Callable[[int], None]:
-        """Hot pages are pinned on the device. The others' rows are read where they are, on the host: into one of two
-        staging buffers behind the table, which is then sent to the device, while the batch before runs."""
+        """Hot pages are pinned on the device. The others' rows are gathered on the host, where they are, and copied
+        into one of two buffers behind the table, which stay on the device, while the batch before runs."""
         table, place = managed.arrays["table"], {"device": managed.place, "session": managed.session}
         room = managed.capacity - managed.capacity // KEPT_FREE - self.specs["out"].held_bytes
         kept = min(room // 4096 * TOGETHER - 2 * self.batch, self.rows)
         cold = self._layout(kept) < 0
         for first, last in _runs(np.flatnonzero(~cold[::TOGETHER])):
             gmem.advise_async(table[first * TOGETHER : last * TOGETHER], "pinned", **place)
-        gmem.prefetch_async(table[:1], **place).wait()  # behind those: they are done
+        gmem.prefetch_async(table[self.rows :], **place).wait()  # behind those: they are done
+        gathered = gmem.empty((2, self.batch, WIDTH), np.float32, session=managed.session)
 
         def stage(batch: int, ids: Array) -> Array:
             """The ids, with those of the buffer in place of cold rows'."""
             slots, base = ids.copy(), self.rows + batch % 2 * self.batch
             missing, back = np.unique(ids[cold[ids]], return_inverse=True)
             slots[cold[ids]] = base + back
-            staging = table[base : base + len(missing)]
             if len(missing):
-                gmem.discard(table[base : base + self.batch], session=managed.session)
-                staging[:] = table[missing]
-                gmem.prefetch(staging, **place)
+                rows = np.take(table, missing, axis=0, out=gathered[batch % 2, : len(missing)])
+                gmem.memcpy(table[base : base + len(missing)], rows, **place)
             return slots
 
         def one_round(number: int) -> None:

@@ -11,7 +11,6 @@ from workloads.workload import HUGE, UPDATE, WRITE, Access, Array, Arrays, Spec,
 WIDTH = 256
 TOKENS = HUGE // (2 * WIDTH * 4)  # that one conversation has room for
 APPENDED = 4
-PAGE = 65536  # a few tokens: what is appended makes one page dirty, not a conversation
 ZIPF = 1.1
 TOLERANCE = 1e-4
 
@@ -45,16 +44,9 @@ class KvCache(Workload):
     @property
     def specs(self) -> dict[str, Spec]:
         return {
-            "cache": Spec((self.conversations * TOKENS, 2, WIDTH), np.float32, PAGE, mostly_read=True),
+            "cache": Spec((self.conversations * TOKENS, 2, WIDTH), np.float32, mostly_read=True),
             "out": Spec((len(self.visits) * APPENDED, WIDTH), np.float32, 65536),
         }
-
-    @property
-    def nbytes(self) -> int:
-        """What is ever touched: most of each conversation's room."""
-        tokens = [begun + APPENDED * self.visits.count(number) for number, begun in enumerate(self.begun)]
-        pages = sum(-(-count * 2 * WIDTH * 4 // PAGE) for count in tokens)
-        return pages * PAGE + self.specs["out"].held_bytes
 
     def fill(self, arrays: Arrays) -> None:
         for number, begun in enumerate(self.begun):

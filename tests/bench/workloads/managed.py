@@ -11,7 +11,7 @@ from typing import Any
 import gmem
 import numpy as np
 
-from workloads import pins
+from workloads import paged, pins
 from workloads.engine import Engine
 from workloads.launcher import Fence, Launcher, Thread
 from workloads.plan import Move, Moves, Plan
@@ -62,21 +62,26 @@ class Managed(Engine):
             self._plan()
 
     def _plan(self) -> None:
-        """Prefetches as they are needed, or pins what pays and prefetches the rest: whichever moves less."""
-        specs, capacity = self.workload.specs, self.capacity - self.capacity // KEPT_FREE
-        pinned = pins.choose(self.steps[0], specs, capacity) if self.workload.foresight is None else []
+        """Prefetches as they are needed, or pins what pays and prefetches the rest: whichever moves less. In pages, as
+        these are what moves."""
+        specs = {name: paged.in_bytes(spec) for name, spec in self.workload.specs.items()}
+        steps = [paged.step(step, self.workload.specs) for step in self.all_steps()]
+        capacity = self.capacity - self.capacity // KEPT_FREE
+        pinned = pins.choose(steps[: len(self.steps[0])], specs, capacity) if self.workload.foresight is None else []
         plans = {}
         for kept in ([], pinned):
             rest = capacity - sum(pins.nbytes(tile, specs) for tile in kept)
-            steps = [pins.others(step, kept) for step in self.all_steps()]
-            moves = Plan(steps, specs, rest, self.workload.foresight).moves
+            moves = Plan([pins.others(step, kept) for step in steps], specs, rest, self.workload.foresight).moves
             plans[pins.moved(moves, specs)] = kept, moves
         kept, self.planned = plans[min(plans)]
-        for tile in kept:
-            gmem.advise(self.tile(tile), "pinned", self.place, session=self.session)
+        for tile in paged.joined(kept):
+            gmem.advise(self.bytes(tile), "pinned", self.place, session=self.session)
 
     def tile(self, tile: Tile) -> Array:
         return self.arrays[tile.array][tile.first : tile.last]
+
+    def bytes(self, tile: Tile) -> Array:
+        return self.arrays[tile.array].reshape(-1).view(np.uint8)[tile.first : tile.last]
 
     def round(self, number: int) -> None:
         if self._round:
@@ -86,29 +91,21 @@ class Managed(Engine):
 
     def move(self, queue: Sequence[Move], moves: Moves) -> None:
         """All in one go, as requests of a stream are done in order; only the last one is waited for."""
-        early = queue is moves.early
-        last = None
-        for tile in (tile for late, tile in moves.gone if late != early):
-            if self._is_worth_it(tile) and (view := self._whole_pages(tile)).size:
-                last = gmem.advise_async(view, "cold", self.place, session=self.session)
+        early, specs = queue is moves.early, self.workload.specs
         fresh = moves.fresh if early else []
-        for tile in filter(self._is_worth_it, fresh):  # all of it will be written: nothing has to be copied
-            last = gmem.advise_async(self.tile(tile), "discard", session=self.session)
-        for tile in filter(self._is_worth_it, [move.tile for move in queue if move.inwards] + fresh):
-            last = gmem.prefetch_async(self.tile(tile), self.place, session=self.session)
+        wanted = [move.tile for move in queue if move.inwards] + fresh
+        told = (
+            ("cold", [paged.inside(tile, specs[tile.array]) for late, tile in moves.gone if late != early]),
+            ("discard", fresh),  # all of it will be written: nothing has to be copied
+            ("prefetch", wanted),
+        )
+        last = None
+        for advice, tiles in told:
+            for tile in paged.joined(tiles):
+                if tile.last - tile.first >= TOLD_BYTES:
+                    last = gmem.advise_async(self.bytes(tile), advice, self.place, session=self.session)
         if last:
             last.wait()
-
-    def _is_worth_it(self, tile: Tile) -> bool:
-        return pins.nbytes(tile, self.workload.specs) >= TOLD_BYTES
-
-    def _whole_pages(self, tile: Tile) -> Array:
-        """Of the page at an edge others need the rest."""
-        spec, view = self.workload.specs[tile.array], self.tile(tile).reshape(-1).view(np.uint8)
-        first, last = tile.first * spec.row_bytes, tile.last * spec.row_bytes
-        begin = -(-first // spec.page_bytes) * spec.page_bytes
-        end = last if last == spec.nbytes else last // spec.page_bytes * spec.page_bytes
-        return view[begin - first : max(begin, end) - first]
 
     def launch(self, step: Step, moves: Moves | None = None) -> Fence:
         views = [_readable(self.tile(access.tile), access.mode) for access in step.accesses]

@@ -38,7 +38,7 @@ class Sequential(Workload):
     result = "out"
 
     def __init__(self, quick: bool = False) -> None:
-        self.rows, self.columns, self.tiles = (1 << 14, 64, 4) if quick else (98304, 128, 24)
+        self.rows, self.columns, self.tiles = (1 << 15, 64, 4) if quick else (98304, 128, 24)
 
     @property
     def specs(self) -> dict[str, Spec]:
