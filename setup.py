@@ -57,10 +57,14 @@ policy = Extension(
 # The client's buffer object.
 mapping = Extension("gmem._mapping", sources=["client/gmem/_mapping.pyx"])
 
+# `make` installs the packages where they stand, without building, and builds in parallel what has changed.
+with_extensions = os.environ.get("GMEM_EXTENSIONS", "1") != "0"
 setup(
     packages=["gmemd", "gmemd.drivers", "gmem"],
     package_dir={"gmem": "client/gmem"},
     package_data={"gmem": ["py.typed"], "gmemd": ["py.typed"]},
-    ext_modules=cythonize([core, pydriver, policy, mapping], language_level=3, build_dir="build/cython"),
-    cffi_modules=["client/build_ffi.py:ffibuilder"],
+    ext_modules=cythonize([core, pydriver, policy, mapping], language_level=3, build_dir="build/cython")
+    if with_extensions
+    else [],
+    cffi_modules=["client/build_ffi.py:ffibuilder"] if with_extensions else [],
 )

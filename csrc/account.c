@@ -288,7 +288,7 @@ int gmem_quota_session(struct gmem_core *core, uint64_t id, int hnid, uint64_t b
 	share = &session->account->shares[hnid];
 	before = atomic_exchange(&share->quota_bytes, bytes);
 	if (bytes && gmem_counter(&share->resident_bytes) > bytes)
-		err = gmem_reclaim_own(hnode, session->account, 1);
+		err = gmem_reclaim_patiently(hnode, session->account, 1);
 	if (err)
 		atomic_store(&share->quota_bytes, before);
 	gmem_session_unref(session);

@@ -53,3 +53,23 @@ int gmem_cpu_stay(int cpu)
 	CPU_SET(cpu, &cpus);
 	return gmem_cpus_set(&cpus);
 }
+
+int gmem_thread_waits(struct gmem_waits *ret)
+{
+	char text[96];
+	unsigned long long ran, waited, count;
+	int fd = open("/proc/thread-self/schedstat", O_RDONLY | O_CLOEXEC);
+	ssize_t n;
+
+	if (fd < 0)
+		return -errno;
+	n = read(fd, text, sizeof(text) - 1);
+	close(fd);
+	if (n <= 0)
+		return -EIO;
+	text[n] = '\0';
+	if (sscanf(text, "%llu %llu %llu", &ran, &waited, &count) != 3)
+		return -EIO;
+	*ret = (struct gmem_waits){ waited, count };
+	return 0;
+}

@@ -246,7 +246,7 @@ int gmem_limit(struct gmem_core *core, int hnid, uint64_t bytes)
 	if (bytes < pinned)
 		err = -EBUSY;
 	else if (bytes < before)
-		err = gmem_reclaim(hnode, gmem_counter(&hnode->low_bytes));
+		err = gmem_reclaim_patiently(hnode, NULL, gmem_counter(&hnode->low_bytes));
 	if (err && err != -EBUSY)
 		gmem_hnode_set_limit(hnode, before);
 	gmem_mutex_unlock(&core->devices_lock);

@@ -5,6 +5,7 @@
  */
 #include <errno.h>
 
+#include <gmem/copy.h>
 #include <gmem/crash.h>
 #include <gmem/evict.h>
 #include <gmem/freeze.h>

@@ -21,6 +21,7 @@ int gmem_work_post(struct gmem_core *core, const struct gmem_work *work)
 		fillers->delayed[fillers->delayed_count++] = *work;
 	else
 		fillers->ring[(fillers->ring_head + fillers->ring_count++) % GMEM_WORK_RING] = *work;
+	fillers->helped += !err && work->ahead;
 	if (!err)
 		pthread_cond_signal(&fillers->ready);
 	gmem_mutex_unlock(&fillers->lock);

@@ -127,6 +127,8 @@ int gmem_file_punch(struct gmem_file *file, uint64_t offset, uint64_t bytes)
 /* An uffd of our own, for aliases of huge pages: UFFDIO_COPY is the only way to fill one that does not zero it first.
  * -1: there is none. */
 static int own_uffd = -1;
+/* As much as a huge page, and all of it the kernel's one page of zeros. */
+static const void *zeros = MAP_FAILED;
 
 static void open_own_uffd(void)
 {
@@ -139,6 +141,9 @@ static void open_own_uffd(void)
 	}
 	if (device >= 0)
 		close(device);
+	zeros = mmap(NULL, GMEM_HUGE_BYTES, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (zeros != MAP_FAILED)
+		gmem_alias_touch(zeros, GMEM_HUGE_BYTES);
 }
 
 static void watch_alias(uint8_t *alias, uint64_t bytes)
@@ -162,6 +167,21 @@ static int fill_huge(struct gmem_file *file, uint64_t offset, uint8_t *alias, co
 		return err;
 	err = gmem_file_populate(file, offset, bytes);
 	return err ? err : gmem_copy(alias, src, bytes);
+}
+
+/* fallocate(2) zeroes a page in three quarters of the time that UFFDIO_COPY of zeros takes, but holds the file's lock. */
+int gmem_file_zero(struct gmem_file *file, uint64_t offset, uint8_t *alias, uint64_t bytes)
+{
+	bool alone = !atomic_exchange(&file->zeroing, true);
+	int err = !alone && file->class_ == GMEM_CLASS_HUGE && own_uffd >= 0 && zeros != MAP_FAILED ? 0 : -ENOENT;
+
+	for (uint64_t done = 0; !err && done < bytes; done += GMEM_HUGE_BYTES)
+		err = gmem_uffd_copy(own_uffd, (uint64_t)(uintptr_t)alias + done, zeros, GMEM_HUGE_BYTES);
+	if (err && err != -ENOMEM)
+		err = gmem_file_populate(file, offset, bytes);
+	if (alone)
+		atomic_store(&file->zeroing, false);
+	return err;
 }
 
 int gmem_file_write(struct gmem_file *file, uint64_t offset, const void *src, uint64_t bytes)

@@ -3,6 +3,7 @@
 #include <stdlib.h>
 #include <time.h>
 
+#include <gmem/copy.h>
 #include <gmem/crash.h>
 #include <gmem/internal.h>
 #include <gmem/migrate.h>

@@ -12,6 +12,7 @@
 #define HELP_WAIT_NS 200000
 #define AHEAD_PART 16
 #define TURNS (GMEM_RECENT / 3)
+#define PATIENCE 64 /* faults that continue no stream */
 #define HELPED_BYTES (64ull << 10) /* with smaller pages two threads mostly wait for each other in the kernel */
 
 static uint64_t first_window(uint64_t page_bytes)
@@ -35,6 +36,18 @@ static uint64_t last_window(struct gmem_core *core, int hnid, uint64_t page_byte
 static uint64_t piece_bytes(uint64_t page_bytes)
 {
 	return page_bytes > PIECE_BYTES ? page_bytes : PIECE_BYTES;
+}
+
+/* What it takes to give a view the page of that index in an object. */
+enum need { MAPPING, ZEROES, CONTENT };
+
+static enum need need_of(struct gmem_core *core, const struct gmem_object *object, uint64_t index, int hnid)
+{
+	uint32_t valid = gmem_word_valid(atomic_load_explicit(&core->lpt.words[object->pn + index], memory_order_relaxed));
+
+	if (valid >> hnid & 1)
+		return MAPPING;
+	return valid || atomic_load(&object->source) ? CONTENT : ZEROES;
 }
 
 static uint64_t load(const _Atomic uint64_t *at)
@@ -63,6 +76,13 @@ static bool strides(uint64_t a, uint64_t b, int64_t stride, uint64_t *ret)
 	return true;
 }
 
+/* Whether many other faults have come since it last went on: then a fault that seems to continue it does so by chance. */
+static bool has_ended(const struct gmem_view *view, const struct gmem_stream *stream)
+{
+	return atomic_load_explicit(&view->recent_hand, memory_order_relaxed) -
+	       atomic_load_explicit(&stream->hand, memory_order_relaxed) > PATIENCE;
+}
+
 /* The stream that this address continues: behind its window, or in it, if the thread was quicker than we. */
 static struct gmem_stream *find(struct gmem_view *view, uint64_t va)
 {
@@ -71,14 +91,14 @@ static struct gmem_stream *find(struct gmem_view *view, uint64_t va)
 		int64_t stride = stride_of(stream);
 		uint64_t from, left;
 
-		if (stride && strides(load(&stream->begin), va, stride, &from) && strides(va, load(&stream->end), stride, &left))
+		if (stride && !has_ended(view, stream) && strides(load(&stream->begin), va, stride, &from) && strides(va, load(&stream->end), stride, &left))
 			return stream;
 	}
 	return NULL;
 }
 
-/* Two neighbours are a stream, and so are four pages at the same distance from each other; also if a few other streams take
- * turns with it. 0: this page continues nothing. */
+/* Two neighbours, one right after the other, are a stream, and so are four pages at the same distance from each other, or
+ * three neighbours; also if a few other streams take turns with it. 0: this page continues nothing. */
 static int64_t learn(struct gmem_view *view, uint64_t va, uint64_t page_bytes)
 {
 	uint32_t hand = atomic_fetch_add_explicit(&view->recent_hand, 1, memory_order_relaxed);
@@ -90,7 +110,8 @@ static int64_t learn(struct gmem_view *view, uint64_t va, uint64_t page_bytes)
 		for (uint32_t i = 0; i < 3; i++)
 			before[i] = load(&view->recent[(hand - back * (i + 1)) % GMEM_RECENT]);
 		step = va - before[0];
-		if (step == page_bytes || (step && before[2] && before[0] - before[1] == step && before[1] - before[2] == step))
+		if (step == page_bytes ? back == 1 || before[0] - before[1] == step :
+					 step && before[2] && before[0] - before[1] == step && before[1] - before[2] == step)
 			found = (int64_t)step;
 	}
 	store(&view->recent[hand % GMEM_RECENT], va);
@@ -126,6 +147,7 @@ static struct gmem_stream *begin_stream(struct gmem_view *view, const struct gme
 	atomic_store_explicit(&stream->stride, 0, memory_order_relaxed);
 	atomic_thread_fence(memory_order_release);
 	store(&stream->window, 0);
+	atomic_store_explicit(&stream->hand, atomic_load_explicit(&view->recent_hand, memory_order_relaxed), memory_order_relaxed);
 	atomic_store_explicit(&stream->write, write, memory_order_relaxed);
 	store(&stream->begin, behind);
 	store(&stream->end, behind);
@@ -145,12 +167,25 @@ static uint64_t in_region(const struct gmem_place *place, uint64_t behind, int64
 	return count < most ? count : most;
 }
 
+/* Of the page at that address of the same region. */
+static uint64_t index_at(const struct gmem_place *place, uint64_t va)
+{
+	return place->index + (uint64_t)((int64_t)(va - place->range.va) >> place->object->shift);
+}
+
+/* Mapping what is here takes less than waking somebody; and two that zero small pages of one file wait for its lock in turn. */
+static bool two_are_quicker(uint64_t page_bytes, enum need need)
+{
+	return need == CONTENT ? page_bytes >= HELPED_BYTES : need == ZEROES && page_bytes >= GMEM_HUGE_BYTES;
+}
+
 /* The fault is the stream's next: the window grows. */
 static void advance(struct gmem_core *core, struct gmem_view *view, struct gmem_stream *stream, const struct gmem_place *place,
 		    bool write, bool all)
 {
 	int64_t stride = stride_of(stream);
 	uint64_t page_bytes = 1ull << place->object->shift, last = last_window(core, view->hnid, page_bytes, stride), behind, window, end, passed;
+	enum need need;
 
 	if (!stride)
 		return;
@@ -163,12 +198,15 @@ static void advance(struct gmem_core *core, struct gmem_view *view, struct gmem_
 	if (write && !atomic_exchange_explicit(&stream->write, true, memory_order_relaxed))
 		store(&stream->next, behind);
 	store(&stream->window, window);
+	atomic_store_explicit(&stream->hand, atomic_load_explicit(&view->recent_hand, memory_order_relaxed), memory_order_relaxed);
 	store(&stream->begin, behind);
 	if (strides(load(&stream->end), end, stride, &passed))
 		store(&stream->end, end);
 	if (strides(load(&stream->next), behind, stride, &passed))
 		store(&stream->next, behind);
-	if (stride == (int64_t)page_bytes && page_bytes >= HELPED_BYTES && end - behind > piece_bytes(page_bytes))
+	need = end == behind ? MAPPING : need_of(core, place->object, index_at(place, behind), view->hnid);
+	atomic_store_explicit(&stream->maps, need == MAPPING, memory_order_relaxed);
+	if (stride == (int64_t)page_bytes && end - behind > piece_bytes(page_bytes) && two_are_quicker(page_bytes, need))
 		ask_for_help(core, view);
 }
 
@@ -255,7 +293,7 @@ static bool claim_block(_Atomic uint64_t *at, uint64_t page_bytes, uint64_t *ret
 /* ---- fetching ---- */
 
 /* Takes a piece of what the stream wants; several threads may do so. */
-static bool claim(struct gmem_stream *stream, int64_t stride, uint64_t page_bytes, struct gmem_range *ret)
+static bool claim(struct gmem_stream *stream, int64_t stride, uint64_t page_bytes, uint64_t most, struct gmem_range *ret)
 {
 	uint64_t next = load(&stream->next), end = load(&stream->end), left;
 
@@ -264,7 +302,7 @@ static bool claim(struct gmem_stream *stream, int64_t stride, uint64_t page_byte
 	*ret = (struct gmem_range){ next, page_bytes };
 	if (stride != (int64_t)page_bytes)
 		return atomic_compare_exchange_strong(&stream->next, &next, next + (uint64_t)stride);
-	ret->bytes = piece_bytes(page_bytes) < end - next ? piece_bytes(page_bytes) : end - next;
+	ret->bytes = most < end - next ? most : end - next;
 	return atomic_compare_exchange_strong(&stream->next, &next, next + ret->bytes);
 }
 
@@ -324,6 +362,14 @@ void gmem_stream_fault(struct gmem_core *core, struct gmem_view *view, const str
 		ask_for_block(core, view, place, write);
 }
 
+void gmem_stream_parked(struct gmem_core *core, struct gmem_view *view, const struct gmem_place *place, bool write)
+{
+	struct gmem_stream *stream = core->fault_ahead ? find(view, place->range.va) : NULL;
+
+	if (stream)
+		advance(core, view, stream, place, write, place->hint.accessed_by >> view->hnid & 1);
+}
+
 static bool wants_more(const struct gmem_stream *stream)
 {
 	int64_t stride = stride_of(stream);
@@ -336,6 +382,17 @@ bool gmem_stream_pending(const struct gmem_view *view)
 {
 	for (int i = 0; i < GMEM_STREAMS; i++)
 		if (wants_more(&view->streams[i]))
+			return true;
+	for (int i = 0; i < GMEM_BLOCKS; i++)
+		if (load(&view->blocks[i]))
+			return true;
+	return false;
+}
+
+bool gmem_stream_fetching(const struct gmem_view *view)
+{
+	for (int i = 0; i < GMEM_STREAMS; i++)
+		if (wants_more(&view->streams[i]) && !atomic_load_explicit(&view->streams[i].maps, memory_order_relaxed))
 			return true;
 	for (int i = 0; i < GMEM_BLOCKS; i++)
 		if (load(&view->blocks[i]))
@@ -381,12 +438,24 @@ static bool step_block(struct gmem_core *core, struct gmem_view *view, _Atomic u
 	return true;
 }
 
+/* How much one thread takes on from this place on: of huge pages that are only mapped as many as there are in a row. */
+static uint64_t one_turn(struct gmem_core *core, const struct gmem_view *view, const struct gmem_place *place)
+{
+	uint64_t page_bytes = 1ull << place->object->shift, count = 0, left;
+
+	left = (place->region_va + place->region_bytes - place->range.va) >> place->object->shift;
+	while (page_bytes >= GMEM_HUGE_BYTES && count < left && count < GMEM_RUN_PAGES &&
+	       need_of(core, place->object, place->index + count, view->hnid) == MAPPING)
+		count++;
+	return count > 1 ? count * page_bytes : piece_bytes(page_bytes);
+}
+
 static bool step_stream(struct gmem_core *core, struct gmem_view *view, struct gmem_stream *stream, bool may_wait)
 {
 	int64_t stride = stride_of(stream);
 	struct gmem_range piece;
 	struct gmem_place place;
-	uint64_t page_bytes;
+	uint64_t page_bytes, most;
 	bool left;
 
 	if (!wants_more(stream))
@@ -397,8 +466,9 @@ static bool step_stream(struct gmem_core *core, struct gmem_view *view, struct g
 	}
 	page_bytes = 1ull << place.object->shift;
 	left = !may_wait && leave_to_filler(core, view, &place);
+	most = one_turn(core, view, &place);
 	gmem_object_unref(place.object);
-	if (left || !claim(stream, stride, page_bytes, &piece))
+	if (left || !claim(stream, stride, page_bytes, most, &piece))
 		return false;
 	if (!fetch_ahead(core, view, piece, atomic_load_explicit(&stream->write, memory_order_relaxed)))
 		store(&stream->end, load(&stream->next));

@@ -17,6 +17,7 @@
 #define EMPTY_TRIES 16
 #define OTHERS_TRIES 256
 #define DRAIN_TRIES 20000
+#define PATIENT_TRIES 2000
 #define DRAIN_PAUSE_NS 100000
 
 /* Whose pages are to leave: an account's own; those of its user's other accounts, if it has none there itself; anybody's
@@ -170,6 +171,18 @@ static void pause_ns(long ns)
 	struct timespec t = { 0, ns };
 
 	nanosleep(&t, NULL);
+}
+
+int gmem_reclaim_patiently(struct gmem_hnode *hnode, struct gmem_account *account, uint64_t bytes)
+{
+	int err = -EAGAIN;
+
+	for (int tries = 0; err == -EAGAIN && tries < PATIENT_TRIES; tries++) {
+		if (tries)
+			pause_ns(DRAIN_PAUSE_NS);
+		err = account ? gmem_reclaim_own(hnode, account, bytes) : gmem_reclaim(hnode, bytes);
+	}
+	return err;
 }
 
 static bool is_empty(struct gmem_hnode *hnode)

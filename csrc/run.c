@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include <errno.h>
 
+#include <gmem/copy.h>
 #include <gmem/crash.h>
 #include <gmem/freeze.h>
 #include <gmem/internal.h>
@@ -99,16 +100,21 @@ static void mark_all(struct run *run, enum gmem_dir dir, int target)
 		gmem_page_mark(&run->pages[i], dir, target);
 }
 
-/* Readers only from here on, and a frame for each page. What does not work out shortens the run. */
+static void free_frames(struct run *run, struct gmem_hnode *to)
+{
+	for (size_t i = 0; i < run->count; i++)
+		gmem_hnode_frame_free(to, run->args->object, run->pages[i].index);
+}
+
+/* A frame for each page, and readers only from here on. What does not work out shortens the run. */
 static void prepare(struct run *run, struct gmem_hnode *to)
 {
-	for (size_t i = 0; i < run->count; i++) {
-		struct gmem_page *page = &run->pages[i];
-
-		if (gmem_page_downgrade(page) || gmem_hnode_frame_alloc(to, page->object, page->index)) {
+	for (size_t i = 0; i < run->count; i++)
+		if (gmem_hnode_frame_alloc(to, run->args->object, run->pages[i].index))
 			shorten(run, i);
-			return;
-		}
+	if (run->count && gmem_pages_downgrade(run->pages, run->count)) {
+		free_frames(run, to);
+		shorten(run, 0);
 	}
 }
 
@@ -118,8 +124,7 @@ static void undo(struct run *run, struct gmem_hnode *to)
 
 	if (!gmem_object_file(run->args->object, to->hnid, &file))
 		gmem_file_punch(file, file_offset(run), run_bytes(run));
-	for (size_t i = 0; i < run->count; i++)
-		gmem_hnode_frame_free(to, run->args->object, run->pages[i].index);
+	free_frames(run, to);
 	mark_all(run, GMEM_DIR_MAP, 0);
 }
 
@@ -154,10 +159,10 @@ static int fill_by_driver(struct run *run, struct gmem_hnode *from, struct gmem_
 	return err ? err : pull(run, from, dst);
 }
 
-static int first_touch(struct run *run, struct gmem_hnode *to, struct gmem_file *file)
+static int first_touch(struct run *run, struct gmem_hnode *to)
 {
 	struct gmem_object *object = run->args->object;
-	int err = gmem_file_populate(file, file_offset(run), run_bytes(run));
+	int err = gmem_object_zero(object, to->hnid, run->pages[0].offset, run_bytes(run));
 	uint8_t *alias;
 
 	if (err || !atomic_load(&object->source))
@@ -175,7 +180,7 @@ static int fill(struct run *run, struct gmem_hnode *from, struct gmem_hnode *to)
 
 	mark_all(run, GMEM_DIR_FILL, to->hnid);
 	if (err || !from)
-		return err ? err : first_touch(run, to, file);
+		return err ? err : first_touch(run, to);
 	if (by_driver(from, to))
 		return fill_by_driver(run, from, to, file);
 	err = gmem_object_at(object, to->hnid, run->pages[0].offset, &dst);

@@ -311,6 +311,19 @@ int gmem_object_at(struct gmem_object *object, int hnid, uint64_t offset, uint8_
 	return err;
 }
 
+int gmem_object_zero(struct gmem_object *object, int hnid, uint64_t offset, uint64_t bytes)
+{
+	struct gmem_file *file;
+	uint8_t *alias;
+	int err = gmem_object_file(object, hnid, &file);
+
+	if (err)
+		return err;
+	if (object->class_ == GMEM_CLASS_HUGE && !file->mem && !gmem_object_alias(object, hnid, &alias))
+		return gmem_file_zero(file, object->offset + offset, alias + offset, bytes);
+	return gmem_file_populate(file, object->offset + offset, bytes);
+}
+
 #define VIEW_BATCH 16
 
 struct view_ref {

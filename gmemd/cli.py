@@ -24,6 +24,8 @@ from gmemd.sizes import parse_size
 EXIT_FAILURE, EXIT_USAGE = 1, 2
 # Bringing home what a large device holds takes as long as the link takes.
 _DETACH_TIMEOUT_S = 3600.0
+# A state of another version is waiting for code that knows it. Too many starts in a row, and systemd would give it up.
+_OTHER_VERSION_PAUSE_S = 3.0
 _UPGRADE_TIMEOUT_S = 60.0
 
 
@@ -157,7 +159,9 @@ def main_gmemd(argv: Sequence[str] | None = None) -> int:
         print(f"gmemd: {error}", file=sys.stderr)
         return EXIT_USAGE
     except OSError as error:
-        print(f"gmemd: {error.strerror or error}", file=sys.stderr)
+        print(f"gmemd: {error.strerror or error}", file=sys.stderr, flush=True)
+        if error.errno == errno.EPROTO:
+            time.sleep(_OTHER_VERSION_PAUSE_S)
         return EXIT_FAILURE
 
 

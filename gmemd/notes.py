@@ -7,6 +7,7 @@ reads at any instant finds the one state or the other.
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import threading
@@ -25,7 +26,8 @@ def _crc(generation: int, body: bytes) -> int:
 
 
 class Notes:
-    """tables[table][key] is a map of plain values. Without a descriptor nothing outlives the process."""
+    """tables[table][key] is a map of plain values. Without a descriptor nothing outlives the process. OSError (EPROTO):
+    what is in the file is of another version."""
 
     def __init__(self, fd: int | None = None) -> None:
         self._fd = fd
@@ -45,6 +47,8 @@ class Notes:
             if len(raw) < _HEADER.size:
                 continue
             magic, generation, length, crc = _HEADER.unpack(raw)
+            if magic[:-1] == _MAGIC[:-1] and magic[-1:] not in (_MAGIC[-1:], b"\0"):
+                raise OSError(errno.EPROTO, "the notes of another gmemd are of another version; they were not touched")
             if magic != _MAGIC or generation <= self._generation or length > _HALF - _HEADER.size:
                 continue
             body = os.pread(fd, length, half * _HALF + _HEADER.size)

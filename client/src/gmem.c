@@ -140,7 +140,7 @@ static int reserve_and_map(struct gmem *session, size_t bytes, const struct gmem
 	return 0;
 }
 
-static int commit(struct gmem *session, uint64_t va)
+int gmem_session_commit(struct gmem *session, uint64_t va)
 {
 	struct gmem_ring_sqe sqe = { .op = GMEM_RING_MMAP_COMMIT, .va = va };
 	struct gmem_request request;
@@ -198,7 +198,7 @@ int gmem_mmap(struct gmem *session, size_t bytes, const struct gmem_mmap_options
 	err = reserve_and_map(session, bytes, options, &region);
 	mapped = !err;
 	if (mapped && !region.kept)
-		err = commit(session, region.va);
+		err = gmem_session_commit(session, region.va);
 	pthread_rwlock_unlock(&session->mapping);
 	if (mapped && err)
 		err = undo(session, &region, err);
@@ -413,7 +413,7 @@ int gmem_map_file(struct gmem *session, int fd, uint64_t offset, size_t bytes, c
 	err = give_and_map(session, fd, offset, bytes, options, &region);
 	mapped = !err;
 	if (mapped)
-		err = commit(session, region.va);
+		err = gmem_session_commit(session, region.va);
 	if (!err && !(options->flags & (GMEM_MAP_FILE_WRITE | GMEM_MAP_FILE_PRIVATE)) &&
 	    gmem_sys_mprotect((void *)(uintptr_t)region.va, region.bytes, PROT_READ))
 		err = gmem_fail(-errno, "mprotect: %s", strerror(errno));

@@ -118,14 +118,11 @@ static void give_back(struct gmem *session, const struct grant *grant, bool mapp
 /* Maps and commits it, here and in the contexts. The caller holds session->mapping to write. */
 static int map(struct gmem *session, const struct grant *grant)
 {
-	struct gmem_request request;
 	int err = gmem_link_map_file(session->link, grant->va, true);
 
 	if (err)
 		return gmem_fail(err, "name: can't be mapped at 0x%llx: %s", (unsigned long long)grant->va, strerror(-err));
-	gmem_request_init(&request, "mmap_commit", 1);
-	gmem_request_uint(&request, "va", grant->va);
-	err = gmem_rpc_call(session->rpc, &request, NULL);
+	err = gmem_session_commit(session, grant->va);
 	session->cover = gmem_contexts_cover;
 	if (!err)
 		err = gmem_contexts_cover(session, grant->va, 0);

@@ -46,6 +46,8 @@ int gmem_check_bytes(size_t bytes);
 int gmem_check_options(size_t size, size_t least, const char *what);
 /* -ECONNRESET if gmemd is gone. */
 int gmem_session_check(const struct gmem *session);
+/* The region at va has been mapped: gmemd registers it. */
+int gmem_session_commit(struct gmem *session, uint64_t va);
 /* As gmem_munmap(); may_keep: the addresses may stay mapped (GMEM_RING_KEEP). A program's own munmap(2) leaves none. */
 int gmem_session_munmap(struct gmem *session, void *va, size_t bytes, bool may_keep);
 /* Counts an open context, or with -1 a closed one. */

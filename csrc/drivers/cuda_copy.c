@@ -62,6 +62,13 @@ static CUdeviceptr device_ptr(const void *at)
 
 /* ---- one piece ---- */
 
+/* A slot whose DMA may still be under way must not be used for another piece. */
+static int piece_failed(struct lane *lane, const char *call, CUresult result)
+{
+	lane->gpu->cu.stream_synchronize(lane->stream);
+	return gmem_cuda_failed(lane->gpu, call, result);
+}
+
 /* The DMA of a slot is through: its buffer can be used again, or first emptied. */
 static int settle(struct lane *lane, struct slot *slot)
 {
@@ -74,7 +81,7 @@ static int settle(struct lane *lane, struct slot *slot)
 	slot->piece.bytes = 0;
 	r = gpu->cu.event_synchronize(slot->event);
 	if (r)
-		return gmem_cuda_failed(gpu, "cuEventSynchronize", r);
+		return piece_failed(lane, "cuEventSynchronize", r);
 	return piece.dst && !on_device(gpu, piece.dst) ? gmem_alias_fill(piece.dst, slot->buffer, piece.bytes) : 0;
 }
 
@@ -98,10 +105,10 @@ static int start_piece(struct lane *lane, struct slot *slot, struct gmem_sg piec
 	else
 		r = gpu->cu.copy_h2d(device_ptr(piece.dst), slot->buffer, piece.bytes, lane->stream);
 	if (r)
-		return gmem_cuda_failed(gpu, "cuMemcpyAsync", r);
+		return piece_failed(lane, "cuMemcpyAsync", r);
 	r = gpu->cu.event_record(slot->event, lane->stream);
 	if (r)
-		return gmem_cuda_failed(gpu, "cuEventRecord", r);
+		return piece_failed(lane, "cuEventRecord", r);
 	slot->piece = piece;
 	return 0;
 }

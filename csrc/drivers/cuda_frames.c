@@ -65,10 +65,13 @@ static int scrub(struct gmem_device *gpu, uint32_t frame)
 	return r ? gmem_cuda_failed(gpu, "cuMemsetD8Async", r) : 0;
 }
 
+/* Also after an error nothing may be under way: the frame's memory may be about to go. */
 static int scrubbed(struct gmem_device *gpu)
 {
 	CUresult r = gpu->cu.stream_synchronize(gpu->scrub);
 
+	if (r)
+		gpu->cu.stream_synchronize(gpu->scrub);
 	return r ? gmem_cuda_failed(gpu, "cuMemsetD8Async", r) : 0;
 }
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Two at once, on disjoint pages, against one alone: threads of one client, and two sessions. The same of the bare
- * handler says what the kernel and two CPUs leave room for.
+ * Two at once, on disjoint pages, against one alone: threads of one client, and two sessions. In an order that nobody can
+ * guess, so that each page is a fault. The same of the bare handler says what the kernel and two CPUs leave room for.
  */
 #define _GNU_SOURCE
 #include "bench.h"
@@ -13,13 +13,15 @@
 #define PAGE (4 * KIB)
 #define ROUNDS 2
 
+static const uint32_t *order; /* of the pages */
+
 /* Touches a whole range ROUNDS times, all translations dropped before each. */
 static void storm(uint8_t *at)
 {
 	for (int round = 0; round < ROUNDS; round++) {
 		CHECK(!madvise(at, BYTES, MADV_DONTNEED));
-		for (uint64_t i = 0; i < BYTES; i += PAGE)
-			((volatile uint8_t *)at)[i]++;
+		for (uint64_t i = 0; i < BYTES / PAGE; i++)
+			((volatile uint8_t *)at)[order[i] * PAGE]++;
 	}
 }
 
@@ -135,6 +137,7 @@ void faults_concurrent(void)
 	pthread_barrierattr_t shared;
 	struct client *clients[2];
 
+	order = random_order(BYTES / PAGE);
 	CHECK_EQ(client_wait(client_start(core, threaded_client, floor_create(false))), 0);
 	pthread_barrierattr_init(&shared);
 	pthread_barrierattr_setpshared(&shared, PTHREAD_PROCESS_SHARED);

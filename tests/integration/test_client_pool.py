@@ -411,3 +411,17 @@ def test_who_may_only_read_can_not_write(public):
         """, public, uid=OTHER)  # fmt: skip
     assert said == "ok"
     assert (pool.array() == 2).all()
+
+
+def test_attaching_commits_over_the_ring(public):
+    """One request through the control plane finds the pool by name; that it is mapped goes the short way."""
+    gmem.pool("short_way", size=WORDS * 8, mode=0o666)
+    code = """
+        import gmem
+
+        session = gmem.connect()
+        before = session.stats()["ring_requests"]
+        gmem.pool("short_way", write=False)
+        print(session.stats()["ring_requests"] - before)
+    """
+    assert int(python(textwrap.dedent(code), public)) >= 1

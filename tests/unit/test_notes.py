@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import errno
 import os
 
 import pytest
@@ -65,6 +66,19 @@ def test_a_write_that_was_cut_short_leaves_the_state_before(cut, count):
         assert Notes(fd).table("t") in (before, after)
     finally:
         os.close(fd)
+
+
+def test_notes_of_another_version_are_refused_and_left(fd):
+    Notes(fd).put("t", 1, {"value": 1})
+    half = next(half for half in (0, 1) if os.pread(fd, 8, half * notes._HALF) == b"gmnotes1")
+    os.pwrite(fd, b"gmnotes2", half * notes._HALF)
+    before = os.pread(fd, 4096, half * notes._HALF)
+    with pytest.raises(OSError, match="another version") as refusal:
+        Notes(fd)
+    assert refusal.value.errno == errno.EPROTO
+    assert os.pread(fd, 4096, half * notes._HALF) == before
+    os.pwrite(fd, b"gmnotes1", half * notes._HALF)
+    assert Notes(fd).table("t") == {1: {"value": 1}}
 
 
 def test_rubbish_is_not_read(fd):

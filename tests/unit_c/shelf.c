@@ -75,6 +75,10 @@ static int put(struct shelf *shelf, uint64_t key, const void *src, size_t bytes)
 
 static int get(struct shelf *shelf, uint64_t key, void *dst, size_t bytes)
 {
+	if (shelf->hold_pulls)
+		shelf->held_pulls++;
+	while (shelf->hold_pulls)
+		sleep_ms(1);
 	if (shelf->pull_error)
 		return shelf->pull_error;
 	CHECK(shelf->books[key] && shelf->books[key]->bytes == bytes);

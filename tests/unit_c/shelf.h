@@ -17,6 +17,8 @@ struct shelf {
 	uint32_t caps;                    /* beside PEER */
 	_Atomic bool hold;                /* pushes wait while it is set */
 	_Atomic uint64_t held_key, held;  /* the key of one that waits; how often it has waited */
+	_Atomic bool hold_pulls;          /* pulls wait while it is set */
+	_Atomic uint64_t held_pulls;      /* how many have waited */
 	_Atomic int pull_error;           /* what every pull returns; 0: the page */
 	_Atomic uint64_t stored, pages;   /* bytes, pages it holds now */
 	_Atomic uint64_t pushes, pulls, calls, largest; /* largest: pages in one batch */

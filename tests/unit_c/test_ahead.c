@@ -7,6 +7,7 @@
 #define _GNU_SOURCE
 #include "harness.h"
 
+#include <gmem/internal.h>
 #include <sys/mman.h>
 #include <time.h>
 
@@ -147,6 +148,8 @@ static struct gmem_core_stats when_quiet(struct gmem_core *core)
 	return now;
 }
 
+static uint64_t helped; /* how often somebody was asked to help with them */
+
 /* What the touches took. */
 static struct gmem_core_stats run(struct gmem_core *core, uint64_t page_bytes, enum where where, bool write, enum order order)
 {
@@ -161,9 +164,11 @@ static struct gmem_core_stats run(struct gmem_core *core, uint64_t page_bytes, e
 	client = client_start(core, client_side, NULL);
 	wait_step(1);
 	before = when_quiet(core);
+	helped = core->fillers.helped;
 	shared->step = 2;
 	wait_step(3);
 	after = when_quiet(core);
+	helped = core->fillers.helped - helped;
 	shared->step = 4;
 	CHECK_EQ(client_wait(client), 0);
 	core_settle(core);
@@ -187,6 +192,23 @@ static void test_sequences(struct gmem_core *core)
 			}
 }
 
+/* Threads are woken to help with copies, and with zeroing huge pages. */
+static void test_help(struct gmem_core *core)
+{
+	static const uint64_t sizes[] = { 65536, 2 << 20 };
+
+	shared->nap_us = 100;
+	for (int s = 0; s < 2; s++)
+		for (int where = 0; where < WHERES; where++) {
+			struct gmem_core_stats took = run(core, sizes[s], (enum where)where, false, FORWARDS);
+
+			printf("%lu KiB, %d: %lu faults, help %lu times\n", sizes[s] >> 10, where, took.host_faults, helped);
+			CHECK_EQ(helped > 0, where == ELSEWHERE || (where == UNTOUCHED && sizes[s] == 2 << 20));
+			CHECK(took.ahead_pages > 0);
+		}
+	shared->nap_us = 0;
+}
+
 /* The naps give the daemon time: what counts here is what it guesses, not whether it is quick. */
 static void test_strides(struct gmem_core *core)
 {
@@ -203,6 +225,20 @@ static void test_strides(struct gmem_core *core)
 			CHECK(took.ahead_pages >= shared->touched / 2);
 			CHECK(took.host_faults <= shared->touched / 2 + 8);
 		}
+	shared->nap_us = 0;
+}
+
+/* In an order without any, neighbours come one after the other by chance: once in as many faults as there are pages. */
+static void test_no_sequence(struct gmem_core *core)
+{
+	shared->nap_us = 100;
+	for (int write = 0; write < 2; write++) {
+		struct gmem_core_stats took = run(core, 4096, PRESENT, write, SHUFFLED);
+
+		printf("shuffled, present: %lu faults, %lu ahead\n", took.host_faults, took.ahead_pages);
+		CHECK(took.ahead_pages <= PAGES / 16);
+		CHECK(took.host_faults + took.ahead_pages >= PAGES);
+	}
 	shared->nap_us = 0;
 }
 
@@ -305,7 +341,9 @@ int main(void)
 	core = core_start((struct gmem_core_config){ .event_fork = true });
 	shared->gpu = attach_simgpu(core, "simgpu0", "capacity=64M");
 	test_sequences(core);
+	test_help(core);
 	test_strides(core);
+	test_no_sequence(core);
 	test_density(core, true);
 	gmem_core_destroy(core);
 	test_guesses_give_way(true);

@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * A daemon that is killed at each crash point, and its successors: what CPU and device wrote is there, they never notice
- * more than a pause, and at the end nothing is left over. The test is the manager that holds the descriptors.
+ * more than a pause, and at the end nothing is left over. A successor of another version touches nothing, and leaves all
+ * of it to one that is right. The test is the manager that holds the descriptors.
  */
 #define _GNU_SOURCE
 #include "harness.h"
@@ -9,6 +10,7 @@
 #include <errno.h>
 #include <signal.h>
 #include <stdatomic.h>
+#include <stddef.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
@@ -268,40 +270,154 @@ static bool outlive(pid_t daemon, struct store *store, const char *first, int pa
 	return !killed && !until_served;
 }
 
-/* Killed at the point, and once more while its successor takes over; then to the end. */
-static bool kill_at(const char *point, int passes, uint64_t page_bytes)
+static void open_store(struct store *store, struct parties *parties, uint64_t page_bytes)
 {
-	struct store store = { .count = 0 };
-	struct parties parties;
 	int pair[2];
-	bool died = false;
 
+	*store = (struct store){ .count = 0 };
 	memset(shared, 0, sizeof(*shared));
 	shared->page_bytes = page_bytes;
 	CHECK(!socketpair(AF_UNIX, SOCK_DGRAM, 0, pair));
-	store.ours = pair[0];
-	store.daemons = pair[1];
-	start_parties(&parties);
-	for (int life = 1; life <= LIVES; life++) {
-		pid_t daemon;
+	store->ours = pair[0];
+	store->daemons = pair[1];
+	start_parties(parties);
+}
 
-		tell(life == 1 || life == LIVES ? NULL : point, 1 + passes % 3);
-		fflush(NULL);
-		daemon = fork();
-		if (!daemon)
-			live(life, &parties, &store);
-		died |= outlive(daemon, &store, life == 1 ? point : NULL, passes, life == LIVES);
-	}
+static void close_store(struct store *store, struct parties *parties)
+{
 	for (int i = 0, status; i < WRITERS; i++) {
-		CHECK(waitpid(parties.pids[i], &status, 0) == parties.pids[i] || errno == ECHILD);
-		close(parties.ours[i]);
-		close(parties.theirs[i]);
+		CHECK(waitpid(parties->pids[i], &status, 0) == parties->pids[i] || errno == ECHILD);
+		close(parties->ours[i]);
+		close(parties->theirs[i]);
 	}
 	CHECK_EQ(shared->bad, 0);
-	CHECK_EQ(store.count, 0); /* it has ended in order, and had everything given up */
-	close(pair[0]);
-	close(pair[1]);
+	CHECK_EQ(store->count, 0); /* it has ended in order, and had everything given up */
+	close(store->ours);
+	close(store->daemons);
+}
+
+static pid_t start_life(int number, const struct parties *parties, struct store *store)
+{
+	pid_t daemon;
+
+	fflush(NULL);
+	daemon = fork();
+	CHECK(daemon >= 0);
+	if (!daemon)
+		live(number, parties, store);
+	return daemon;
+}
+
+/* Killed at the point, and once more while its successor takes over; then to the end. */
+static bool kill_at(const char *point, int passes, uint64_t page_bytes)
+{
+	struct parties parties;
+	struct store store;
+	bool died = false;
+
+	open_store(&store, &parties, page_bytes);
+	for (int life = 1; life <= LIVES; life++) {
+		tell(life == 1 || life == LIVES ? NULL : point, 1 + passes % 3);
+		died |= outlive(start_life(life, &parties, &store), &store, life == 1 ? point : NULL, passes, life == LIVES);
+	}
+	close_store(&store, &parties);
 	return died;
+}
+
+/* ---- another version ---- */
+
+static int kept(const struct store *store, const char *name)
+{
+	for (size_t i = 0; i < store->count; i++)
+		if (!strcmp(store->kept[i].name, name))
+			return store->kept[i].fd;
+	fprintf(stderr, "%s is not held\n", name);
+	exit(1);
+}
+
+/* Of all that is in a sparse file. */
+static uint64_t sum_of(int fd)
+{
+	uint64_t sum = 14695981039346656037ull;
+	off_t end = 0, at;
+
+	while ((at = lseek(fd, end, SEEK_DATA)) >= 0) {
+		uint64_t word;
+
+		end = lseek(fd, at, SEEK_HOLE);
+		for (sum ^= (uint64_t)at; at < end; at += sizeof(word)) {
+			CHECK(pread(fd, &word, sizeof(word), at) == sizeof(word));
+			sum = (sum ^ word) * 1099511628211ull;
+		}
+	}
+	return sum;
+}
+
+/* A daemon of other code, as far as it can see: with that, it refuses, and all is as it was. Its clients wait. */
+static void check_refusal(struct store *store)
+{
+	int state = kept(store, "state"), lpt = kept(store, "lpt"), status;
+	uint64_t state_sum = sum_of(state), lpt_sum = sum_of(lpt);
+	size_t count = store->count;
+	pid_t daemon;
+
+	fflush(NULL);
+	daemon = fork();
+	CHECK(daemon >= 0);
+	if (!daemon) {
+		struct gmem_core_config config = { .feature_mask = ~0ull, .event_fork = true, .keep_socket = store->daemons,
+						   .keep_max_fds = KEPT_MAX, .kept = store->kept, .kept_count = store->count };
+		struct gmem_core *core = NULL;
+
+		CHECK_EQ(gmem_core_create(&config, &core), -EPROTO);
+		CHECK(!core);
+		exit(0);
+	}
+	CHECK(waitpid(daemon, &status, 0) == daemon);
+	CHECK_EQ(status, 0);
+	CHECK(!take_message(store)); /* nothing was given up, and nothing added */
+	CHECK_EQ(store->count, count);
+	CHECK(sum_of(state) == state_sum && sum_of(lpt) == lpt_sum);
+}
+
+/* The value of a field of the header is another one for one life. */
+static void refuse_with(struct store *store, off_t offset, uint64_t value, size_t bytes)
+{
+	int state = kept(store, "state");
+	uint64_t was = 0;
+
+	CHECK(pread(state, &was, bytes, offset) == (ssize_t)bytes && was != value);
+	CHECK(pwrite(state, &value, bytes, offset) == (ssize_t)bytes);
+	check_refusal(store);
+	CHECK(pwrite(state, &was, bytes, offset) == (ssize_t)bytes);
+}
+
+#define REFUSE_WITH(store, field, value)                                                                               \
+	refuse_with(store, offsetof(struct gmem_state_header, field), value, sizeof(((struct gmem_state_header *)0)->field))
+
+static void refuse_other_versions(void)
+{
+	uint64_t steps[WRITERS];
+	struct parties parties;
+	struct store store;
+
+	open_store(&store, &parties, 4096);
+	tell(NULL, 0);
+	outlive(start_life(1, &parties, &store), &store, gmem_crash_name(1), 40, false);
+	REFUSE_WITH(&store, version, GMEM_STATE_VERSION + 1);
+	REFUSE_WITH(&store, version, GMEM_STATE_VERSION - 1);
+	REFUSE_WITH(&store, version, 0);
+	REFUSE_WITH(&store, record_bytes, sizeof(struct gmem_record) + 8);
+	REFUSE_WITH(&store, magic, GMEM_STATE_MAGIC + 1);
+	REFUSE_WITH(&store, lpt_pages, 1ull << 32);
+	/* both writers wait, or write what they have */
+	for (int i = 0; i < WRITERS; i++)
+		steps[i] = shared->steps[i];
+	tell(NULL, 0);
+	outlive(start_life(LIVES, &parties, &store), &store, NULL, 0, true);
+	for (int i = 0; i < WRITERS; i++)
+		CHECK(shared->steps[i] > steps[i]);
+	close_store(&store, &parties);
 }
 
 int main(void)
@@ -314,6 +430,7 @@ int main(void)
 	close(fd);
 	setenv("GMEM_CRASH_FILE", crash_file, 1);
 	shared = shared_bytes(sizeof(*shared));
+	refuse_other_versions();
 	for (unsigned point = 1; (name = gmem_crash_name(point)); point++)
 		died += kill_at(name, 1 + (int)(point * 7 % 40), sizes[point % 3]);
 	unlink(crash_file);

@@ -7,6 +7,7 @@
 #define GMEM_AFFINITY_H
 
 #include <sched.h>
+#include <stdint.h>
 #include <sys/types.h>
 
 /* The CPU a thread last ran on; -errno. tid as this process sees it. */
@@ -15,5 +16,12 @@ int gmem_thread_cpu(pid_t tid);
 int gmem_cpus_get(cpu_set_t *ret);
 int gmem_cpus_set(const cpu_set_t *cpus);
 int gmem_cpu_stay(int cpu);
+
+/* How often the calling thread has been given a CPU, and for how long it has waited for one that others had. */
+struct gmem_waits {
+	uint64_t ns, count;
+};
+
+int gmem_thread_waits(struct gmem_waits *ret);
 
 #endif

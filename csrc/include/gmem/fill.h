@@ -33,6 +33,7 @@ struct gmem_fillers {
 	size_t ring_head, ring_count;             /* lock */
 	struct gmem_work delayed[GMEM_WORK_DELAYED]; /* lock; in no order */
 	size_t delayed_count;                     /* lock */
+	uint64_t helped;                          /* lock; streams that it was asked to help */
 	bool stop;                                /* lock */
 };
 

@@ -13,6 +13,7 @@
 #include <gmem/keep.h>
 #include <gmem/lpt.h>
 #include <gmem/range.h>
+#include <gmem/service.h>
 #include <gmem/session.h>
 #include <gmem/stats.h>
 #include <gmem/trace.h>

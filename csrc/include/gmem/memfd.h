@@ -21,6 +21,7 @@ struct gmem_file {
 	struct gmem_mem *mem;   /* (C) device memory instead of a memfd (devmem.h); NULL: a memfd */
 	struct gmem_hnode *hnode; /* (C) the device's; NULL: a memfd */
 	struct gmem_file *next; /* account->lock; of a device that is gone */
+	atomic_bool zeroing;    /* (A) a thread makes pages that read zero */
 	_Atomic int lent[2];    /* (A) descriptors to be passed on: to read and write, to read only; -1: not made yet */
 };
 
@@ -37,7 +38,10 @@ void gmem_file_unref(struct gmem_file *file); /* NULL is allowed */
 
 /* Allocates zeroed pages where there are none. -ENOSPC, -ENOMEM. */
 int gmem_file_populate(struct gmem_file *file, uint64_t offset, uint64_t bytes);
-/* The same for pages that are about to be written whole: a device need not make them zero. */
+/* The same by way of an alias: huge pages of one file can be made by several threads at once, where fallocate(2) holds the
+ * file's lock while it zeroes. */
+int gmem_file_zero(struct gmem_file *file, uint64_t offset, uint8_t *alias, uint64_t bytes);
+/* As gmem_file_populate(), for pages that are about to be written whole: a device need not make them zero. */
 int gmem_file_reserve(struct gmem_file *file, uint64_t offset, uint64_t bytes);
 /* Frees pages, and so removes them from every mapping in every process. */
 int gmem_file_punch(struct gmem_file *file, uint64_t offset, uint64_t bytes);

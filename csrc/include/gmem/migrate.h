@@ -41,6 +41,8 @@ int gmem_page_own(struct gmem_page *page, int hnid);
 int gmem_page_drop(struct gmem_page *page, int hnid);
 /* Takes the write access of every view, if there is a writer. */
 int gmem_page_downgrade(struct gmem_page *page);
+/* The same of neighbours that have the same writer, in one go for each view. */
+int gmem_pages_downgrade(struct gmem_page *pages, size_t count);
 /* NOMAP: drops every copy. -EPERM: the object is sealed. */
 int gmem_page_discard(struct gmem_page *page);
 /* The same of a sealed object's page: its source has it. */
@@ -61,15 +63,6 @@ void gmem_page_mark(struct gmem_page *page, enum gmem_dir dir, int target);
 void gmem_page_notify(struct gmem_page *page, struct gmem_hnode *hnode, enum gmem_cause cause);
 /* The hnode to copy from, NULL if there is no content yet. */
 struct gmem_hnode *gmem_page_source(struct gmem_page *page);
-/* The copy engine that stands between two hnodes, NULL if the CPU copies as fast as anything. */
-struct gmem_hnode *gmem_copy_engine(struct gmem_hnode *from, struct gmem_hnode *to);
-/* The content of pages (GMEM_COPY_PAGES at most) from one hnode to another, which has been charged for them, by the copy engine
- * between them or the CPU, in one go; it makes their memory there. */
-#define GMEM_COPY_PAGES 64
-int gmem_copy_pages(struct gmem_hnode *from, struct gmem_hnode *to, struct gmem_page *const *pages, size_t count);
-int gmem_copy_by_engine(struct gmem_hnode *engine, const struct gmem_sg *sg, size_t count);
-/* Whether one copy takes a page from the one to the other, or it has to be laid down on the way. */
-bool gmem_copy_reaches(const struct gmem_hnode *from, const struct gmem_hnode *to);
 /* Records the copy that has been made on to; from NULL: its first content. */
 void gmem_page_arrived(struct gmem_page *page, struct gmem_hnode *from, struct gmem_hnode *to, enum gmem_why why);
 /* Gives back the frame on to and what was filled of it. */

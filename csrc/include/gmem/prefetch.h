@@ -13,8 +13,12 @@ struct gmem_core;
 
 /* A fault at this place was answered. came: its content was elsewhere, or elsewhere, too, when it was to be written. */
 void gmem_stream_fault(struct gmem_core *core, struct gmem_view *view, const struct gmem_place *place, bool write, bool came);
+/* A fault at this place waits for whoever moves the page: a stream that it continues goes on meanwhile. */
+void gmem_stream_parked(struct gmem_core *core, struct gmem_view *view, const struct gmem_place *place, bool write);
 /* Whether there is something to do. */
 bool gmem_stream_pending(const struct gmem_view *view);
+/* Whether some of it is more than mapping what is here. */
+bool gmem_stream_fetching(const struct gmem_view *view);
 /* Fetches the next piece of what the view's streams want. False if there is nothing to do. may_wait: also for a slow
  * link; else a filler is asked to. */
 bool gmem_stream_step(struct gmem_core *core, struct gmem_view *view, bool may_wait);

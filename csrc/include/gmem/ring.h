@@ -95,12 +95,28 @@ struct gmem_rings {
 	struct gmem_ring *serving[GMEM_RING_THREADS]; /* lock */
 };
 
+/* ---- rings.c: all of them, and the threads that serve them ---- */
+
 int gmem_rings_start(struct gmem_core *core);
 void gmem_rings_stop(struct gmem_core *core);
 /* Goes on with the ring that a predecessor served, if the session had one: what it had not completed is done again. */
 void gmem_ring_resume(struct gmem_session *session);
 /* Ends a session's ring, if it has one: waits for the slice that is under way. */
 void gmem_ring_close(struct gmem_session *session);
+
+/* ---- ring.c: one ring ---- */
+
+int gmem_ring_create(struct gmem_session *session, struct gmem_ring **ret);
+void gmem_ring_destroy(struct gmem_ring *ring);
+/* Where a successor finds it, before the client has it. */
+int gmem_ring_keep(struct gmem_ring *ring);
+void gmem_ring_forget(struct gmem_ring *ring);
+/* The one that a predecessor served, with what it had not completed. */
+int gmem_ring_adopt(struct gmem_session *session, struct gmem_ring **ret);
+/* One that nobody serves any more: its client is told, and it is freed. */
+void gmem_ring_end(struct gmem_ring *ring);
+/* A turn. False: there is nothing more to do until the doorbell rings. */
+bool gmem_ring_serve(struct gmem_rings *rings, struct gmem_ring *ring);
 
 /* ---- ringop.c: what an entry asks for ---- */
 

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Session: one client process: its its identity, its as, its device contexts.
+ * Session: one client process: its identity, its as, its device contexts.
  */
 #ifndef GMEM_SESSION_H
 #define GMEM_SESSION_H
@@ -32,6 +32,8 @@ int gmem_session_new(struct gmem_core *core, uid_t uid, pid_t pid, struct gmem_s
 /* One of a predecessor's, whose account is there. */
 int gmem_session_adopt(struct gmem_core *core, const struct gmem_record *known, uint32_t record,
 		       struct gmem_account *account, struct gmem_session **ret);
+/* Keeps what has changed in it since. */
+void gmem_session_record(struct gmem_session *session);
 /* Referenced; NULL if unknown. */
 struct gmem_session *gmem_session_get(struct gmem_core *core, uint64_t id);
 struct gmem_session *gmem_session_ref(struct gmem_session *session);
@@ -52,8 +54,6 @@ int gmem_session_watch(struct gmem_session *session, int hnid, uint64_t context,
 int gmem_session_view_pmap(struct gmem_session *session, struct gmem_hnode *hnode, uint64_t context, struct gmem_pmap *pmap,
 			   pid_t pid);
 void gmem_session_unwatch(struct gmem_session *session, struct gmem_view *view);
-/* The parent's fork event: a child session that has regions and view, but no known process yet. */
-void gmem_session_forked(struct gmem_session *parent, int uffd);
 /* Discards what nobody maps any more; the callback of gmem_as_remove. */
 void gmem_session_release_piece(struct gmem_object *object, uint64_t offset, uint64_t bytes, void *arg);
 

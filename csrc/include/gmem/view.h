@@ -43,6 +43,8 @@ struct gmem_stream {
 	_Atomic uint64_t begin, next, end;
 	_Atomic uint64_t window; /* pages; 0: seen once */
 	atomic_bool write;
+	_Atomic uint32_t hand;   /* recent_hand when it last went on */
+	_Atomic bool maps;       /* its next page is here, as far as is known: it takes a moment */
 };
 
 struct gmem_view {
@@ -61,7 +63,7 @@ struct gmem_view {
 	struct gmem_as *as;           /* (C) holds a reference of the session that owns the as */
 	struct gmem_session *session; /* (C) */
 	_Atomic uint64_t faults;      /* (A) */
-	atomic_bool reading;          /* (A) a thread reads messages, or handles an event among them (fault.c) */
+	atomic_bool reading;          /* (A) a thread reads messages, or handles an event among them (service.c) */
 	atomic_bool rearm;            /* (A) it is to arm the uffd: another thread left it to it */
 	uint32_t slot;                /* (C) once watched */
 	uint64_t token;               /* (C) once watched; what epoll hands out */

@@ -94,6 +94,8 @@ int gmem_object_alias(struct gmem_object *object, int hnid, uint8_t **ret);
 /* Where a copy engine finds the page at that offset of the object; on hnodes that are not remote, the CPU as well.
  * -ENOENT: there is no frame. */
 int gmem_object_at(struct gmem_object *object, int hnid, uint64_t offset, uint8_t **ret);
+/* Makes pages that read zero, where there are none. -ENOSPC, -ENOMEM. */
+int gmem_object_zero(struct gmem_object *object, int hnid, uint64_t offset, uint64_t bytes);
 
 /* Calls fn for every view on hnid that maps any of [offset, offset + bytes) of the object's offsets (offsets count
  * from the object's start), with the range in that view's addresses. No lock is held during the call. Stops at the
