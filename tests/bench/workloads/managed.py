@@ -12,7 +12,7 @@ import gmem
 import numpy as np
 
 from workloads import paged, pins
-from workloads.engine import Engine
+from workloads.engine import TIMEOUT_S, Engine
 from workloads.launcher import Fence, Launcher, Thread
 from workloads.plan import Move, Moves, Plan
 from workloads.workload import Array, Step, Tile, Workload
@@ -49,6 +49,7 @@ class Managed(Engine):
             thread = self._launcher = Thread()
             self._stack.callback(thread.close)
         self._round = None
+        self._told: list[gmem.Fence] = []
         if hints:
             self._say()
 
@@ -88,9 +89,12 @@ class Managed(Engine):
             self._round(number)
         else:
             super().round(number)
+            for fence in self._told:
+                fence.wait(TIMEOUT_S)
+            self._told.clear()
 
     def move(self, queue: Sequence[Move], moves: Moves) -> None:
-        """All in one go, as requests of a stream are done in order; only the last one is waited for."""
+        """Requests of a stream are done in order. Nobody waits for them: a kernel that comes first waits in a fault."""
         early, specs = queue is moves.early, self.workload.specs
         fresh = moves.fresh if early else []
         wanted = [move.tile for move in queue if move.inwards] + fresh
@@ -99,13 +103,11 @@ class Managed(Engine):
             ("discard", fresh),  # all of it will be written: nothing has to be copied
             ("prefetch", wanted),
         )
-        last = None
         for advice, tiles in told:
             for tile in paged.joined(tiles):
                 if tile.last - tile.first >= TOLD_BYTES:
-                    last = gmem.advise_async(self.bytes(tile), advice, self.place, session=self.session)
-        if last:
-            last.wait()
+                    fence = gmem.advise_async(self.bytes(tile), advice, self.place, session=self.session)
+                    self._told.append(fence)
 
     def launch(self, step: Step, moves: Moves | None = None) -> Fence:
         views = [_readable(self.tile(access.tile), access.mode) for access in step.accesses]
