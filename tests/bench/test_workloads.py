@@ -16,7 +16,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import rows  # noqa: E402
-from workloads import arena, catalogue, pages, pins, plan, results, runner, swap  # noqa: E402
+from workloads import arena, catalogue, paged, pages, pins, plan, results, runner, stores, swap  # noqa: E402
 from workloads.runner import BYHAND, HINTS, ONDEMAND, PLAIN, ZRAM, Measured, Setting  # noqa: E402
 from workloads.workload import READ, UPDATE, WRITE, Access, Spec, Step, Tile  # noqa: E402
 
@@ -139,6 +139,55 @@ def test_a_part_of_what_is_there_is_found_there():
     assert not made.moves[1].early and not made.moves[1].late
 
 
+@pytest.mark.parametrize("tier", ["packed0:driver=zstd,algorithm=lz4", "disk0:driver=file,path={}"])
+def test_what_is_stored_comes_back(tmp_path, tier):
+    rng = np.random.default_rng(0)
+    specs = {"x": Spec((1000, 3), np.int64), "noise": Spec((5000,), np.uint8)}
+    arrays = {"x": rng.integers(0, 9, (1000, 3)), "noise": rng.integers(0, 256, 5000, np.uint8)}
+    store = stores.beside(tier.format(tmp_path), arrays, specs, [Tile("x", 100, 700), Tile("x", 300, 1000)])
+    for tile in (Tile("x", 0, 1000), Tile("x", 100, 300), Tile("noise", 0, 5000)):
+        want = arrays[tile.array][tile.first : tile.last]
+        got = np.empty_like(want)
+        store.get(tile, got)
+        assert np.array_equal(got, want)
+    changed = rng.integers(0, 1 << 60, (600, 3))
+    store.put(Tile("x", 100, 700), changed)
+    got = np.empty((300, 3), np.int64)
+    store.get(Tile("x", 700, 1000), got)
+    assert np.array_equal(got, arrays["x"][700:])
+    store.get(Tile("x", 300, 700), got := np.empty((400, 3), np.int64))
+    assert np.array_equal(got, changed[200:])
+    with pytest.raises(ValueError, match="pieces"):
+        store.get(Tile("x", 1, 2), got)
+    store.close()
+
+
+def test_a_tier_that_nothing_is_like():
+    with pytest.raises(LookupError):
+        stores.beside("far0:driver=remote", {}, {}, [])
+
+
+def test_only_what_is_there_is_copied_in():
+    access = Access(Tile("x", 0, 4), UPDATE, Tile("x", 2, 3), Tile("x", 0, 2))
+    made = plan.Plan([Step(print, (access,))], SPECS, 4 * 4096)
+    assert [move.tile for move in made.moves[0].early] == [Tile("x", 0, 2)]
+    assert [move.tile for move in made.flush()] == [Tile("x", 2, 3)]
+
+
+def test_steps_in_pages():
+    specs = {"x": Spec((3 << 19, 2), np.float32), "y": Spec((5000,), np.uint8, 4096)}  # 12 MiB; 5000 bytes
+    tile = Tile("x", 1 << 18, 3 << 18)  # 2 to 6 MiB: two pages
+    ragged = Tile("x", (1 << 18) - 1, 1 << 18)
+    made = paged.step(Step(print, (Access(tile, WRITE), Access(ragged, WRITE), Access(Tile("y", 1, 9), READ))), specs)
+    assert [access.mode for access in made.accesses] == [WRITE, WRITE, UPDATE, READ]
+    pages_ = [access.tile for access in made.accesses[:2]]
+    assert pages_ == [Tile("x", 2 << 20, 4 << 20), Tile("x", 4 << 20, 6 << 20)]
+    assert made.accesses[2].tile == Tile("x", 0, 2 << 20) and made.accesses[3].tile == Tile("y", 1, 9)
+    assert paged.joined(reversed(pages_)) == [Tile("x", 2 << 20, 6 << 20)]
+    assert paged.inside(Tile("y", 1, 4999), specs["y"]) == Tile("y", 4096, 4096)
+    assert paged.inside(Tile("y", 0, 5000), specs["y"]) == Tile("y", 0, 5000)
+
+
 def test_a_step_that_can_not_fit_is_an_error():
     with pytest.raises(ValueError, match="step 0"):
         plan.Plan([Step(print, (Access(Tile("x", 0, 4), READ),))], SPECS, 3 * 4096)
@@ -179,6 +228,13 @@ def test_speeds_and_their_floors():
     assert (over["ratio"], over["met"]) == (2, True)
     assert (found["kvcache_200_hints"]["value"], found["kvcache_200_hints"]["met"]) == (5, True)
     assert found["kvcache_200_byhand"]["met"] is None
+
+
+def test_nobody_is_faster_than_with_memory_for_all_of_it():
+    measured = line({75: 0.4, 200: 0.5}, PLAIN, "kvcache", "skewed") + line({200: 0.5}, ONDEMAND, "kvcache", "skewed")
+    found = {row["id"]: row for row in results.make_rows(measured, {})}
+    assert found["kvcache_200_plain_over_ondemand"]["bound"] == pytest.approx(1.25)
+    assert "bound" not in found["kvcache_75_plain_over_ondemand"]
 
 
 @pytest.mark.parametrize(

@@ -94,13 +94,14 @@ class Managed(Engine):
             self._told.clear()
 
     def move(self, queue: Sequence[Move], moves: Moves) -> None:
-        """Requests of a stream are done in order. Nobody waits for them: a kernel that comes first waits in a fault."""
+        """Requests of a stream are done in order. Only discards are waited for, as they would take what the kernel
+        writes; a kernel that comes before its data waits in a fault."""
         early, specs = queue is moves.early, self.workload.specs
         fresh = moves.fresh if early else []
         wanted = [move.tile for move in queue if move.inwards] + fresh
         told = (
-            ("cold", [paged.inside(tile, specs[tile.array]) for late, tile in moves.gone if late != early]),
             ("discard", fresh),  # all of it will be written: nothing has to be copied
+            ("cold", [paged.inside(tile, specs[tile.array]) for late, tile in moves.gone if late != early]),
             ("prefetch", wanted),
         )
         for advice, tiles in told:
@@ -108,6 +109,8 @@ class Managed(Engine):
                 if tile.last - tile.first >= TOLD_BYTES:
                     fence = gmem.advise_async(self.bytes(tile), advice, self.place, session=self.session)
                     self._told.append(fence)
+            if advice == "discard" and self._told:
+                self._told[-1].wait(TIMEOUT_S)
 
     def launch(self, step: Step, moves: Moves | None = None) -> Fence:
         views = [_readable(self.tile(access.tile), access.mode) for access in step.accesses]
