@@ -32,7 +32,7 @@ class Mutant(NamedTuple):
 MUTANTS = {
     "copies_while_the_source_is_writable": Mutant(
         "csrc/migrate.c",
-        "err = gmem_object_for_views(page->object, writer, page->offset, page->bytes, protect_view, NULL);",
+        "err = gmem_object_for_views(first->object, writer, first->offset, count * first->bytes, protect_view, NULL);",
         "err = 0; (void)protect_view;"),
     "leaves_old_copies": Mutant(
         "csrc/migrate.c",
