@@ -147,6 +147,7 @@ static struct gmem_stream *begin_stream(struct gmem_view *view, const struct gme
 	atomic_store_explicit(&stream->stride, 0, memory_order_relaxed);
 	atomic_thread_fence(memory_order_release);
 	store(&stream->window, 0);
+	atomic_store_explicit(&stream->quick, false, memory_order_relaxed);
 	atomic_store_explicit(&stream->hand, atomic_load_explicit(&view->recent_hand, memory_order_relaxed), memory_order_relaxed);
 	atomic_store_explicit(&stream->write, write, memory_order_relaxed);
 	store(&stream->begin, behind);
@@ -189,6 +190,8 @@ static void advance(struct gmem_core *core, struct gmem_view *view, struct gmem_
 
 	if (!stride)
 		return;
+	if (load(&stream->window) && place->range.va != load(&stream->end))
+		atomic_store_explicit(&stream->quick, true, memory_order_relaxed);
 	behind = next_place(place, stride);
 	window = all ? last : load(&stream->window) * 2;
 	window = window < first_window(page_bytes) ? first_window(page_bytes) : window;
@@ -389,15 +392,25 @@ bool gmem_stream_pending(const struct gmem_view *view)
 	return false;
 }
 
-bool gmem_stream_fetching(const struct gmem_view *view)
+bool gmem_stream_overtakes(const struct gmem_view *view)
 {
-	for (int i = 0; i < GMEM_STREAMS; i++)
-		if (wants_more(&view->streams[i]) && !atomic_load_explicit(&view->streams[i].maps, memory_order_relaxed))
+	for (int i = 0; i < GMEM_STREAMS; i++) {
+		const struct gmem_stream *stream = &view->streams[i];
+
+		if (wants_more(stream) && !atomic_load_explicit(&stream->maps, memory_order_relaxed) &&
+		    !atomic_load_explicit(&stream->quick, memory_order_relaxed))
 			return true;
+	}
 	for (int i = 0; i < GMEM_BLOCKS; i++)
 		if (load(&view->blocks[i]))
 			return true;
 	return false;
+}
+
+void gmem_stream_unhurried(struct gmem_view *view)
+{
+	for (int i = 0; i < GMEM_STREAMS; i++)
+		atomic_store_explicit(&view->streams[i].quick, false, memory_order_relaxed);
 }
 
 /* What is behind a slow link is for a filler. */
