@@ -159,9 +159,12 @@ model: $(VENV)/.test build ## a state machine over the core, with kills, and fau
 test-gpu: $(VENV)/.test build ## the cuda driver on this machine's GPU 0: facts, tests, figures, examples (PyTorch, CuPy, Numba if they are there)
 	PYTHON=$(BIN)/python tests/gpu/run.sh
 
-test-remote: $(VENV)/.test build c-plain ## a cluster of servers is killed, hung and cut off for SOAK_SECONDS=60 under load; every word is checked
-	$(BIN)/python -m pytest tests/unit_c/test_remote.c tests/integration/test_remote.py $(PYTEST_FLAGS)
+REMOTE_TESTS := tests/unit_c/test_remote.c tests/unit_c/test_sharedpool.c $(addprefix tests/integration/test_, \
+	remote.py tls.py sharedpools.py sharedpools_killed.py machines.py)
+test-remote: $(VENV)/.test build c-plain ## servers are killed, hung and cut off for SOAK_SECONDS=60 under load; 1 GiB for three machines in namespaces
+	$(BIN)/python -m pytest $(REMOTE_TESTS) $(PYTEST_FLAGS)
 	$(BIN)/python tests/fault/remote.py --seconds $(SOAK_SECONDS)
+	$(BIN)/python tests/fault/sharedpools.py --seconds $(SOAK_SECONDS)
 
 # libFuzzer over the ring; over what gmemd decodes by atheris, which is libFuzzer for Python.
 FUZZ_SECONDS ?= 60
@@ -193,6 +196,7 @@ soak: $(VENV)/.test build c-plain ## the coherence tests for SOAK_SECONDS=60 eac
 	build/c/test_coherence $(SOAK_SECONDS)
 	$(BIN)/python tests/fault/kill.py --seconds 86400 --kills 1000
 	$(BIN)/python tests/fault/remote.py --seconds $$((10 * $(SOAK_SECONDS)))
+	$(BIN)/python tests/fault/sharedpools.py --seconds $$((10 * $(SOAK_SECONDS)))
 	$(MAKE) fuzz FUZZ_SECONDS=$(SOAK_SECONDS)
 	$(MAKE) model
 	GMEM_KILL_ROUNDS=500 $(BIN)/python -m pytest --timeout 600 -o faulthandler_timeout=900 tests/adversity $(PYTEST_FLAGS)

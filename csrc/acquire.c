@@ -145,7 +145,8 @@ static int context_request(struct gmem_core *core, uint64_t context, const struc
 	return err;
 }
 
-static int add_hold(struct gmem_view *view, struct gmem_range range, uint32_t known)
+/* name.record: 0: it is to be recorded. */
+static int add_hold(struct gmem_view *view, struct gmem_range range, struct gmem_hold_name name)
 {
 	struct gmem_record record = { .kind = GMEM_RECORD_HOLD, .id = view->id };
 	struct gmem_hold *hold = malloc(sizeof(*hold));
@@ -153,9 +154,10 @@ static int add_hold(struct gmem_view *view, struct gmem_range range, uint32_t kn
 
 	record.hold.va = range.va;
 	record.hold.bytes = range.bytes;
+	record.hold.asked = name.asked;
 	if (!err) {
-		*hold = (struct gmem_hold){ .range = range, .record = known };
-		err = known ? 0 : gmem_record_put(&view->session->core->keep, &record, &hold->record);
+		*hold = (struct gmem_hold){ .range = range, .record = name.record, .asked = name.asked };
+		err = name.record ? 0 : gmem_record_put(&view->session->core->keep, &record, &hold->record);
 	}
 	if (err) {
 		free(hold);
@@ -168,15 +170,33 @@ static int add_hold(struct gmem_view *view, struct gmem_range range, uint32_t kn
 	return 0;
 }
 
-/* Takes a hold off the view: the one of that range, or any (range NULL). */
-static bool take_hold(struct gmem_view *view, const struct gmem_range *range, struct gmem_range *ret)
+/* The hold of that range and name; each may be NULL: any. */
+static struct gmem_hold **find_hold_locked(struct gmem_view *view, const struct gmem_range *range,
+					   const struct gmem_hold_name *name)
+{
+	struct gmem_hold **at;
+
+	for (at = &view->holds; *at; at = &(*at)->next)
+		if ((!range || ((*at)->range.va == range->va && (*at)->range.bytes == range->bytes)) &&
+		    (!name || ((*at)->record == name->record && (*at)->asked == name->asked)))
+			break;
+	return at;
+}
+
+static void end_hold(struct gmem_view *view, struct gmem_hold *hold)
+{
+	gmem_record_drop(&view->session->core->keep, &hold->record);
+	free(hold);
+}
+
+/* Takes it off the view. */
+static bool take_hold(struct gmem_view *view, const struct gmem_range *range, const struct gmem_hold_name *name,
+		      struct gmem_range *ret)
 {
 	struct gmem_hold **at, *hold;
 
 	gmem_mutex_lock(&view->as->views_lock);
-	for (at = &view->holds; *at; at = &(*at)->next)
-		if (!range || ((*at)->range.va == range->va && (*at)->range.bytes == range->bytes))
-			break;
+	at = find_hold_locked(view, range, name);
 	hold = *at;
 	if (hold) {
 		*at = hold->next;
@@ -184,9 +204,29 @@ static bool take_hold(struct gmem_view *view, const struct gmem_range *range, st
 	}
 	gmem_mutex_unlock(&view->as->views_lock);
 	if (hold)
-		gmem_record_drop(&view->session->core->keep, &hold->record);
-	free(hold);
+		end_hold(view, hold);
 	return hold != NULL;
+}
+
+/* Those of a request that a predecessor had begun, or done and not told. They stay recorded until they are let go of. */
+static struct gmem_hold *take_asked(struct gmem_view *view, uint64_t asked)
+{
+	struct gmem_hold *taken = NULL, **at = &view->holds;
+
+	gmem_mutex_lock(&view->as->views_lock);
+	while (*at) {
+		struct gmem_hold *hold = *at;
+
+		if (hold->asked != asked) {
+			at = &hold->next;
+			continue;
+		}
+		*at = hold->next;
+		hold->next = taken;
+		taken = hold;
+	}
+	gmem_mutex_unlock(&view->as->views_lock);
+	return taken;
 }
 
 /* What is held can't be written by others: only who may write himself may hold what is not sealed. */
@@ -195,48 +235,6 @@ static int check_access(struct gmem_session *session, struct gmem_range range, b
 	int err = gmem_range_check_write(session, range.va, range.bytes);
 
 	return err == -EPERM && !write ? 0 : err;
-}
-
-static int acquire(struct gmem_core *core, uint64_t context, const struct gmem_range *ranges, size_t count, bool write,
-		   int tries)
-{
-	struct gmem_request request;
-	struct gmem_range dropped;
-	uint64_t upto = 0;
-	int err = context_request(core, context, ranges, count, &request);
-
-	if (err)
-		return err;
-	request.write = write;
-	request.tries = tries;
-	for (size_t i = 0; !err && i < count; i++)
-		err = check_access(request.session, ranges[i], write);
-	if (err) {
-		gmem_request_deinit(&request);
-		return err;
-	}
-	for (size_t i = 0; !err && i < count; i++) {
-		err = acquire_range(&request, ranges[i], &upto);
-		if (!err) {
-			upto = ranges[i].va + ranges[i].bytes;
-			err = i + 1 == count ? gmem_view_flush(request.view) : 0;
-		}
-		if (!err)
-			err = add_hold(request.view, ranges[i], 0);
-		if (err) {
-			undo_acquire(&request, ranges, i, upto);
-			while (i--)
-				take_hold(request.view, &ranges[i], &dropped);
-			break;
-		}
-	}
-	gmem_request_deinit(&request);
-	return err;
-}
-
-int gmem_acquire(struct gmem_core *core, uint64_t context, const struct gmem_range *ranges, size_t count, bool write)
-{
-	return acquire(core, context, ranges, count, write, 0);
 }
 
 /* What was unmapped meanwhile has taken its holds along. */
@@ -256,22 +254,86 @@ static void release_range(struct gmem_request *request, struct gmem_range range)
 	}
 }
 
-int gmem_release(struct gmem_core *core, uint64_t context, const struct gmem_range *ranges, size_t count)
+static int acquire_all(struct gmem_request *request, const struct gmem_range *ranges, size_t count, uint64_t asked)
 {
-	struct gmem_view *view = gmem_context_find(core, context);
+	const struct gmem_hold_name name = { 0, asked };
+	struct gmem_range dropped;
+	uint64_t upto = 0;
+	int err = 0;
+
+	for (size_t i = 0; !err && i < count; i++)
+		err = check_access(request->session, ranges[i], request->write);
+	if (err)
+		return err;
+	for (size_t i = 0; !err && i < count; i++) {
+		err = acquire_range(request, ranges[i], &upto);
+		if (!err) {
+			upto = ranges[i].va + ranges[i].bytes;
+			err = i + 1 == count ? gmem_view_flush(request->view) : 0;
+		}
+		if (!err)
+			err = add_hold(request->view, ranges[i], name);
+		if (err) {
+			undo_acquire(request, ranges, i, upto);
+			while (i--)
+				take_hold(request->view, &ranges[i], NULL, &dropped);
+			break;
+		}
+	}
+	return err;
+}
+
+/* Done again, it must not hold twice what will be released once. The old holds go last, so that what a device is using stays
+ * where it is. */
+static int acquire(struct gmem_core *core, uint64_t context, const struct gmem_range *ranges, size_t count, bool write,
+		   uint64_t asked, bool again, int tries)
+{
 	struct gmem_request request;
+	struct gmem_hold *before, *next;
+	int err = context_request(core, context, ranges, count, &request);
+
+	if (err)
+		return err;
+	request.write = write;
+	request.tries = tries;
+	before = again ? take_asked(request.view, asked) : NULL;
+	err = acquire_all(&request, ranges, count, asked);
+	for (; before; before = next) {
+		next = before->next;
+		release_range(&request, before->range);
+		end_hold(request.view, before);
+	}
+	gmem_request_deinit(&request);
+	return err;
+}
+
+int gmem_acquire(struct gmem_core *core, uint64_t context, const struct gmem_range *ranges, size_t count, bool write,
+		 uint64_t asked)
+{
+	return acquire(core, context, ranges, count, write, asked, asked != 0, 0);
+}
+
+static int release(struct gmem_view *view, const struct gmem_range *ranges, size_t count, const struct gmem_hold_name *name)
+{
+	struct gmem_request request = { .core = view->session->core, .session = view->session, .view = view,
+					.hnid = view->hnid };
 	struct gmem_range range;
 	int err = 0;
 
-	if (!view)
-		return -ENOENT;
-	request = (struct gmem_request){ .core = core, .session = view->session, .view = view, .hnid = view->hnid };
 	for (size_t i = 0; i < count; i++) {
-		if (take_hold(view, &ranges[i], &range))
+		if (take_hold(view, &ranges[i], name, &range))
 			release_range(&request, range);
 		else
 			err = -EINVAL; /* never acquired, or released before: the others are released all the same */
 	}
+	return err;
+}
+
+int gmem_release(struct gmem_core *core, uint64_t context, const struct gmem_range *ranges, size_t count)
+{
+	struct gmem_view *view = gmem_context_find(core, context);
+	int err = view ? release(view, ranges, count, NULL) : -ENOENT;
+
 	gmem_view_unref(view);
 	return err;
 }
@@ -286,36 +348,52 @@ static int hold_page(struct gmem_request *request, struct gmem_page *page, struc
 	return 0;
 }
 
-int gmem_hold_adopt(struct gmem_view *view, struct gmem_range range, uint32_t record)
+int gmem_hold_adopt(struct gmem_view *view, struct gmem_range range, struct gmem_hold_name name)
 {
 	struct gmem_request request = { .core = view->session->core, .session = view->session, .view = view,
 					.hnid = view->hnid, .hint = GMEM_NO_HINT };
-	int err = add_hold(view, range, record);
+	int err = add_hold(view, range, name);
 
 	if (!err)
 		gmem_for_pages(&request, range.va, range.bytes, false, true, hold_page);
 	return err;
 }
 
-static bool has_context(struct gmem_session *session, uint64_t context)
+int gmem_session_acquire(struct gmem_session *session, uint64_t context, struct gmem_range range, bool write, uint64_t asked,
+			 bool again)
 {
 	struct gmem_view *view = find_context(session, context);
-	bool found = view != NULL;
+	int err = view ? acquire(session->core, context, &range, 1, write, asked, again, SHORT_TRIES) : -ENOENT;
 
 	gmem_view_unref(view);
-	return found;
+	return err;
 }
 
-int gmem_session_acquire(struct gmem_session *session, uint64_t context, struct gmem_range range, bool write)
+int gmem_session_find_hold(struct gmem_session *session, uint64_t context, struct gmem_range range,
+			   struct gmem_hold_name *ret)
 {
-	if (!has_context(session, context))
+	struct gmem_view *view = find_context(session, context);
+	struct gmem_hold *hold;
+
+	if (!view)
 		return -ENOENT;
-	return acquire(session->core, context, &range, 1, write, SHORT_TRIES);
+	gmem_mutex_lock(&view->as->views_lock);
+	hold = *find_hold_locked(view, &range, NULL);
+	if (hold)
+		*ret = (struct gmem_hold_name){ hold->record, hold->asked };
+	gmem_mutex_unlock(&view->as->views_lock);
+	gmem_view_unref(view);
+	return hold ? 0 : -EINVAL;
 }
 
-int gmem_session_release(struct gmem_session *session, uint64_t context, struct gmem_range range)
+int gmem_session_release(struct gmem_session *session, uint64_t context, struct gmem_range range,
+			 const struct gmem_hold_name *name)
 {
-	return has_context(session, context) ? gmem_release(session->core, context, &range, 1) : -ENOENT;
+	struct gmem_view *view = find_context(session, context);
+	int err = view ? release(view, &range, 1, name) : -ENOENT;
+
+	gmem_view_unref(view);
+	return err;
 }
 
 void gmem_release_all(struct gmem_view *view)
@@ -324,6 +402,6 @@ void gmem_release_all(struct gmem_view *view)
 					.hnid = view->hnid };
 	struct gmem_range range;
 
-	while (take_hold(view, NULL, &range))
+	while (take_hold(view, NULL, NULL, &range))
 		release_range(&request, range);
 }

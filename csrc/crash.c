@@ -14,6 +14,7 @@ static atomic_int passes_left;
 static const char *const names[GMEM_CRASH_COUNT] = {
 #define GMEM_CRASH_TEXT(name) [GMEM_CRASH_##name] = #name,
 	GMEM_CRASH_POINTS(GMEM_CRASH_TEXT)
+	GMEM_CRASH_FAR_POINTS(GMEM_CRASH_TEXT)
 #undef GMEM_CRASH_TEXT
 };
 
@@ -38,6 +39,14 @@ void gmem_crash_init(void)
 				atomic_store(&gmem_crash_at, i);
 			}
 	fclose(in);
+}
+
+void gmem_crash_named(const char *name)
+{
+	int at = atomic_load_explicit(&gmem_crash_at, memory_order_relaxed);
+
+	if (at && !strcmp(names[at], name))
+		gmem_crash_pass();
 }
 
 void gmem_crash_pass(void)

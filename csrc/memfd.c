@@ -311,6 +311,24 @@ int gmem_copy(void *dst, const void *src, size_t bytes)
 	return 0;
 }
 
+int gmem_look(uint32_t (*function)(uint32_t, const void *, size_t), uint32_t first, const void *src, size_t bytes,
+	      uint32_t *ret)
+{
+	uint32_t made;
+
+	if (sigsetjmp(copy_escape, 0)) {
+		copy_guarded = 0;
+		return -EFAULT;
+	}
+	copy_guarded = 1;
+	atomic_signal_fence(memory_order_seq_cst);
+	made = function(first, src, bytes);
+	atomic_signal_fence(memory_order_seq_cst);
+	copy_guarded = 0;
+	*ret = made;
+	return 0;
+}
+
 int gmem_alias_fill(void *alias, const void *src, size_t bytes)
 {
 	int err = -ENOENT;

@@ -10,6 +10,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <gmem/crash.h>
 #include <gmem/internal.h>
 #include <gmem/keep.h>
 #include <gmem/memfd.h>
@@ -207,6 +208,7 @@ int gmem_remotesource_create(struct gmem_core *core, const struct gmem_manifest 
 			destroy(remote);
 		return err;
 	}
+	gmem_crash(GMEM_CRASH_FAR_FILLED);
 	point_into(remote);
 	atomic_fetch_add(&core->imports[remote->hnid], 1);
 	*ret = &remote->source;
@@ -255,6 +257,7 @@ int gmem_remotesource_adopt(struct gmem_core *core, int fd, struct gmem_source *
 	if (fd >= 0 && !adopt_file(remote, fd)) {
 		point_into(remote);
 		atomic_fetch_add(&core->imports[remote->hnid], 1);
+		gmem_crash(GMEM_CRASH_FAR_RECOVERED);
 	}
 	*ret = &remote->source;
 	return 0;

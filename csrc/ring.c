@@ -109,6 +109,7 @@ static void log_taken(struct gmem_ring *ring, const struct gmem_ring_job *job)
 	if (!ring->log)
 		return;
 	ring->log->entries[i].sq_index = job->sq_index;
+	atomic_store_explicit(&ring->log->entries[i].hold_record, 0, memory_order_relaxed);
 	memcpy(&ring->log->entries[i].sqe, &job->sqe, sizeof(job->sqe));
 	atomic_store_explicit(&ring->log->entries[i].state, GMEM_RING_LOG_TAKEN, memory_order_release);
 }
@@ -119,6 +120,16 @@ static void log_state(struct gmem_ring *ring, uint8_t index, enum gmem_ring_log_
 		return;
 	ring->log->entries[index].cq_index = ring->cq_tail;
 	atomic_store_explicit(&ring->log->entries[index].state, state, memory_order_release);
+}
+
+void gmem_ring_note_hold(struct gmem_ring *ring, const struct gmem_ring_job *job, struct gmem_hold_name hold)
+{
+	size_t i = (size_t)(job - ring->jobs);
+
+	if (!ring->log)
+		return;
+	ring->log->entries[i].hold_asked = hold.asked;
+	atomic_store_explicit(&ring->log->entries[i].hold_record, hold.record, memory_order_release);
 }
 
 static bool take(struct gmem_ring *ring)
@@ -133,6 +144,7 @@ static bool take(struct gmem_ring *ring)
 		memcpy(&job->sqe, sq_entry(ring, ring->sq_head++), sizeof(job->sqe));
 		__asm__ volatile("" ::: "memory"); /* nothing is read from there again */
 		job->running = job->again = false;
+		job->hold.record = 0;
 		job->sq_index = ring->sq_head - 1;
 		log_taken(ring, job);
 	}
@@ -425,6 +437,8 @@ static void redo(struct gmem_ring *ring)
 		}
 		memcpy(&ring->jobs[i].sqe, &ring->log->entries[i].sqe, sizeof(ring->jobs[i].sqe));
 		ring->jobs[i].again = true;
+		ring->jobs[i].hold = (struct gmem_hold_name){ atomic_load(&ring->log->entries[i].hold_record),
+							      ring->log->entries[i].hold_asked };
 		ring->jobs[i].sq_index = at;
 		if ((int32_t)(at + 1 - ring->sq_head) > 0)
 			ring->sq_head = at + 1;

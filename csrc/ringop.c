@@ -14,6 +14,7 @@
 #define SLICE_MOST (64ull << 20) /* of pages that nobody has touched; others take their time, and the slice shrinks */
 #define SLICE_SHORT_NS 100000
 #define SLICE_LONG_NS 2000000
+#define ASKED_BY_RING (1ull << 63) /* requests of the control plane have numbers below */
 #define ACQUIRE_PAUSE_NS 100000
 #define ACQUIRE_PATIENCE_NS 200000000ull
 
@@ -51,16 +52,8 @@ static enum gmem_ring_blame blame_of(const struct gmem_ring_sqe *sqe, int err)
 	}
 }
 
-/* What a predecessor had done, and not told any more, is done. */
-static bool was_done(const struct gmem_ring_job *job, int err)
-{
-	return job->again && job->sqe.op == GMEM_RING_RELEASE && err == -EINVAL;
-}
-
 static bool finish_op(struct gmem_ring_job *job, int err)
 {
-	if (was_done(job, err))
-		err = 0;
 	return finish(job, err, blame_of(&job->sqe, err));
 }
 
@@ -231,6 +224,31 @@ static bool do_region(struct gmem_session *session, struct gmem_ring_job *job)
 	return finish_op(job, 0);
 }
 
+/* Which hold it is to be is noted first: a context may hold a range several times, and a release that is done again by a
+ * successor takes the same hold, or none. */
+static bool do_release(struct gmem_session *session, struct gmem_ring_job *job)
+{
+	const struct gmem_range range = { job->sqe.va, job->sqe.bytes };
+	struct gmem_hold_name name = job->hold;
+	int err = 0;
+
+	if (name.record) {
+		err = gmem_session_release(session, job->sqe.arg, range, &name);
+		return finish_op(job, err == -EINVAL ? 0 : err);
+	}
+	while (!err) {
+		err = gmem_session_find_hold(session, job->sqe.arg, range, &name);
+		if (err)
+			break;
+		gmem_ring_note_hold(session->ring, job, name);
+		err = gmem_session_release(session, job->sqe.arg, range, &name);
+		if (!err)
+			break;
+		err = err == -EINVAL ? 0 : err; /* somebody else has just released it */
+	}
+	return finish_op(job, err);
+}
+
 static bool do_short(struct gmem_session *session, struct gmem_ring_job *job)
 {
 	const struct gmem_ring_sqe *sqe = &job->sqe;
@@ -248,8 +266,7 @@ static bool do_short(struct gmem_session *session, struct gmem_ring_job *job)
 	case GMEM_RING_REGION:
 		return do_region(session, job);
 	default:
-		return finish_op(job, gmem_session_release(session, sqe->arg,
-							   (struct gmem_range){ sqe->va, sqe->bytes }));
+		return do_release(session, job);
 	}
 }
 
@@ -342,7 +359,7 @@ static bool acquire_step(struct gmem_session *session, struct gmem_ring_job *job
 	if (now < job->retry_ns)
 		return false;
 	err = gmem_session_acquire(session, sqe->arg, (struct gmem_range){ sqe->va, sqe->bytes },
-				   sqe->flags & GMEM_RING_WRITE);
+				   sqe->flags & GMEM_RING_WRITE, ASKED_BY_RING | job->sq_index, job->again);
 	if (!job->since_ns)
 		job->since_ns = now;
 	if (err != -EAGAIN || now - job->since_ns > ACQUIRE_PATIENCE_NS)

@@ -257,6 +257,7 @@ void gmem_ring_resume(struct gmem_session *session)
 {
 	struct gmem_rings *rings = session->core->rings;
 	struct gmem_ring *ring;
+	uint64_t one = 1;
 
 	if (gmem_ring_adopt(session, &ring))
 		return;
@@ -264,6 +265,9 @@ void gmem_ring_resume(struct gmem_session *session)
 	if (!enter_locked(rings, ring)) {
 		session->ring = ring;
 		enqueue_locked(rings, ring);
+		if (write(ring->bell, &one, sizeof(one)) < 0) { /* the threads sleep until a bell rings */
+			/* its counter is full, so it rings anyhow */
+		}
 	}
 	gmem_mutex_unlock(&rings->lock);
 }

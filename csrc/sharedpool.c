@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <time.h>
 
+#include <gmem/crash.h>
 #include <gmem/internal.h>
 #include <gmem/migrate.h>
 #include <gmem/pool.h>
@@ -145,6 +146,7 @@ static int send(struct batch *batch)
 		gmem_count(&batch->hnode->in_bytes, batch->io[i].result ? 0 : batch->io[i].bytes);
 	}
 	gmem_count(&batch->hnode->errors, err != 0);
+	gmem_crash(GMEM_CRASH_FAR_SENT);
 	unlock_to(batch, 0);
 	return err;
 }
@@ -257,8 +259,10 @@ int gmem_pool_import(struct gmem_core *core, uint64_t id, int hnid, const struct
 							      gmem_account_create(core, pool, session->uid, NULL, 0, &files);
 	if (!err)
 		err = make_object(session, files, &manifest, &object);
+	gmem_crash(GMEM_CRASH_FAR_MADE);
 	if (!err)
 		err = gmem_pool_add(core, pool, object);
+	gmem_crash(GMEM_CRASH_FAR_IMPORTED);
 	gmem_object_unref(object);
 	gmem_account_unref(files);
 	gmem_session_unref(session);

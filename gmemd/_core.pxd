@@ -52,6 +52,10 @@ cdef extern from "gmem/access.h" nogil:
         pass
 
 
+cdef extern from "gmem/crash.h" nogil:
+    void gmem_crash_named(const char *)
+
+
 cdef extern from "gmem/driver.h" nogil:
     enum:
         GMEM_DRIVER_ABI
@@ -284,7 +288,7 @@ cdef extern from "gmem/core.h" nogil:
     int gmem_discard(gmem_core *, uint64_t, uint64_t, uint64_t)
     int gmem_hmemcpy(gmem_core *, uint64_t, int, uint64_t, uint64_t, uint64_t, c_bool)
     int gmem_query(gmem_core *, uint64_t, uint64_t, uint64_t, gmem_page_info *, size_t, size_t *)
-    int gmem_acquire(gmem_core *, uint64_t, const gmem_range *, size_t, c_bool)
+    int gmem_acquire(gmem_core *, uint64_t, const gmem_range *, size_t, c_bool, uint64_t)
     int gmem_release(gmem_core *, uint64_t, const gmem_range *, size_t)
     int gmem_device_attach(gmem_core *, const gmem_driver_ops *, const gmem_driver_config *, int *)
     int gmem_device_attach_at(gmem_core *, const gmem_driver_ops *, const gmem_driver_config *, int)

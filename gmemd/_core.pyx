@@ -62,6 +62,11 @@ cdef tuple _by_class(const int *fds):
     return (huge if huge >= 0 else None, small if small >= 0 else None)
 
 
+def crash(str point):
+    """A crash point (csrc/include/gmem/crash.h) in Python."""
+    gmem_crash_named(point.encode())
+
+
 cdef int _version(
     gmem_pool_version *v, bytes name, object version, const unsigned char[::1] present, unsigned char[::1] checks
 ) except -1:
@@ -661,7 +666,7 @@ cdef class Core:
             _raise(err)
         return pages[: min(total, capacity) * sizeof(gmem_page_info)], total
 
-    def acquire(self, uint64_t context, list ranges, bint write):
+    def acquire(self, uint64_t context, list ranges, bint write, uint64_t asked=0):
         cdef size_t count = 0
         cdef gmem_range *made = _ranges(ranges, &count)
         cdef gmem_core *core
@@ -670,7 +675,7 @@ cdef class Core:
         try:
             core = self._enter()
             with nogil:
-                err = gmem_acquire(core, context, made, count, writing)
+                err = gmem_acquire(core, context, made, count, writing, asked)
             self._leave()
         finally:
             free(made)

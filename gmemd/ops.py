@@ -142,7 +142,7 @@ class Operations:
 
     def execute(self, session: Session, request: schema.Request) -> Reply:
         """(blocks, unless the op is inline)"""
-        args = schema.check_args(request)
+        args = {**schema.check_args(request), "request_id": request.id}
         with _blaming(request.name):
             return self._methods[request.name](session, args)
 
@@ -227,7 +227,7 @@ class Operations:
 
     def _op_acquire(self, session: Session, args: Args) -> Reply:
         context = self._sessions.context(session, args["context"])
-        self._core.acquire(context.id, args["ranges"], args["write"])
+        self._core.acquire(context.id, args["ranges"], args["write"], args["request_id"])
         return {}
 
     def _op_release(self, session: Session, args: Args) -> Reply:

@@ -20,6 +20,7 @@ from typing import Any
 
 import structlog
 
+from gmemd._core import crash
 from gmemd.devices import DeviceTable
 from gmemd.drivers.published import Head, Lease, Published, Version
 from gmemd.errors import RequestError
@@ -34,7 +35,8 @@ _EXPORT_BYTES = 64 << 20  # between two looks at the lease
 _ERASE_PAGES = 16384
 _IDLE_S = 600.0
 _OPEN_TRIES = 8
-_TICK_S = 1.0
+_TICK_S = 1.0  # or a part of the lease, if that is short
+_TICKS = 8  # of a lease
 _STOP_S = 3.0
 
 
@@ -83,6 +85,7 @@ class _Place:
         self.hnid = hnid
         self.companion = companion
         self.published = published
+        self.tick_s = min(_TICK_S, published.lease_s / _TICKS)
         self.sweep: set[str] = set()  # names that may have garbage
         self.wake = threading.Event()
         self.stop = False
@@ -188,9 +191,11 @@ class SharedPools:
         info = self._core.pool_info(pool.id)
         pages = info["bytes"] // info["page_bytes"]
         with self._alone("write", device, pool.name), published.writing(pool.name, pool.uid) as lease:
+            crash("FAR_LEASED")
             version = Version(pool.name, lease.stamp, pages, info["page_bytes"], self._core.pool_present(pool.id),
                               bytearray(4 * pages))  # fmt: skip
             published.intend(lease, pages, info["page_bytes"])
+            crash("FAR_INTENDED")
             try:
                 head = self._write(place, lease, pool, version)
             except BaseException:
@@ -208,9 +213,12 @@ class SharedPools:
         for first in range(0, version.pages, step):
             lease.check()
             self._export(pool, place.hnid, version, first, min(step, version.pages - first))
+        crash("FAR_WRITTEN")
         crc = place.published.put_manifest(lease, version)
+        crash("FAR_LISTED")
         head = Head(lease.stamp, version.pages, version.page_bytes, pool.uid, pool.gid, pool.mode, crc)
         place.published.move_head(lease, head)
+        crash("FAR_MOVED")
         return head
 
     def _export(self, pool: Any, hnid: int, version: Version, first: int, count: int) -> None:
@@ -277,6 +285,7 @@ class SharedPools:
         reader stays until the mark goes."""
         published = place.published
         published.mark(name, head.stamp)
+        crash("FAR_MARKED")
         try:
             if published.head(name) != head:
                 published.unmark(name, head.stamp)
@@ -289,6 +298,7 @@ class SharedPools:
         now = time.monotonic()
         one = Import(pool_id, device, place.hnid, name, head.stamp, head.uid, head.gid, head.mode, now, now)
         self._notes.put(_TABLE, pool_id, {key: value for key, value in asdict(one).items() if key in _KEPT})
+        crash("FAR_NOTED")
         with self._lock:
             self._imports[pool_id] = one
         self._look_for_garbage(place, name)  # of an older one, which this session has closed perhaps
@@ -329,7 +339,7 @@ class SharedPools:
 
     def _look_around(self, device: str, place: _Place) -> None:
         while not place.stop:
-            place.wake.wait(_TICK_S)
+            place.wake.wait(place.tick_s)
             place.wake.clear()
             with self._lock:
                 imports = [one for one in self._imports.values() if one.device == device]
@@ -352,7 +362,7 @@ class SharedPools:
                 log.warning(what, pool=name, error=str(error))
         except Exception:  # the thread must go on
             log.exception(what, pool=name)
-        place.wake.wait(_TICK_S)
+        place.wake.wait(place.tick_s)
         return False
 
     def _look_after(self, place: _Place, one: Import) -> None:
@@ -362,7 +372,7 @@ class SharedPools:
         if one.is_open:
             one.used = now
         due = now - one.marked >= place.published.reader_s / 3
-        if not one.is_open and (was_open or due or now - one.used >= _IDLE_S) and now - one.used >= _TICK_S:
+        if not one.is_open and (was_open or due or now - one.used >= _IDLE_S) and now - one.used >= place.tick_s:
             head = place.published.head(one.name)
             if now - one.used >= _IDLE_S or head is None or head.stamp != one.stamp:
                 self._drop(place, one)
@@ -381,6 +391,7 @@ class SharedPools:
                 if self._imports.pop(one.id, None) is None:
                     return
             self._notes.drop(_TABLE, one.id)
+            crash("FAR_FORGOTTEN")
             self._core.pool_unlink(one.id)
         self._look_for_garbage(place, one.name)
         place.published.unmark(one.name, one.stamp)

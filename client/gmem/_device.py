@@ -256,7 +256,8 @@ class Context:
                     self._idle.wait(1.0)  # until one of them is complete
 
     def release(self, ranges: list[tuple[int, int]]) -> None:
-        self._session.request("release", context=self.context_id, ranges=[list(r) for r in ranges])
+        for r in ranges:  # one at a time: the ring knows of each whether a gmemd that was killed had done it
+            self._session.request("release", context=self.context_id, ranges=[list(r)])
 
     # ---- answers ----
 

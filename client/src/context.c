@@ -297,12 +297,6 @@ int gmem_check_ranges(const struct gmem_range *ranges, size_t count, const char 
 	return 0;
 }
 
-/* The ring takes one range at a time; several are to be held together or not at all. */
-static bool by_ring(const struct gmem_context *context, size_t count)
-{
-	return count == 1 && gmem_link_has_ring(context->session->link);
-}
-
 static int call_ring(struct gmem_context *context, uint16_t op, uint16_t flags, const struct gmem_range *range)
 {
 	struct gmem_ring_sqe sqe = { .op = op, .flags = flags, .va = (uintptr_t)range->va, .bytes = range->bytes,
@@ -315,7 +309,8 @@ int gmem_context_hold(struct gmem_context *context, const struct gmem_range *ran
 {
 	struct gmem_request request;
 
-	if (by_ring(context, count))
+	/* The ring takes one range at a time; several are to be held together or not at all. */
+	if (count == 1 && gmem_link_has_ring(context->session->link))
 		return call_ring(context, GMEM_RING_ACQUIRE, write ? GMEM_RING_WRITE : 0, ranges);
 	gmem_request_init(&request, "acquire", 3);
 	gmem_request_uint(&request, "context", context->id);
@@ -327,9 +322,17 @@ int gmem_context_hold(struct gmem_context *context, const struct gmem_range *ran
 int gmem_context_let_go(struct gmem_context *context, const struct gmem_range *ranges, size_t count)
 {
 	struct gmem_request request;
+	int err = 0;
 
-	if (by_ring(context, count))
-		return call_ring(context, GMEM_RING_RELEASE, 0, ranges);
+	/* One at a time: of each, the ring knows whether a gmemd that was killed had done it. */
+	if (gmem_link_has_ring(context->session->link)) {
+		for (size_t i = 0; i < count; i++) {
+			int failed = call_ring(context, GMEM_RING_RELEASE, 0, &ranges[i]);
+
+			err = err ? err : failed;
+		}
+		return err;
+	}
 	gmem_request_init(&request, "release", 2);
 	gmem_request_uint(&request, "context", context->id);
 	gmem_request_ranges(&request, "ranges", ranges, count);

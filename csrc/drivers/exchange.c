@@ -18,7 +18,9 @@
 #include "exchange.h"
 
 #define LANES_MAX 16
-#define CHUNK 65536u        /* copied, then sent while it is in the cache */
+#define CHUNK 65536u        /* copied or looked at, then sent while it is in the cache */
+#define DIRECT_MIN 16384u   /* of a page: more than that is worth a call of its own */
+#define DIRECT_MAX (256u << 10)
 #define COMMAND_ROOM 512    /* all of a command but the value */
 #define BACKOFF_NS 5000000ull
 #define BACKOFF_MAX_NS 250000000ull
@@ -36,6 +38,7 @@ struct lane {
 	/* of the request that is being sent */
 	bool begun;
 	uint32_t piece, done, crc;
+	uint32_t lent;              /* of the piece, to the wire, which sends it from where it is */
 	/* of the reply that is being read */
 	bool asking;                /* the reply to ASKING comes first */
 	bool in_body, fits, missing;
@@ -115,7 +118,55 @@ static void put_head(struct lane *lane, const struct gmem_request *request)
 		gmem_wire_number(wire, request->offset + bytes_of(request) - 1);
 	}
 	lane->begun = true;
-	lane->piece = lane->done = 0;
+	lane->piece = lane->done = lane->lent = 0;
+}
+
+static bool ends_value(const struct lane *lane, const struct gmem_request *request, size_t bytes)
+{
+	return lane->piece + 1 == request->count && lane->done + bytes == request->pieces[lane->piece].bytes;
+}
+
+/* The next chunk is sent from the page itself, which is looked at first. Whoever writes to it meanwhile has spoiled his own
+ * page: that is found out when it is read. False: it can't be, or is not worth it. */
+static bool lend_chunk(struct lane *lane, struct gmem_request *request)
+{
+	struct gmem_piece *piece = &request->pieces[lane->piece];
+	uint32_t bytes = piece->bytes - lane->done;
+	const uint8_t *from = (const uint8_t *)piece->memory + lane->done;
+
+	bytes = bytes < DIRECT_MAX ? bytes : DIRECT_MAX;
+	if (lane->wire->tls || piece->bytes < DIRECT_MIN || piece->result ||
+	    gmem_look(gmem_crc32c, piece->crc, from, bytes, &piece->crc))
+		return false;
+	gmem_wire_page(lane->wire, from, bytes, ends_value(lane, request, bytes));
+	lane->lent = bytes;
+	return true;
+}
+
+static void advance(struct lane *lane, const struct gmem_request *request, uint32_t bytes)
+{
+	lane->done += bytes;
+	if (lane->done == request->pieces[lane->piece].bytes) {
+		lane->done = 0;
+		lane->piece++;
+	}
+}
+
+/* What was lent has been sent. */
+static void take_back(struct lane *lane, const struct gmem_request *request)
+{
+	if (lane->lent)
+		advance(lane, request, lane->lent);
+	lane->lent = 0;
+}
+
+/* It is there no more, in the middle of it: what is left goes as zeros, and has failed. */
+static void take_back_the_rest(struct lane *lane, struct gmem_request *request)
+{
+	request->pieces[lane->piece].result = -EFAULT;
+	advance(lane, request, lane->lent - (uint32_t)lane->wire->page_bytes);
+	lane->lent = 0;
+	lane->wire->page_bytes = lane->wire->end_bytes = 0;
 }
 
 /* A chunk of a value. A page that can't be read is sent as zeros, for its length has been announced, and has failed. */
@@ -132,18 +183,17 @@ static void put_chunk(struct lane *lane, struct gmem_request *request)
 		piece->crc = crc_begin(piece);
 		piece->result = 0;
 	}
+	if (lend_chunk(lane, request))
+		return;
 	if (piece->result || gmem_copy(to, (const uint8_t *)piece->memory + lane->done, bytes)) {
 		piece->result = -EFAULT;
 		memset(to, 0, bytes);
 	}
 	piece->crc = gmem_crc32c(piece->crc, to, bytes);
 	wire->tx_end += bytes;
-	lane->done += (uint32_t)bytes;
-	if (lane->done < piece->bytes)
-		return;
-	lane->done = 0;
-	if (++lane->piece == request->count)
+	if (ends_value(lane, request, bytes))
 		gmem_wire_bytes(wire, "\r\n", 2); /* in the same packet: the server is not woken twice */
+	advance(lane, request, (uint32_t)bytes);
 }
 
 static void put_wait(struct run *run, struct lane *lane)
@@ -168,6 +218,8 @@ static void fill(struct run *run, struct lane *lane)
 			put_head(lane, request);
 		else
 			put_chunk(lane, request);
+		if (lane->lent)
+			return;
 		if (request->kind == GMEM_PUT && lane->piece < request->count)
 			continue;
 		lane->begun = false;
@@ -177,19 +229,37 @@ static void fill(struct run *run, struct lane *lane)
 		put_wait(run, lane);
 }
 
+static int end_loan(struct run *run, struct lane *lane, int err)
+{
+	struct gmem_request *request = &run->requests[lane->queue[lane->sent]];
+
+	if (err)
+		take_back_the_rest(lane, request);
+	else
+		take_back(lane, request);
+	if (lane->piece == request->count) {
+		lane->begun = false;
+		lane->sent++;
+	}
+	return 0;
+}
+
 static int push_out(struct run *run, struct lane *lane)
 {
 	for (;;) {
-		size_t before = lane->wire->tx_begin;
+		size_t before;
 		int err;
 
-		if (lane->wire->tx_begin == lane->wire->tx_end)
+		if (!gmem_wire_out(lane->wire))
 			fill(run, lane);
-		if (lane->wire->tx_begin == lane->wire->tx_end)
+		if (!gmem_wire_out(lane->wire))
 			return 0;
+		before = gmem_wire_out(lane->wire);
 		err = gmem_wire_send(lane->wire);
-		if (!err || lane->wire->tx_begin != before)
+		if (gmem_wire_out(lane->wire) != before)
 			lane->progress_ns = gmem_now_ns();
+		if (lane->lent && (!err || err == -EFAULT))
+			err = end_loan(run, lane, err);
 		if (err)
 			return err == -EAGAIN ? 0 : err;
 	}
@@ -259,19 +329,18 @@ static void begin_body(struct run *run, struct lane *lane, int64_t bytes)
 	lane->fits = request->kind == GMEM_GET && bytes == bytes_of(request);
 	lane->missing = request->part && !bytes; /* what GETRANGE says of a key that is not there */
 	lane->r_piece = lane->r_done = 0;
+	for (uint32_t i = 0; i < request->count; i++)
+		request->pieces[i].result = 0;
 	if (request->kind == GMEM_GET)
 		lane->r_crc = crc_begin(&request->pieces[0]);
 }
 
-static void take_piece(struct lane *lane, struct gmem_request *request, const uint8_t *data, size_t bytes)
+/* Some bytes of a piece are where they belong, or are not wanted; r_crc knows them. */
+static void took(struct lane *lane, struct gmem_request *request, size_t bytes)
 {
 	struct gmem_piece *piece = &request->pieces[lane->r_piece];
 
-	if (!lane->r_done)
-		piece->result = 0;
-	if (gmem_copy((uint8_t *)piece->memory + lane->r_done, data, bytes))
-		piece->result = -EFAULT;
-	lane->r_crc = gmem_crc32c(lane->r_crc, data, bytes);
+	lane->left -= (int64_t)bytes;
 	lane->r_done += (uint32_t)bytes;
 	if (lane->r_done < piece->bytes)
 		return;
@@ -280,6 +349,47 @@ static void take_piece(struct lane *lane, struct gmem_request *request, const ui
 	lane->r_done = 0;
 	if (++lane->r_piece < request->count)
 		lane->r_crc = crc_begin(&request->pieces[lane->r_piece]);
+}
+
+static void take_piece(struct lane *lane, struct gmem_request *request, const uint8_t *data, size_t bytes)
+{
+	struct gmem_piece *piece = &request->pieces[lane->r_piece];
+
+	if (gmem_copy((uint8_t *)piece->memory + lane->r_done, data, bytes))
+		piece->result = -EFAULT;
+	lane->r_crc = gmem_crc32c(lane->r_crc, data, bytes);
+	took(lane, request, bytes);
+}
+
+/* What is to come of the page that is being read, if it can go there straight from the socket. */
+static size_t direct_bytes(const struct run *run, const struct lane *lane)
+{
+	const struct gmem_request *request = &run->requests[lane->queue[lane->answered]];
+	const struct gmem_piece *piece = &request->pieces[lane->r_piece];
+	size_t bytes;
+
+	if (!lane->in_body || !lane->fits || lane->left <= 2 || lane->wire->tls || lane->wire->rx_end != lane->wire->rx_begin)
+		return 0;
+	bytes = piece->bytes - lane->r_done;
+	return piece->result || bytes < DIRECT_MIN ? 0 : bytes < DIRECT_MAX ? bytes : DIRECT_MAX;
+}
+
+/* Nobody maps the page before it is known to be what was stored. -EFAULT: not to there; nothing was read. */
+static int take_directly(struct run *run, struct lane *lane, size_t bytes)
+{
+	struct gmem_request *request = &run->requests[lane->queue[lane->answered]];
+	struct gmem_piece *piece = &request->pieces[lane->r_piece];
+	uint8_t *to = (uint8_t *)piece->memory + lane->r_done;
+	ssize_t n = gmem_wire_receive_to(lane->wire, to, bytes);
+
+	if (n < 0) {
+		piece->result = n == -EFAULT ? -EFAULT : 0;
+		return (int)n;
+	}
+	if (gmem_look(gmem_crc32c, lane->r_crc, to, (size_t)n, &lane->r_crc))
+		piece->result = -EFAULT;
+	took(lane, request, (size_t)n);
+	return 0;
 }
 
 static void take_body(struct run *run, struct lane *lane)
@@ -297,7 +407,6 @@ static void take_body(struct run *run, struct lane *lane)
 		some = some < CHUNK ? some : CHUNK;
 		take_piece(lane, request, wire->rx + wire->rx_begin, some);
 		wire->rx_begin += some;
-		lane->left -= (int64_t)some;
 		bytes -= some;
 	}
 	wire->rx_begin += bytes; /* what nobody wants, and the line's end */
@@ -308,18 +417,41 @@ static void take_body(struct run *run, struct lane *lane)
 	answered(run, lane, lane->fits ? 0 : lane->missing ? -ENOENT : -EBADMSG);
 }
 
+/* WAIT is no command, or none that we may use: nothing that was stored here will ever be confirmed. */
+static int refused_to_wait(struct run *run, struct lane *lane, const struct gmem_resp *reply)
+{
+	struct gmem_redirection to;
+	enum gmem_resp_error means = gmem_resp_error(reply->text, reply->text_bytes, &to);
+	int text = (int)(reply->text_bytes < 80 ? reply->text_bytes : 80);
+
+	if (means != GMEM_RESP_DENIED && means != GMEM_RESP_REFUSED)
+		return -EAGAIN;
+	gmem_nodes_note(run->x->nodes, "%.60s: %.*s", run->x->nodes->nodes[lane->node]->address.name, text, reply->text);
+	for (unsigned i = 0; i < lane->queued; i++)
+		if (run->requests[lane->queue[i]].state == STORED)
+			finish(&run->requests[lane->queue[i]], -EACCES);
+	lane->wait = NOT_WANTED;
+	return 0;
+}
+
+static int take_wait(struct run *run, struct lane *lane, const struct gmem_resp *reply)
+{
+	if (lane->wait == ASKED && reply->type == GMEM_RESP_ERROR)
+		return refused_to_wait(run, lane, reply);
+	if (lane->wait != ASKED || reply->type != GMEM_RESP_INTEGER)
+		return -EPROTO;
+	lane->copies_known = reply->number > 0 ? (unsigned)reply->number : 0;
+	lane->wait = lane->copies_known >= run->x->replicas || gmem_now_ns() >= run->x->deadline_ns ? NOT_WANTED : WANTED;
+	return 0;
+}
+
 static int take_line(struct run *run, struct lane *lane, const struct gmem_resp *reply)
 {
 	bool all = lane->answered == lane->queued;
 	struct gmem_request *request = all ? NULL : &run->requests[lane->queue[lane->answered]];
 
-	if (all) { /* of WAIT */
-		if (lane->wait != ASKED || reply->type != GMEM_RESP_INTEGER)
-			return lane->wait == ASKED && reply->type == GMEM_RESP_ERROR ? -EAGAIN : -EPROTO;
-		lane->copies_known = reply->number > 0 ? (unsigned)reply->number : 0;
-		lane->wait = lane->copies_known >= run->x->replicas || gmem_now_ns() >= run->x->deadline_ns ? NOT_WANTED : WANTED;
-		return 0;
-	}
+	if (all)
+		return take_wait(run, lane, reply);
 	if (request->asking && !lane->asking) {
 		lane->asking = true;
 		return reply->type == GMEM_RESP_STATUS || reply->type == GMEM_RESP_ERROR ? 0 : -EPROTO;
@@ -354,8 +486,11 @@ static bool is_over(const struct lane *lane)
 static int take_some(struct run *run, struct lane *lane)
 {
 	struct gmem_wire *wire = lane->wire;
-	int err = gmem_wire_receive(wire);
+	size_t bytes = direct_bytes(run, lane);
+	int err = bytes ? take_directly(run, lane, bytes) : -EFAULT;
 
+	if (err == -EFAULT)
+		err = gmem_wire_receive(wire);
 	if (err)
 		return err == -EAGAIN ? 0 : err;
 	lane->progress_ns = gmem_now_ns();
@@ -394,48 +529,56 @@ static int take_in(struct run *run, struct lane *lane)
 static void end_lane(struct run *run, struct lane *lane, int err)
 {
 	bool at_once = err && lane->wire->reused && !lane->answered;
-	unsigned durable = lane->copies_known >= run->x->replicas;
+	bool durable = lane->copies_known >= run->x->replicas, concerned = false;
 
 	for (unsigned i = 0; i < lane->queued; i++) {
 		struct gmem_request *request = &run->requests[lane->queue[i]];
 
+		concerned |= request->state == ON_LANE || request->state == STORED;
 		if (request->state == STORED && durable)
 			finish(request, 0);
 		else if (request->state == STORED && !err)
 			finish(request, -ENODATA);
+		else if ((request->state == ON_LANE || request->state == STORED) && err && run->x->once && !at_once)
+			finish(request, err == -EPIPE ? -ECONNRESET : err);
 		else if (request->state == ON_LANE || request->state == STORED)
 			again(request, at_once);
 	}
 	if (gmem_wire_why(lane->wire)[0])
 		gmem_nodes_note(run->x->nodes, "%s", gmem_wire_why(lane->wire));
-	else if (err == -EPROTO)
-		gmem_nodes_note(run->x->nodes, "%.80s: what it says is no reply",
-				run->x->nodes->nodes[lane->node]->address.name);
+	else if (err == -EPROTO || (err && concerned && run->x->once)) /* later notes would hide better ones */
+		gmem_nodes_note(run->x->nodes, "%.80s: %s", run->x->nodes->nodes[lane->node]->address.name,
+				err == -EPROTO ? "what it says is no reply" : strerror(-err));
 	if (err)
 		gmem_nodes_stale(run->x->nodes);
 	gmem_nodes_return(run->x->nodes, lane->node, lane->wire, err);
 	*lane = run->lanes[--run->lane_count];
 }
 
-static struct lane *lane_to(struct run *run, unsigned node)
+static int lane_to(struct run *run, unsigned node, struct lane **ret)
 {
 	struct lane *lane;
+	int err;
 
 	for (unsigned i = 0; i < run->lane_count; i++)
-		if (run->lanes[i].node == node && run->lanes[i].wait != ASKED)
-			return &run->lanes[i];
+		if (run->lanes[i].node == node && run->lanes[i].wait != ASKED) {
+			*ret = &run->lanes[i];
+			return 0;
+		}
 	if (run->lane_count == LANES_MAX)
-		return NULL;
+		return -EAGAIN;
 	lane = &run->lanes[run->lane_count];
 	memset(lane, 0, sizeof(*lane));
-	if (gmem_nodes_lend(run->x->nodes, node, run->x->deadline_ns, &lane->wire)) {
+	err = gmem_nodes_lend(run->x->nodes, node, run->x->deadline_ns, &lane->wire);
+	if (err) {
 		gmem_nodes_stale(run->x->nodes);
-		return NULL;
+		return err;
 	}
 	lane->node = node;
 	lane->progress_ns = gmem_now_ns();
 	run->lane_count++;
-	return lane;
+	*ret = lane;
+	return 0;
 }
 
 static void assign(struct run *run, unsigned index)
@@ -443,14 +586,19 @@ static void assign(struct run *run, unsigned index)
 	struct gmem_request *request = &run->requests[index];
 	unsigned node = request->node;
 	struct lane *lane = NULL;
+	int err = -EAGAIN;
 
 	if (node == GMEM_NODE_NONE)
 		node = gmem_nodes_of_slot(run->x->nodes, request->slot);
 	if (node != GMEM_NODE_NONE)
-		lane = lane_to(run, node);
+		err = lane_to(run, node, &lane);
 	else
 		gmem_nodes_stale(run->x->nodes);
-	if (!lane) {
+	if (err && err != -EAGAIN && run->x->once) {
+		finish(request, err);
+		return;
+	}
+	if (err) {
 		request->asking = false;
 		request->node = GMEM_NODE_NONE;
 		again(request, false);
@@ -544,8 +692,11 @@ void gmem_exchange(const struct gmem_exchange *exchange, struct gmem_request *re
 	for (unsigned i = 0; i < count; i++)
 		if (requests[i].state == STORED)
 			finish(&requests[i], -ENODATA);
-	while (run.lane_count)
-		end_lane(&run, &run.lanes[0], -ETIMEDOUT);
+	while (run.lane_count) {
+		bool idle = run.lanes[0].answered == run.lanes[0].queued && run.lanes[0].wait != ASKED;
+
+		end_lane(&run, &run.lanes[0], idle ? 0 : -ETIMEDOUT);
+	}
 	for (unsigned i = 0; i < count; i++)
 		if (requests[i].state != DONE)
 			finish(&requests[i], -ETIMEDOUT);

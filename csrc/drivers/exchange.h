@@ -4,8 +4,9 @@
  * all nodes work at the same time. What is redirected, or was on a connection that broke, is asked again, until a time
  * is over.
  *
- * Pages are copied piece by piece on their way, and checksummed in the same pass: what is sent must be what was
- * checksummed, and the memory is a client's, who may change or punch it.
+ * Pages of 64 KiB and more go straight from where they are to the socket and back, checksummed a chunk at a time while
+ * that is in the cache; small ones, and all that is in TLS, are copied through the wire's buffers. The memory is a
+ * client's: what it punches meanwhile has failed, and what it changes after the checksum is not believed when it is read.
  */
 #ifndef GMEM_DRIVERS_EXCHANGE_H
 #define GMEM_DRIVERS_EXCHANGE_H
@@ -36,7 +37,7 @@ struct gmem_request {
 	uint32_t count;        /* of pieces; they follow each other */
 	struct gmem_piece *pieces;
 	/* 0; GET -ENOENT: there is no such value, -EBADMSG: another length; PUT -ENOSPC: the server is full, -ENODATA:
-	 * too few replicas have it; -ETIMEDOUT; -EIO: refused. Nothing is known of a PUT that failed. */
+	 * too few replicas have it; -ETIMEDOUT; -EACCES, -EIO: refused. Nothing is known of a PUT that failed. */
 	int result;
 	/* the exchange's own */
 	uint8_t state, tries;
@@ -49,6 +50,7 @@ struct gmem_exchange {
 	struct gmem_nodes *nodes;
 	unsigned replicas;      /* that must have what is PUT */
 	uint64_t deadline_ns;
+	bool once;              /* a server that can't be connected to, or hangs up, is an answer, and not tried again */
 };
 
 /* count: at most GMEM_EXCHANGE_MAX. */

@@ -285,7 +285,7 @@ void gmem_nodes_return(struct gmem_nodes *nodes, unsigned number, struct gmem_wi
 {
 	struct gmem_node *node = nodes->nodes[number];
 
-	broken |= wire->tx_begin < wire->tx_end || wire->rx_begin < wire->rx_end || wire->more;
+	broken |= gmem_wire_out(wire) || wire->rx_begin < wire->rx_end || wire->more;
 	gmem_mutex_lock(&nodes->lock);
 	node->lent--;
 	if (broken) /* the others to that server are not better */

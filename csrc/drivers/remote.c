@@ -318,10 +318,11 @@ static int probe_once(struct gmem_device *tier, enum gmem_request_kind kind, voi
 {
 	struct gmem_piece piece = { .memory = memory, .bytes = bytes };
 	struct gmem_request request = { .kind = kind, .part = part, .count = kind != GMEM_DROP, .pieces = &piece };
+	struct gmem_exchange x = { &tier->nodes, tier->replicas, gmem_now_ns() + tier->timeout_ns, true };
 
 	gmem_request_name(&request, "gmem:%s:{t%016llx:probe}:0:0", tier->tenant,
 			  (unsigned long long)tier->values.header->object);
-	gmem_remote_exchange(tier, &request, 1, tier->timeout_ns);
+	gmem_exchange(&x, &request, 1); /* who attaches is told why, and need not wait for what was refused */
 	return request.result; /* the checksum is not known here, and does not matter */
 }
 
@@ -381,7 +382,7 @@ static int try_it(const struct gmem_driver_config *config, struct gmem_device *t
 		snprintf(config->message, GMEM_MESSAGE_MAX, "the server is full: %.100s", why);
 	else
 		snprintf(config->message, GMEM_MESSAGE_MAX, "a first write and read failed: %.100s", why[0] ? why : strerror(-err));
-	return err;
+	return err == -ENOENT ? -EIO : err; /* there is such a driver */
 }
 
 static int open_tier(const struct gmem_driver_config *config, const struct options *options, struct gmem_device *tier)

@@ -69,7 +69,7 @@ static bool name_value(struct gmem_device *tier, uint32_t value, struct gmem_req
 
 void gmem_remote_exchange(struct gmem_device *tier, struct gmem_request *requests, unsigned count, uint64_t ns)
 {
-	struct gmem_exchange x = { &tier->nodes, tier->replicas, gmem_now_ns() + ns };
+	struct gmem_exchange x = { &tier->nodes, tier->replicas, gmem_now_ns() + ns, false };
 
 	gmem_exchange(&x, requests, count);
 }

@@ -355,6 +355,13 @@ void gmem_tls_end(struct gmem_tls_session *session)
 	free(session);
 }
 
+/* The server's alert says that it does not want us: RFC 8446, section 6.2; OpenSSL counts alerts from 1000 on. */
+static bool is_refusal(int reason)
+{
+	return (reason >= SSL_AD_REASON_OFFSET + SSL_AD_BAD_CERTIFICATE && reason <= SSL_AD_REASON_OFFSET + SSL_AD_ACCESS_DENIED) ||
+	       reason == SSL_AD_REASON_OFFSET + SSL_AD_CERTIFICATE_REQUIRED;
+}
+
 /* A failure of TLS itself. */
 static int broken(struct gmem_tls_session *session)
 {
@@ -376,7 +383,7 @@ static int broken(struct gmem_tls_session *session)
 	} else {
 		snprintf(session->why, sizeof(session->why), "tls: %.50s: %.60s", session->name, last_reason());
 	}
-	return -EPROTO;
+	return is_refusal(reason) ? -EACCES : -EPROTO;
 }
 
 static int result(struct gmem_tls_session *session, int r, short *ret_events)

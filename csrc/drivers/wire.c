@@ -9,6 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include <gmem/stats.h>
@@ -97,6 +98,13 @@ void gmem_wire_bytes(struct gmem_wire *wire, const void *data, size_t bytes)
 	wire->tx_end += bytes;
 }
 
+void gmem_wire_page(struct gmem_wire *wire, const void *data, size_t bytes, bool ends_line)
+{
+	wire->page = data;
+	wire->page_bytes = bytes;
+	wire->end_bytes = ends_line ? 2 : 0;
+}
+
 static void put_line(struct gmem_wire *wire, char type, size_t number)
 {
 	wire->tx_end += (size_t)sprintf((char *)wire->tx + wire->tx_end, "%c%zu\r\n", type, number);
@@ -133,31 +141,46 @@ void gmem_wire_number(struct gmem_wire *wire, uint64_t number)
 
 /* ---- in and out ---- */
 
-/* One call's worth, as far as there is room. */
+/* One call's worth, as far as there is room: the buffer, the page, the end of the line. */
 static ssize_t send_some(struct gmem_wire *wire)
 {
-	const uint8_t *from = wire->tx + wire->tx_begin;
-	size_t bytes = wire->tx_end - wire->tx_begin;
+	struct iovec parts[] = {
+		{ wire->tx + wire->tx_begin, wire->tx_end - wire->tx_begin },
+		{ (void *)(uintptr_t)wire->page, wire->page_bytes },
+		{ "\r\n" + 2 - wire->end_bytes, wire->end_bytes },
+	};
+	struct msghdr message = { .msg_iov = parts, .msg_iovlen = 3 };
 	ssize_t n;
 
 	if (wire->tls) {
 		wire->send_events = POLLOUT;
-		return gmem_tls_write(wire->tls, from, bytes, &wire->send_events);
+		return gmem_tls_write(wire->tls, parts[0].iov_base, parts[0].iov_len, &wire->send_events);
 	}
 	do {
-		n = send(wire->fd, from, bytes, MSG_NOSIGNAL);
+		n = sendmsg(wire->fd, &message, MSG_NOSIGNAL);
 	} while (n < 0 && errno == EINTR);
 	return n < 0 ? -errno : n;
 }
 
+static size_t less(size_t a, size_t b)
+{
+	return a < b ? a : b;
+}
+
 int gmem_wire_send(struct gmem_wire *wire)
 {
-	while (wire->tx_begin < wire->tx_end) {
+	while (gmem_wire_out(wire)) {
 		ssize_t n = send_some(wire);
+		size_t buffer, page;
 
 		if (n < 0)
 			return (int)n;
-		wire->tx_begin += (size_t)n;
+		buffer = less((size_t)n, wire->tx_end - wire->tx_begin);
+		page = less((size_t)n - buffer, wire->page_bytes);
+		wire->tx_begin += buffer;
+		wire->page += page;
+		wire->page_bytes -= page;
+		wire->end_bytes -= (size_t)n - buffer - page;
 	}
 	wire->tx_begin = wire->tx_end = 0;
 	return 0;
@@ -204,6 +227,24 @@ int gmem_wire_receive(struct gmem_wire *wire)
 	return 0;
 }
 
+ssize_t gmem_wire_receive_to(struct gmem_wire *wire, void *memory, size_t bytes)
+{
+	struct iovec parts[] = { { memory, bytes }, { wire->rx, GMEM_WIRE_BUFFER } };
+	struct msghdr message = { .msg_iov = parts, .msg_iovlen = 2 };
+	ssize_t n;
+
+	wire->rx_begin = wire->rx_end = 0;
+	do {
+		n = recvmsg(wire->fd, &message, 0);
+	} while (n < 0 && errno == EINTR);
+	if (n <= 0)
+		return n ? -errno : -ECONNRESET;
+	if ((size_t)n <= bytes)
+		return n;
+	wire->rx_end = (size_t)n - bytes;
+	return (ssize_t)bytes;
+}
+
 const char *gmem_wire_why(const struct gmem_wire *wire)
 {
 	return wire->tls ? gmem_tls_why(wire->tls) : "";
@@ -222,7 +263,7 @@ void gmem_wire_expect(struct gmem_wire *wire, size_t bytes)
 
 short gmem_wire_events(const struct gmem_wire *wire, bool wants_reply)
 {
-	return (short)((wire->tx_begin < wire->tx_end ? wire->send_events : 0) | (wants_reply ? wire->receive_events : 0));
+	return (short)((gmem_wire_out(wire) ? wire->send_events : 0) | (wants_reply ? wire->receive_events : 0));
 }
 
 static int await(struct gmem_wire *wire, short events, uint64_t deadline_ns)

@@ -51,6 +51,9 @@ struct gmem_wire {
 	int low_water;              /* poll() waits for so much */
 	size_t tx_begin, tx_end, rx_begin, rx_end;
 	uint8_t *tx, *rx;
+	const uint8_t *page;        /* sent from where it is, behind what is in tx; plain wires only */
+	size_t page_bytes;          /* left of it */
+	size_t end_bytes;           /* left of the line's end behind it */
 };
 
 /* Connects and authenticates. -EACCES: refused by name, password or certificate, theirs or ours; -ETIMEDOUT,
@@ -60,15 +63,24 @@ int gmem_wire_open(const struct gmem_address *address, const struct gmem_identit
 void gmem_wire_close(struct gmem_wire *wire);
 
 /* Moves what is there between buffer and socket. -EAGAIN: not now; -EPIPE, -ECONNRESET, ...: it is over. While there is
- * more, receiving is to be called again before poll(). */
+ * more, receiving is to be called again before poll(). Sending, -EFAULT: what is left of the page can't be read. */
 int gmem_wire_send(struct gmem_wire *wire);
 int gmem_wire_receive(struct gmem_wire *wire);
+/* Of a plain wire whose buffer is empty: so many bytes go to memory, what follows them to the buffer. Returns how many
+ * came to memory; -EFAULT: it can't be written. */
+ssize_t gmem_wire_receive_to(struct gmem_wire *wire, void *memory, size_t bytes);
 /* What TLS had against it; "": nothing. */
 const char *gmem_wire_why(const struct gmem_wire *wire);
 /* So much is to come: who waits is not woken for each packet. */
 void gmem_wire_expect(struct gmem_wire *wire, size_t bytes);
 /* What poll() is to wait for. */
 short gmem_wire_events(const struct gmem_wire *wire, bool wants_reply);
+
+/* So much is still to be sent. */
+static inline size_t gmem_wire_out(const struct gmem_wire *wire)
+{
+	return wire->tx_end - wire->tx_begin + wire->page_bytes + wire->end_bytes;
+}
 
 static inline size_t gmem_wire_room(const struct gmem_wire *wire)
 {
@@ -83,5 +95,8 @@ void gmem_wire_number(struct gmem_wire *wire, uint64_t number);
 /* The head of an argument whose bytes, and "\r\n" behind them, follow by gmem_wire_bytes(). */
 void gmem_wire_head(struct gmem_wire *wire, size_t bytes);
 void gmem_wire_bytes(struct gmem_wire *wire, const void *data, size_t bytes);
+/* The same bytes of a page, which are sent from there, with an end of the line perhaps; nothing may follow before they have
+ * been. */
+void gmem_wire_page(struct gmem_wire *wire, const void *data, size_t bytes, bool ends_line);
 
 #endif

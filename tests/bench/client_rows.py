@@ -26,7 +26,7 @@ from typing import Any
 
 import hugepages
 import rows
-from loops import FloorRange, device_faults, device_touches, load, on_cpu
+from loops import FloorRange, device_faults, device_touches, load, nothing, on_cpu
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -81,6 +81,7 @@ def _table() -> dict[str, tuple[str, str | None, str]]:
         for mebibytes in PREFETCHES_MIB:
             table[f"client_prefetch_{way}_{mebibytes}m"] = ("GB/s", "ratio >= 0.95", MEMCPY)
     table["client_pool_attach_1g"] = ("us", "value <= 1000", SHM_FLOOR)
+    table["client_pool_attach_context_1g"] = ("us", None, "a kernel that does nothing")
     for size in POOL_SIZES:
         table[f"client_pool_first_touch_{size}_p50"] = ("us", "ratio <= 1.15", FAULT_FLOOR)
     return table
@@ -244,19 +245,23 @@ class Bench:
 
     def pools(self) -> None:
         """Pools that another process has made and filled: attaching one, and the first touch of a page here."""
-        ids = ["client_pool_attach_1g", *(f"client_pool_first_touch_{size}_p50" for size in POOL_SIZES)]
+        ids = ["client_pool_attach_1g", "client_pool_attach_context_1g",
+               *(f"client_pool_first_touch_{size}_p50" for size in POOL_SIZES)]  # fmt: skip
         if not any(id in self.ids for id in ids):
             return
         with subprocess.Popen([sys.executable, "-c", OWNER, self.session.path], stdin=subprocess.PIPE,
                               stdout=subprocess.PIPE, text=True) as owner:  # fmt: skip
             assert owner.stdout is not None and owner.stdout.readline() == "ready\n"
             self.emit({ids[0]: [self.attach() for _ in range(4 * REPETITIONS)][REPETITIONS:]})
+            self.emit({ids[1]: [self.attach_context() for _ in range(4 * REPETITIONS)][REPETITIONS:]})
             for size in POOL_SIZES:
                 self.emit({f"client_pool_first_touch_{size}_p50": self.first_touches(size)})
             assert owner.stdin is not None
             owner.stdin.close()
 
     def attach(self) -> tuple[float, float]:
+        """In this process; the context maps it as well, beside, and is to be done with the one before."""
+        self.context.launch(nothing).wait()
         start = time.perf_counter_ns()
         pool = self.gmem.pool("large", write=False)
         ours = time.perf_counter_ns() - start
@@ -269,6 +274,19 @@ class Bench:
             bare = time.perf_counter_ns() - start
             memory.close()
             os.close(fd)
+        return ours / 1e3, bare / 1e3
+
+    def attach_context(self) -> tuple[float, float]:
+        """Until a kernel of the context has run that might use it."""
+        start = time.perf_counter_ns()
+        self.context.launch(nothing).wait()
+        bare = time.perf_counter_ns() - start
+        start = time.perf_counter_ns()
+        pool = self.gmem.pool("large", write=False)
+        self.context.launch(nothing).wait()
+        ours = time.perf_counter_ns() - start
+        pool.close()
+        self.context.launch(nothing).wait()
         return ours / 1e3, bare / 1e3
 
     def first_touches(self, size: str) -> Pairs:

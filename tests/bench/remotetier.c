@@ -152,7 +152,8 @@ static void measure(struct gmem_device *device, const struct shape *shape, bool 
 static void shape_rows(struct gmem_device *device, const struct shape *shape, bool write)
 {
 	struct times tier = { 0 }, floor = { 0 };
-	struct pairs p50 = { 0 }, p99 = { 0 };
+	struct pairs p50 = { 0 }, p99 = { 0 }, rate = { 0 };
+	double bytes = (double)(shape->page_bytes * shape->batch);
 	struct row row = { NULL, "us", NULL, "bare sockets" };
 	char id[64];
 
@@ -160,6 +161,7 @@ static void shape_rows(struct gmem_device *device, const struct shape *shape, bo
 	bare_do(shape, true);
 	for (int r = 0; r < REPETITIONS; r++) {
 		measure(device, shape, write, &tier, &floor);
+		pairs_add(&rate, bytes / times_mean(&tier), bytes / times_mean(&floor));
 		pairs_add(&p50, times_percentile(&tier, 50) / 1e3, times_percentile(&floor, 50) / 1e3);
 		pairs_add(&p99, times_percentile(&tier, 99) / 1e3, times_percentile(&floor, 99) / 1e3);
 		times_clear(&tier);
@@ -172,6 +174,9 @@ static void shape_rows(struct gmem_device *device, const struct shape *shape, bo
 	snprintf(id, sizeof(id), "remote_%s_%s_p99", write ? "put" : "get", shape->name);
 	row.target = NULL;
 	row_print(&row, &p99, NULL);
+	snprintf(id, sizeof(id), "remote_%s_%s_rate", write ? "put" : "get", shape->name);
+	row.unit = "GB/s";
+	row_print(&row, &rate, NULL);
 	times_free(&tier);
 	times_free(&floor);
 }

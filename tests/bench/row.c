@@ -45,6 +45,15 @@ double times_percentile(struct times *times, double percent)
 	return (double)times->ns[at < times->count ? at : times->count - 1];
 }
 
+double times_mean(const struct times *times)
+{
+	double sum = 0;
+
+	for (size_t i = 0; i < times->count; i++)
+		sum += (double)times->ns[i];
+	return times->count ? sum / (double)times->count : 0;
+}
+
 void times_clear(struct times *times)
 {
 	times->count = 0;

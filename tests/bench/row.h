@@ -29,6 +29,7 @@ struct times {
 void times_add(struct times *times, uint64_t ns);
 /* Of 0 to 100; sorts. */
 double times_percentile(struct times *times, double percent);
+double times_mean(const struct times *times);
 void times_clear(struct times *times);
 void times_free(struct times *times);
 

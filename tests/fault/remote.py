@@ -2,8 +2,8 @@
 """`python tests/fault/remote.py --seconds N [--seed S]`: a program whose memory is mostly in a cluster of servers,
 while these are killed, hang and are cut off; every word is checked. Prints its seed.
 
-The servers are in a network namespace of their own where one can be made (as root), so that the link between them and
-gmemd can go down or be slow; else these faults are left out, and it says so.
+As root gmemd and the servers are in network namespaces of their own, so that the link between them can go down or be
+slow; else these faults are left out, and it says so.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,68 +24,24 @@ sys.path.insert(0, str(ROOT / "tests" / "integration"))
 
 import gmem  # noqa: E402
 import numpy as np  # noqa: E402
+from machines import Machine  # noqa: E402
+from netns import CAN_BE_MADE, Network, Place  # noqa: E402
 from valkeys import Cluster  # noqa: E402
 
 MIB = 1 << 20
 LOAD_BYTES = 32 * MIB
 TIMEOUT_S = 40
-NAMESPACE, OURS, THEIRS = "gmem-remote", "10.99.77.1", "10.99.77.2"
-
-
-def ip(*words: str) -> bool:
-    return subprocess.run(["ip", *words], capture_output=True).returncode == 0
-
-
-class Link:
-    """A namespace with a pair of interfaces between it and this one."""
-
-    def __init__(self, name: str) -> None:
-        self.name, self.outer, self.inner = f"{NAMESPACE}-{name}", f"gmr{name}o", f"gmr{name}i"
-        self.made = ip("netns", "add", self.name) and all([
-            ip("link", "add", self.outer, "type", "veth", "peer", "name", self.inner, "netns", self.name),
-            ip("addr", "add", f"{OURS}/24", "dev", self.outer),
-            ip("link", "set", self.outer, "up"),
-            ip("-n", self.name, "addr", "add", f"{THEIRS}/24", "dev", self.inner),
-            ip("-n", self.name, "link", "set", self.inner, "up"),
-            ip("-n", self.name, "link", "set", "lo", "up"),
-        ])  # fmt: skip
-
-    @property
-    def prefix(self) -> tuple[str, ...]:
-        return ("ip", "netns", "exec", self.name)
-
-    @contextlib.contextmanager
-    def down(self) -> Iterator[None]:
-        ip("link", "set", self.outer, "down")
-        try:
-            yield
-        finally:
-            ip("link", "set", self.outer, "up")
-
-    @contextlib.contextmanager
-    def slow(self, delay: str) -> Iterator[None]:
-        queue = ["tc", "qdisc", "add", "dev", self.outer, "root", "netem", "delay", delay, "5ms"]
-        done = subprocess.run(queue, capture_output=True).returncode == 0
-        try:
-            yield
-        finally:
-            if done:
-                subprocess.run(["tc", "qdisc", "del", "dev", self.outer, "root"], capture_output=True)
-
-    def close(self) -> None:
-        ip("link", "del", self.outer)
-        ip("netns", "del", self.name)
 
 
 class Faults:
     """Each is over when it returns; what is to be found then is that nothing is lost."""
 
-    def __init__(self, cluster: Cluster, link: Link | None, rng: random.Random) -> None:
-        self.cluster, self.link, self.rng = cluster, link, rng
+    def __init__(self, cluster: Cluster, place: Place | None, rng: random.Random) -> None:
+        self.cluster, self.place, self.rng = cluster, place, rng
 
     def names(self) -> list[str]:
         names = ["kill_primary", "kill_replicas", "hang_primary"]
-        return names + (["cut", "slow"] if self.link else [])
+        return names + (["cut", "slow"] if self.place else [])
 
     def kill_primary(self) -> None:
         victim = self.rng.choice(self.cluster.primaries())
@@ -114,12 +69,13 @@ class Faults:
         self.cluster.whole()
 
     def cut(self) -> None:
-        with self.link.down():
+        with self.place.cut_off():
             time.sleep(10)
         self.cluster.whole()
 
     def slow(self) -> None:
-        with self.link.slow("30ms"):
+        with self.place.slow() as kind:
+            print(f"by {kind}", end=" ")
             time.sleep(3)
 
 
@@ -176,25 +132,23 @@ def main() -> int:
         return 0
     rng = random.Random(args.seed)
     print(f"seed {args.seed}", flush=True)
-    link = Link(str(args.seed % 1000))
-    if not link.made:
-        link.close()
-        link = None
-        print("no network namespace can be made here: links that are cut or slow are left out")
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        if link:
-            stack.callback(link.close)
-        options = {"host": THEIRS, "prefix": link.prefix} if link else {}
-        cluster = Cluster(Path(folder), **options)
+    with tempfile.TemporaryDirectory(prefix="gmem-test-", dir="/tmp") as folder, contextlib.ExitStack() as stack:
+        network = Network(machines=1, racks=1) if CAN_BE_MADE else None
+        if network:
+            stack.callback(network.close)
+        else:
+            print("network namespaces are made by root alone: links that are cut or slow are left out")
+        places = network.servers(Path(folder) / "s") if network else ()
+        cluster = Cluster(Path(folder) / "servers", places=places)
         stack.callback(cluster.close)
-        device = {"name": "far", "driver": "remote", "capacity": 256 * MIB, "endpoints": cluster.endpoints,
-                  "replicas": 1, "timeout": TIMEOUT_S}  # fmt: skip
-        session = gmem.connect(devices=[device], embedded=True, settings=[f"host.limit={8 * MIB}"])
-        stack.callback(session.close)
-        program = Load(session.path, args.seed)
+        place = network.machines[0] if network else None
+        machine = Machine(Path(folder) / "machine", cluster.endpoints, f"host.limit={8 * MIB}", replicas=1,
+                          prefix=place.prefix if place else (), capacity=256 * MIB, timeout=TIMEOUT_S)  # fmt: skip
+        stack.callback(machine.close)
+        program = Load(machine.socket, args.seed)
         stack.callback(program.close)
         program.check()
-        faults = Faults(cluster, link, rng)
+        faults = Faults(cluster, place, rng)
         end, done = time.monotonic() + args.seconds, 0
         names = [args.only] if args.only else faults.names()
         while time.monotonic() < end or done < len(names):
@@ -204,7 +158,7 @@ def main() -> int:
             rounds = program.check()
             done += 1
             print(f"{name}: {time.monotonic() - began:.1f} s, {rounds} rounds", flush=True)
-        row = next(d for d in session.request("devices")["devices"] if d["name"] == "far")
+        row = next(d for d in machine.ask("devices")["devices"] if d["name"] == "far")
         assert row["errors"] == 0 and row["health"] == 0, row
         print(f"{done} faults, nothing lost")
     return 0

@@ -61,6 +61,35 @@ def killed_at(point: str, code: str, check: str = "") -> None:
     assert status == 0
 
 
+def test_a_session_that_has_asked_for_nothing_yet_is_served_by_the_next_daemon():
+    """Its ring's doorbell has never been rung: nothing tells the successor's threads of it but the successor."""
+    target = Target(Path(tempfile.mkdtemp(prefix="gmem-kill-")))
+    code = """
+        import sys
+        import gmem
+        session = gmem.connect(sys.argv[1])
+        print("ready", flush=True)
+        sys.stdin.readline()
+        array = gmem.zeros(100_000)
+        array[:] = 1
+        print("done", flush=True)
+        """
+    client = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), target.socket], text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    try:
+        assert client.stdout.readline() == "ready\n"
+        lives = target.lives()
+        os.kill(target.child(), signal.SIGKILL)
+        assert wait_for(lambda: target.lives() > lives, 30)
+        out, _ = client.communicate("\n", timeout=60)
+        assert out == "done\n"
+    finally:
+        client.kill()
+        client.wait()
+        target.stop()
+        target.kill()
+
+
 @pytest.mark.parametrize("point", ["PUBLISH_COPY:3", "PUBLISH_MOVED:3", "PUBLISHED:1", "RECORD_PUBLISHED:3"])
 def test_a_pool_is_published_whoever_is_killed_meanwhile(point):
     """The daemon dies between two steps of it; the next one, or the request that is made again, finishes it."""
@@ -139,3 +168,48 @@ def test_a_pool_is_published_without_room_whoever_is_killed_meanwhile(point):
         print("done", flush=True)
         sys.stdin.read()
         """)  # fmt: skip
+
+
+HOLDER = """
+    import ctypes, sys, threading
+    import gmem, numpy as np
+    session = gmem.connect(sys.argv[1])
+    numbers = gmem.zeros(64 * 512, np.int64, page_size="4K")
+    numbers[:] = np.arange(numbers.size)
+    at, half = numbers.ctypes.data, numbers.nbytes // 2
+    context = gmem.device("simgpu0").context()
+    {before}
+    print("ready", flush=True)
+    sys.stdin.readline()
+    {then}
+    touch = threading.Thread(target=ctypes.memset, args=(at, 7, 1), daemon=True)  # without the interpreter lock
+    {after}
+    assert numbers[0] == 7 and numbers[-1] == numbers.size - 1
+    print("done", flush=True)
+    sys.stdin.read()
+    """
+
+
+@pytest.mark.parametrize("point, count", [("RECORD_PUBLISHED:1", 1), ("RING_COMPLETES:1", 1),
+                                          ("RECORD_PUBLISHED:1", 2), ("RECORD_PUBLISHED:2", 2)])  # fmt: skip
+def test_what_is_acquired_while_the_daemon_is_killed_is_held_once(point, count):
+    """Held twice, it would never come back: the one release leaves the other hold."""
+    ranges = "[(at, half), (at + half, half)]" if count == 2 else "[(at, half)]"
+    after = f"context.release({ranges}); touch.start(); touch.join()"
+    killed_at(point, HOLDER.format(before="", then=f"context.acquire({ranges}, True)", after=after))
+
+
+def test_a_release_is_done_once_though_the_daemon_is_killed_before_it_says_so():
+    """Of two holds on one range; else a kernel would lose what it is using."""
+    acquire, release = "context.acquire([(at, half)], True)", "context.release([(at, half)])"
+    killed_at("RING_COMPLETES:1", HOLDER.format(before=f"{acquire}; {acquire}", then=release, after=f"""touch.start()
+    touch.join(0.5)
+    assert touch.is_alive(), "nobody holds it any more"
+    {release}
+    touch.join()
+    try:
+        {release}
+    except gmem.InvalidArgument:
+        pass
+    else:
+        raise AssertionError("a third hold")"""))

@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pools that several machines share: here these are gmemds on one, and the servers between them are real ones."""
 
-import contextlib
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -16,8 +13,9 @@ import gmem
 import programs
 import pytest
 from helpers import eventually
+from machines import Machine
 from told import Told
-from valkeys import Cluster, Server, until
+from valkeys import Cluster, Server
 
 MIB = 1 << 20
 BOB = 65534
@@ -38,14 +36,34 @@ def server(tmp_path):
     made.kill()
 
 
+@pytest.fixture(scope="module")
+def common(tmp_path_factory):
+    """A server for tests that have pools of other names each."""
+    made = Server(tmp_path_factory.mktemp("common")).ready()
+    yield made
+    made.kill()
+
+
+def far(endpoints, **options):
+    return {"name": "far", "driver": "remote", "capacity": 64 * MIB, "endpoints": endpoints, "timeout": 4, "lease": 2,
+            **options}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pair(common):
+    """Two gmemds that use it."""
+    sessions = [gmem.connect(devices=[far(common.endpoint)], embedded=True) for _ in range(2)]
+    yield sessions
+    for session in sessions:
+        session.close()
+
+
 @pytest.fixture
 def machine(connect):
     """A gmemd with the servers attached."""
 
     def make(endpoints, *, settings=(), **options):
-        device = {"name": "far", "driver": "remote", "capacity": 64 * MIB, "endpoints": endpoints, "timeout": 4,
-                  "lease": 2, **options}  # fmt: skip
-        return connect(device, settings=list(settings))
+        return connect(far(endpoints, **options), settings=list(settings))
 
     return make
 
@@ -125,8 +143,8 @@ def test_each_page_comes_once(cluster, machine, told, page_size):
     assert opens(here, name) == version and equal(here, 1, mib)
 
 
-def test_only_what_is_touched_comes(server, machine, told):
-    one, other = machine(server.endpoint), machine(server.endpoint)
+def test_only_what_is_touched_comes(pair, common, told):
+    one, other = pair
     writer, reader = told(one), told(other)
     writer.do("""
         pool = gmem.pool("sparse", size=64 << 20, page_size="4K")
@@ -135,7 +153,7 @@ def test_only_what_is_touched_comes(server, machine, told):
         array[40 << 20 : (40 << 20) + 100_000] = 2
         pool.publish(remote="far")
     """)
-    assert len(keys(server.client(), "sparse")) < 40, "pages that nobody has written to are nowhere"
+    assert len(keys(common.client(), "sparse")) < 40, "pages that nobody has written to are nowhere"
     assert reader.do("""
         array = gmem.pool("sparse", remote="far").array(np.uint8)
         answer = [int(array[n << 20]) for n in (5, 6, 40, 63)]
@@ -155,51 +173,50 @@ def test_from_c(server, builder):
 # ---- versions, writers, garbage ----
 
 
-def test_readers_keep_the_version_that_they_have(server, machine, told):
-    one, other = machine(server.endpoint), machine(server.endpoint)
+def test_readers_keep_the_version_that_they_have(pair, common, told):
+    one, other = pair
     writer, early = told(one), told(other)
-    first = publish(writer, "table", 1, 4)
-    assert opens(early, "table") == first
+    first = publish(writer, "kept", 1, 4)
+    assert opens(early, "kept") == first
     early.do("answer = int(table[0])")
-    second = publish(writer, "table", 2, 4)
+    second = publish(writer, "kept", 2, 4)
     assert second > first
     late = told(other)
-    assert opens(late, "table") == second
+    assert opens(late, "kept") == second
     assert equal(early, 1, 4) and equal(late, 2, 4)
     time.sleep(1.5)  # whoever looks for garbage has done so
-    assert len(keys(server.client(), "table")) == 2 * 65
+    assert len(keys(common.client(), "kept")) == 2 * 65
     early.close()
-    eventually(lambda: len(keys(server.client(), "table")) == 65, "nobody reads the first version any more", 20)
-    assert [p["version"] for p in other.request("pools")["pools"]] == [second]
+    eventually(lambda: len(keys(common.client(), "kept")) == 65, "nobody reads the first version any more", 20)
+    assert [p["version"] for p in other.request("pools")["pools"] if p["name"] == "kept"] == [second]
     assert equal(late, 2, 4)
 
 
-def test_unlinked(server, machine, told):
-    one, other = machine(server.endpoint), machine(server.endpoint)
+def test_unlinked(pair, common, told):
+    one, other = pair
     writer, reader = told(one), told(other)
-    publish(writer, "table", 1, 4)
-    opens(reader, "table")
-    assert [p["name"] for p in other.request("pools", remote="far")["pools"]] == ["table"]
-    assert "NotFound" in writer.do("gmem.pool('table').unlink()")
-    assert writer.do("gmem.pool('table', remote='far').unlink()") is None
-    assert "NotFound" in writer.do("gmem.pool('table', remote='far').open()")
-    assert other.request("pools", remote="far")["pools"] == []
+    publish(writer, "gone", 1, 4)
+    opens(reader, "gone")
+    assert "gone" in [p["name"] for p in other.request("pools", remote="far")["pools"]]
+    assert "NotFound" in writer.do("gmem.pool('gone').unlink()")
+    assert writer.do("gmem.pool('gone', remote='far').unlink()") is None
+    assert "NotFound" in writer.do("gmem.pool('gone', remote='far').open()")
+    assert "gone" not in [p["name"] for p in other.request("pools", remote="far")["pools"]]
     assert equal(reader, 1, 4), "who has it open keeps it"
     reader.close()
-    eventually(lambda: not keys(server.client(), "table"), "then it goes", 20)
-    assert publish(writer, "table", 2, 4) > 1, "no number is used twice"
+    eventually(lambda: not keys(common.client(), "gone"), "then it goes", 20)
+    assert publish(writer, "gone", 2, 4) > 1, "no number is used twice"
 
 
-def test_one_writer_at_a_time(server, machine, told):
+def test_one_writer_at_a_time(pair, common, told):
     """Another machine's lease, which is renewed, and then is not."""
-    one = machine(server.endpoint, timeout=2)
-    writer = told(one)
-    client = server.client()
-    client.set("gmem:default:{p.table}:lease", "1 another", px=1500)
-    assert "Busy: name: another machine is publishing table" in publish(writer, "table", 1, 1)
-    writer.do("gmem.pool('table').unlink(); del pool")
-    eventually(lambda: not client.exists("gmem:default:{p.table}:lease"), "it expires")
-    assert publish(writer, "table", 1, 1) == 1
+    writer = told(pair[0])
+    client = common.client()
+    client.set("gmem:default:{p.busy}:lease", "1 another", px=1500)
+    assert "Busy: name: another machine is publishing busy" in publish(writer, "busy", 1, 1)
+    writer.do("gmem.pool('busy').unlink(); del pool")
+    eventually(lambda: not client.exists("gmem:default:{p.busy}:lease"), "it expires")
+    assert publish(writer, "busy", 1, 1) == 1
 
 
 def test_a_writer_that_loses_its_lease(server, machine, told):
@@ -272,7 +289,7 @@ def detach(session):
 def test_another_user(server, machine, told, tmp_path):
     open_to_all = Path(tempfile.mkdtemp(dir="/tmp"))
     open_to_all.chmod(0o755)
-    other = Daemon(open_to_all, server.endpoint)
+    other = Machine(open_to_all, server.endpoint)
     try:
         one = machine(server.endpoint)
         writer, root = told(one), Told(other.socket)
@@ -338,24 +355,24 @@ def test_servers_that_hang(server, machine, told):
     assert events["errors"] > 0
 
 
-def test_a_damaged_page_is_never_returned(server, machine, told):
-    one, other = machine(server.endpoint), machine(server.endpoint)
-    publish(told(one), "table", 1, 4)
-    client = server.client()
-    victim = next(key for key in keys(client, "table") if b":20:" in key and b":m}" not in key)
+def test_a_damaged_page_is_never_returned(pair, common, told):
+    one, other = pair
+    publish(told(one), "damaged", 1, 4)
+    client = common.client()
+    victim = next(key for key in keys(client, "damaged") if b":20:" in key and b":m}" not in key)
     whole = client.get(victim)
     client.setrange(victim, 100, b"X")
     reader, second = told(other), told(other)
-    opens(reader, "table")
-    opens(second, "table")
+    opens(reader, "damaged")
+    opens(second, "damaged")
     assert reader.do("answer = bool(table[: 8192 * 0x1f] @ table[: 8192 * 0x1f] == 0)") is False
     assert reader.do("answer = int(table[8192 * 0x20])") == -signal.SIGBUS
     client.set(victim, whole)
     assert equal(second, 1, 4), "repaired"
-    manifest = next(key for key in keys(client, "table") if b":m}" in key)
+    manifest = next(key for key in keys(client, "damaged") if b":m}" in key)
     client.setrange(manifest, 100, b"X")
     third = told(one)
-    assert "the manifest of table, version 1, is damaged" in opens(third, "table")
+    assert "the manifest of damaged, version 1, is damaged" in opens(third, "damaged")
 
 
 def test_servers_that_are_full(machine, told, tmp_path):
@@ -428,38 +445,11 @@ def test_too_few_replicas(cluster, machine, told):
 # ---- surviving ----
 
 
-class Daemon:
-    """A gmemd that is started again when it is killed."""
-
-    def __init__(self, tmp_path, endpoint, *settings, prefix=()):
-        folder = tmp_path / "run"
-        self.socket = str(folder / "gmemd.sock")
-        self.log = tmp_path / "log"
-        command = [
-            *prefix, sys.executable, "-m", "gmemd", "run", "--supervised", "--runtime-dir", str(folder), "--log-level",
-            "info", *(word for setting in settings for word in ("--set", setting)), "--device",
-            f"name=far,driver=remote,capacity=64M,timeout=4,lease=2,endpoints={endpoint}",
-        ]  # fmt: skip
-        with open(self.log, "w") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
-        until(lambda: '"ready"' in self.log.read_text(), "gmemd is ready")
-
-    def kill(self):
-        """-9, of the daemon and not of who watches over it."""
-        found = subprocess.run(["pgrep", "-P", str(self.process.pid)], capture_output=True, text=True).stdout.split()
-        os.kill(int(found[0]), signal.SIGKILL)
-
-    def close(self):
-        self.process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(20)
-
-
 def test_a_reader_outlives_its_daemon(server, machine, told, tmp_path):
     one = machine(server.endpoint)
     writer = told(one)
     first = publish(writer, "table", 1, 8)
-    daemon = Daemon(tmp_path, server.endpoint)
+    daemon = Machine(tmp_path, server.endpoint)
     reader = Told(daemon.socket)
     try:
         assert opens(reader, "table") == first
@@ -485,7 +475,7 @@ def test_a_reader_outlives_its_daemon(server, machine, told, tmp_path):
 
 def test_a_writer_outlives_its_daemon(server, machine, told, tmp_path):
     """It asks again, and the successor takes the lease over that its predecessor had."""
-    daemon = Daemon(tmp_path, server.endpoint)
+    daemon = Machine(tmp_path, server.endpoint)
     writer = Told(daemon.socket)
     other = machine(server.endpoint)
     try:

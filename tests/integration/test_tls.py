@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from helpers import run_python
 from test_remote import attach, numbers, refused, row, secret, spread  # noqa: F401 (fixtures)
+from test_sharedpools import equal, machine, opens, publish, told  # noqa: F401 (fixtures)
+from test_sharedpools import row as pool_row
 from valkeys import Certificates, Cluster, Server, find_redis, until
 
 pytestmark = pytest.mark.skipif(not find_redis(), reason="no server with TLS: apt-get install redis-tools")
@@ -82,29 +84,101 @@ def test_a_user_with_password(attach, server, tls, tmp_path):  # noqa: F811
     assert np.array_equal(a, data) and row(session)["errors"] == 0
 
 
-def test_a_cluster_whose_primary_is_killed(attach, certificates, tls, tmp_path):  # noqa: F811
-    cluster = Cluster(tmp_path / "cluster", find_redis(), tls=certificates)
-    try:
-        session = attach(cluster.endpoints, replicas=1, timeout=25, **tls())
-        data = numbers(24, 3)
-        a = spread(data, "64K")
-        assert sum(bool(primary.client().dbsize()) for primary in cluster.primaries()) > 1
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory, certificates):
+    made = Cluster(tmp_path_factory.mktemp("cluster"), find_redis(), tls=certificates)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def fail_over(cluster):
+    """One primary is killed, and started again once its replica has its place, since it is empty then."""
+    threads = []
+
+    def start_again(victim):
+        until(lambda: len(cluster.primaries()) == 3, "a replica has taken over", 60)
+        victim.start()
+
+    def begin():
         victim = cluster.primaries()[0]
         victim.kill()
+        threads.append(threading.Thread(target=start_again, args=(victim,)))
+        threads[-1].start()
+        return threads[-1]
 
-        def start_again():  # empty, so not before another has its place
-            until(lambda: len(cluster.primaries()) == 3, "a replica has taken over")
-            victim.start()
+    yield begin
+    for thread in threads:
+        thread.join()
+    cluster.whole(60)
 
-        starter = threading.Thread(target=start_again)
-        starter.start()
-        a += 1
-        starter.join()
-        assert np.array_equal(a, data + 1)
-        assert row(session)["errors"] == 0
-        session.close()
+
+def test_a_cluster_whose_primary_is_killed(attach, cluster, fail_over, tls):  # noqa: F811
+    session = attach(cluster.endpoints, replicas=1, timeout=25, **tls())
+    data = numbers(24, 3)
+    a = spread(data, "64K")
+    assert sum(bool(primary.client().dbsize()) for primary in cluster.primaries()) > 1
+    thread = fail_over()
+    a += 1
+    thread.join()
+    assert np.array_equal(a, data + 1)
+    assert row(session)["errors"] == 0
+    session.close()
+
+
+# ---- pools of several machines ----
+
+
+def test_a_pool_of_several_machines(machine, told, cluster, fail_over, tls, tmp_path):  # noqa: F811
+    """Published, opened and fetched once over TLS, by a user with a password; also while a primary is killed."""
+    rules = ("reset on >geheim ~gmem:A:* +get +getrange +set +unlink +wait +ping +auth +asking +info +cluster|slots "
+             "+command +watch +unwatch +multi +exec +incr +incrby +pexpire +time +hset +hdel +hgetall +zadd +zrem "
+             "+zrange +zremrangebyscore +sadd +srem +smembers")  # fmt: skip
+    for each in cluster.servers:
+        each.client().execute_command("ACL SETUSER", "gmem-a", *rules.split())
+    options = tls(user="gmem-a", password_file=secret(tmp_path, "geheim"), tenant="A", replicas=1, timeout=40, lease=20)
+    one, other = machine(cluster.endpoints, **options), machine(cluster.endpoints, **options)
+    writer, reader = told(one), told(other)
+    first = publish(writer, "table", 1, 8)
+    assert opens(reader, "table") == first and equal(reader, 1, 8)
+    assert pool_row(other, "table")["fetched_bytes"] == 8 << 20
+    assert {key.split(b":")[1] for key in cluster.keys() if b"{p." in key} == {b"A"}  # noqa: SIM118
+    late = told(other)
+    opens(late, "table")
+    victim = cluster.primaries()[0]  # the user that it has been told of is in no file
+    thread = fail_over()
+    second = publish(writer, "table", 2, 8)
+    thread.join()
+    until(victim.client().ping, "it is there again")
+    victim.client().execute_command("ACL SETUSER", "gmem-a", *rules.split())
+    assert second > first and equal(late, 1, 8)
+    assert opens(late, "table") == second and equal(late, 2, 8)
+
+
+def test_a_pool_behind_a_certificate_that_has_expired(machine, told, certificates, tls, tmp_path):  # noqa: F811
+    """An error with that name within the time-out for who reads what is not here, or opens; later all goes on."""
+    renewed = Server(tmp_path / "s", find_redis(), tls=certificates).ready()
+    try:
+        one, other = (machine(renewed.endpoint, **tls(timeout=1)) for _ in range(2))
+        writer, reader, second = told(one), told(other), told(other)
+        publish(writer, "table", 1, 2)
+        opens(reader, "table")
+        opens(second, "table")
+        assert second.do("answer = int(table[0] == data(1, 2)[0])") == 1
+        client = renewed.client()
+        present(client, certificates, "expired")
+        assert reader.do("answer = int(table[-1])") == -7, "SIGBUS"
+        for request in ("gmem.pool('table', remote='far').open()", "gmem.pool('table', remote='far').unlink()"):
+            said = second.do(request)
+            assert "Unreachable" in said and "certificate has expired" in said
+        assert "Unreachable" in publish(writer, "other", 1, 1)
+        assert "certificate has expired" in row(other)["last_error"]
+        present(client, certificates, "server")
+        assert equal(second, 1, 2)
+        assert writer.do("answer = pool.publish(remote='far').version") == 1
+        assert opens(second, "other") == 1 and equal(second, 1, 1)
     finally:
-        cluster.close()
+        renewed.kill()
 
 
 def test_names(attach, certificates, tls, tmp_path):  # noqa: F811
@@ -149,8 +223,8 @@ def test_options(refused, server, certificates, strangers, tls, tmp_path):  # no
         ("tls_key_file: can't be used: ", tls(tls_key_file=locked)),
         ("tls_key_file: can't be used: tls: key values mismatch", tls(tls_key_file=strangers.path("client.key"))),
     ):
-        told = refused(server.endpoint, **options)
-        assert expected in told and "BEGIN" not in told and "geheim" not in told
+        said = refused(server.endpoint, **options)
+        assert expected in said and "BEGIN" not in said and "geheim" not in said
     assert "tls: a Unix socket has none" in refused("unix:/run/nobody", **tls())
     assert "a private server has none" in refused(tls="on")
 
@@ -167,8 +241,8 @@ def test_certificates_that_will_not_do(refused, certificates, strangers, tls, tm
     other = Server(tmp_path / "strangers", find_redis(), tls=strangers).ready()
     try:
         assert "self-signed certificate in certificate chain" in refused(other.endpoint, **tls())
-        told = refused(other.endpoint, **tls(tls_ca_file=strangers.path("ca.crt")))
-        assert "unknown ca" in told or "tls: EOF" in told or "reset" in told  # its alert, or that it hung up
+        said = refused(other.endpoint, **tls(tls_ca_file=strangers.path("ca.crt")))
+        assert "unknown ca" in said or "tls: EOF" in said or "reset" in said  # its alert, or that it hung up
         without = {"tls_cert_file": None, "tls_key_file": None}
         wanted = refused(other.endpoint, **tls(tls_ca_file=strangers.path("ca.crt"), **without))
         assert "tls: " in wanted  # that it wants one, or that it hung up: what comes first

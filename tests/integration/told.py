@@ -54,6 +54,10 @@ class Told:
         told = json.loads(line)
         return told.get("error", told.get("answer"))
 
+    def has_said(self) -> bool:
+        """There is an answer, or an end."""
+        return bool(select.select([self.process.stdout], [], [], 0)[0])
+
     def do(self, code: str, seconds: float = 60) -> Any:
         self.begin(code)
         return self.end(seconds)

@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from gmemd.drivers.private import find_server
 
 SLOTS = 16384
 # The kernel's "parent" is the thread that started a process: this one is there as long as the tests are.
-_starter = ThreadPoolExecutor(1, "servers")
+starter = ThreadPoolExecutor(1, "servers")
 BUILT = Path(__file__).resolve().parents[2] / "build" / "servers"
 
 
@@ -50,14 +50,15 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 
 class Server:
-    """start() once more after kill(): the same port and folder, and no pages. tls: certificates; nothing plain then."""
+    """start() once more after kill(): the same port and folder, and no pages. tls: certificates; nothing plain then.
+    With an option unixsocket the tests reach it by that: it may be in another network namespace (netns.py)."""
 
     def __init__(
         self, folder: Path, program: str = "", host: str = "127.0.0.1", prefix: tuple[str, ...] = (),
-        tls: Certificates | None = None, **config: Any
+        tls: Certificates | None = None, port: int = 0, **config: Any
     ) -> None:  # fmt: skip
         self.program = program or find_server()
-        self.host, self.port = host, free_port()
+        self.host, self.port = host, port or free_port()
         self.folder = folder
         self.prefix = prefix
         folder.mkdir(parents=True, exist_ok=True)
@@ -84,14 +85,18 @@ class Server:
         (self.folder / "conf").write_text("\n".join(lines) + "\n")
         command = ["setpriv", "--pdeathsig", "KILL", self.program, str(self.folder / "conf")]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        self.process = _starter.submit(subprocess.Popen, [*self.prefix, *command], **quiet).result()
+        self.process = starter.submit(subprocess.Popen, [*self.prefix, *command], **quiet).result()
 
     @property
     def endpoint(self) -> str:
         return f"{self.host}:{self.port}"
 
     def client(self, **options: Any) -> valkey.Valkey:
-        return valkey.Valkey(host=self.host, port=self.port, socket_timeout=5, **self.client_options, **options)
+        options = {"socket_timeout": 5, **options}
+        if "unixsocket" in self.config:
+            path = str(self.config["unixsocket"])
+            return valkey.Valkey(unix_socket_path=path, **options)
+        return valkey.Valkey(host=self.host, port=self.port, **self.client_options, **options)
 
     def ready(self) -> Server:
         until(lambda: self.client().ping(), "the server answers")
@@ -111,13 +116,19 @@ class Server:
 
 
 class Cluster:
+    """places: options of each server, primaries first."""
+
     def __init__(
-        self, folder: Path, program: str = "", primaries: int = 3, tls: Certificates | None = None, **config: Any
+        self, folder: Path, program: str = "", primaries: int = 3, tls: Certificates | None = None,
+        places: Sequence[dict[str, Any]] = (), **config: Any,
     ) -> None:  # fmt: skip
         config = {"cluster-enabled": "yes", "cluster-node-timeout": 1000, "cluster-require-full-coverage": "no",
                   "cluster-config-file": "nodes.conf", "repl-diskless-sync": "yes", "repl-diskless-sync-delay": 0,
                   "rdbcompression": "no", "client-output-buffer-limit": "replica 1gb 512mb 60", **config}  # fmt: skip
-        self.servers = [Server(folder / str(n), program, tls=tls, **config) for n in range(2 * primaries)]
+        self.servers = [
+            Server(folder / str(n), program, tls=tls, **(places[n] if places else {}), **config)
+            for n in range(2 * primaries)
+        ]
         for server in self.servers:
             server.ready()
         first = self.servers[0]
@@ -140,10 +151,10 @@ class Cluster:
     def primaries(self) -> list[Server]:
         return [server for server in self.servers if server.process and server.client().info()["role"] == "master"]
 
-    def whole(self) -> None:
+    def whole(self, seconds: float = 30.0) -> None:
         """All slots are served, and each primary has its replica."""
-        until(lambda: all(map(_is_ok, self.alive())), "the cluster is whole")
-        until(self._all_followed, "replicas are connected")
+        until(lambda: all(map(_is_ok, self.alive())), "the cluster is whole", seconds)
+        until(self._all_followed, "replicas are connected", seconds)
 
     def alive(self) -> list[Server]:
         return [server for server in self.servers if server.process]

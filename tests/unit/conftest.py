@@ -317,7 +317,7 @@ class FakeCore:
         one = bytes([1, 0, 1, 0, 0, 12, 0, 0])
         return one * min(total, capacity), total
 
-    def do_acquire(self, context: int, ranges: list[Any], write: bool) -> None:
+    def do_acquire(self, context: int, ranges: list[Any], write: bool, asked: int) -> None:
         pass
 
     def do_release(self, context: int, ranges: list[Any]) -> None:

@@ -169,7 +169,7 @@ static void run_kernel(struct gmem_core *core, uint64_t context, struct mapper *
 	struct gmem_range range = pages(puppet, page, 1);
 	uint8_t *at;
 
-	CHECK_EQ(gmem_acquire(core, context, &range, 1, true), 0);
+	CHECK_EQ(gmem_acquire(core, context, &range, 1, true, 0), 0);
 	at = mapper_at(mapper, range.va, true);
 	CHECK(at && is(at, puppet, page));
 	puppet->version[page]++;
@@ -222,7 +222,7 @@ static void case_moves(void)
 	context = open_context(core, puppet, mapper);
 	/* written by the CPU, read and written by the device, read by the CPU */
 	range = pages(puppet, 0, 1);
-	CHECK_EQ(gmem_acquire(core, context, &range, 1, true), 0);
+	CHECK_EQ(gmem_acquire(core, context, &range, 1, true, 0), 0);
 	CHECK_EQ(info(core, puppet, 0).valid, 1 << DEVICE);
 	CHECK_EQ(gmem_prefetch(core, session, GMEM_HOST, range.va, range.bytes), -EBUSY); /* it is held */
 	CHECK(is(mapper_at(mapper, range.va, true), puppet, 0));
@@ -232,7 +232,7 @@ static void case_moves(void)
 	CHECK_EQ(tell(puppet, CHECK_ALL, 0), PAGES);
 	CHECK_EQ(info(core, puppet, 0).valid, 1 << GMEM_HOST | 1 << DEVICE);
 	CHECK(!mapper_at(mapper, range.va, true)); /* the copies must not part */
-	CHECK_EQ(gmem_acquire(core, context, &range, 1, false), 0);
+	CHECK_EQ(gmem_acquire(core, context, &range, 1, false, 0), 0);
 	CHECK(is(mapper_at(mapper, range.va, false), puppet, 0) && !mapper_at(mapper, range.va, true));
 	CHECK_EQ(gmem_release(core, context, &range, 1), 0);
 	puppet->version[0]++;
@@ -249,14 +249,14 @@ static void case_moves(void)
 	/* two ranges at once, as many as there is room for, and too many */
 	ranges[0] = pages(puppet, 0, 2);
 	ranges[1] = pages(puppet, 5, 2);
-	CHECK_EQ(gmem_acquire(core, context, ranges, 2, false), 0);
+	CHECK_EQ(gmem_acquire(core, context, ranges, 2, false, 0), 0);
 	for (uint64_t page = 0; page < PAGES; page++)
 		CHECK(!mapper_at(mapper, puppet->va + page * MIB2, false) == (page != 0 && page != 1 && page != 5 && page != 6));
 	CHECK_EQ(gmem_release(core, context, ranges, 2), 0);
 	range = pages(puppet, 0, 5);
-	CHECK_EQ(gmem_acquire(core, context, &range, 1, true), -ENOMEM);
+	CHECK_EQ(gmem_acquire(core, context, &range, 1, true, 0), -ENOMEM);
 	range = (struct gmem_range){ puppet->small_va, KIB4 };
-	CHECK_EQ(gmem_acquire(core, context, &range, 1, true), -EOPNOTSUPP); /* it has pages of 2 MiB only */
+	CHECK_EQ(gmem_acquire(core, context, &range, 1, true, 0), -EOPNOTSUPP); /* it has pages of 2 MiB only */
 	/* there by request, home by request, and gone */
 	CHECK_EQ(gmem_prefetch(core, session, DEVICE, puppet->va + 2 * MIB2, 3 * MIB2), 0);
 	CHECK_EQ(info(core, puppet, 2).valid, 1 << DEVICE);
@@ -294,7 +294,7 @@ static void case_two_sessions(void)
 	CHECK_EQ(tell(one, CHECK_ALL, 0), PAGES);
 	CHECK_EQ(tell(two, CHECK_ALL, 0), PAGES);
 	range = pages(one, 0, 1);
-	CHECK_EQ(gmem_acquire(core, contexts[1], &range, 1, false), -EINVAL); /* not its memory */
+	CHECK_EQ(gmem_acquire(core, contexts[1], &range, 1, false, 0), -EINVAL); /* not its memory */
 	CHECK_EQ(gmem_context_detach(core, contexts[0]), 0);
 	CHECK(mapper_has_ended(&mappers[0]));
 	mapper_end(&mappers[0]);
@@ -333,13 +333,13 @@ static void case_deaf(void)
 	write_all(bad);
 	contexts[0] = open_context(core, bad, &mappers[0]);
 	contexts[1] = open_context(core, good, &mappers[1]);
-	CHECK_EQ(gmem_acquire(core, contexts[0], &range, 1, true), 0);
+	CHECK_EQ(gmem_acquire(core, contexts[0], &range, 1, true, 0), 0);
 	CHECK_EQ(gmem_release(core, contexts[0], &range, 1), 0);
 	mapper_set_mood(&mappers[0], MAPPER_SILENT);
 	for (uint64_t page = 0; page < PAGES; page++) /* needs the frames */
 		run_kernel(core, contexts[1], &mappers[1], good, page);
 	CHECK(mapper_has_ended(&mappers[0]));
-	CHECK(gmem_acquire(core, contexts[0], &range, 1, true) < 0);
+	CHECK(gmem_acquire(core, contexts[0], &range, 1, true, 0) < 0);
 	CHECK(heard(core, GMEM_EVENT_VIEW_GONE, contexts[0]));
 	CHECK_EQ(tell(bad, CHECK_ALL, 0), PAGES); /* the CPU has all of it */
 	CHECK_EQ(tell(good, CHECK_ALL, 0), PAGES);

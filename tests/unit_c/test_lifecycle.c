@@ -266,10 +266,10 @@ static void test_device_faults(struct gmem_core *core)
 	while (!context->context)
 		sleep_ms(1);
 	CHECK_EQ(gmem_release(core, context->context, &range, 1), -EINVAL);
-	CHECK_EQ(gmem_acquire(core, context->context, &(struct gmem_range){ shared->va, PAGES * PAGE }, 1, true),
+	CHECK_EQ(gmem_acquire(core, context->context, &(struct gmem_range){ shared->va, PAGES * PAGE }, 1, true, 0),
 		 -ENOMEM); /* more than the device has */
-	CHECK_EQ(gmem_acquire(core, context->context, &range, 1, true), 0);
-	CHECK_EQ(gmem_acquire(core, context->context, &range, 1, false), 0);
+	CHECK_EQ(gmem_acquire(core, context->context, &range, 1, true, 0), 0);
+	CHECK_EQ(gmem_acquire(core, context->context, &range, 1, false, 0), 0);
 	CHECK_EQ(gmem_release(core, context->context, &range, 1), 0);
 	CHECK_EQ(gmem_prefetch(core, client->session, 0, shared->va, PAGE), -EBUSY);
 	CHECK_EQ(gmem_discard(core, client->session, shared->va, PAGE), -EBUSY);

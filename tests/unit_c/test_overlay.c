@@ -173,7 +173,7 @@ static void open_pool(struct gmem_core *core, struct puppet *puppet, uint64_t po
 static int acquire(struct gmem_core *core, const struct puppet *context, uint64_t first, uint64_t count, bool write)
 {
 	struct gmem_range range = { context->va + first * context->page_bytes, count * context->page_bytes };
-	int err = gmem_acquire(core, context->client->context, &range, 1, write);
+	int err = gmem_acquire(core, context->client->context, &range, 1, write, 0);
 
 	if (!err)
 		CHECK_EQ(gmem_release(core, context->client->context, &range, 1), 0);

@@ -331,7 +331,7 @@ static void test_refusals(struct gmem_core *core)
 	CHECK_EQ(gmem_munmap(core, id, region.va, -4096ull), -EINVAL);
 	CHECK_EQ(gmem_session_attach(core, id, -1, -1), -EBADF);
 	CHECK_EQ(gmem_context_detach(core, 12345), -ENOENT);
-	CHECK_EQ(gmem_acquire(core, 12345, NULL, 0, true), -ENOENT);
+	CHECK_EQ(gmem_acquire(core, 12345, NULL, 0, true, 0), -ENOENT);
 	CHECK_EQ(gmem_device_detach(core, 0, true), -EINVAL);
 	CHECK_EQ(gmem_device_detach(core, 7, true), -ENOENT);
 	CHECK_EQ(gmem_munmap(core, id, region.va, region.bytes), 0);

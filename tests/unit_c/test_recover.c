@@ -431,10 +431,10 @@ int main(void)
 	setenv("GMEM_CRASH_FILE", crash_file, 1);
 	shared = shared_bytes(sizeof(*shared));
 	refuse_other_versions();
-	for (unsigned point = 1; (name = gmem_crash_name(point)); point++)
+	for (unsigned point = 1; point < GMEM_CRASH_NEAR_COUNT && (name = gmem_crash_name(point)); point++)
 		died += kill_at(name, 1 + (int)(point * 7 % 40), sizes[point % 3]);
 	unlink(crash_file);
-	printf("recover: killed at %d of %d points, nothing lost\n", died, GMEM_CRASH_COUNT - 1);
+	printf("recover: killed at %d of %d points, nothing lost\n", died, GMEM_CRASH_NEAR_COUNT - 1);
 	CHECK(died >= 12);
 	return 0;
 }

@@ -22,6 +22,7 @@
 
 #define KEYS 65536
 #define BATCH 64
+#define FOR_EVER "timeout_ms=3600000" /* longer than a test may take */
 
 static uint8_t *memory; /* BATCH * 2 MiB */
 
@@ -543,11 +544,12 @@ static void test_passwords(void)
 	CHECK(fd >= 0);
 	CHECK_EQ(write(fd, "wrong\n", 6), 6);
 	atomic_store(&server->password, "right");
-	snprintf(text, sizeof(text), "address=%s timeout_ms=300", server->address);
+	snprintf(text, sizeof(text), "address=%s " FOR_EVER, server->address);
 	refused(text, -EACCES, "NOAUTH");
-	snprintf(text, sizeof(text), "address=%s timeout_ms=1500 user=u password_file=%s", server->address, path);
-	refused(text, -ETIMEDOUT, "refuses user or password");
+	snprintf(text, sizeof(text), "address=%s " FOR_EVER " user=u password_file=%s", server->address, path);
+	refused(text, -EACCES, "refuses user or password");
 	CHECK(!strstr(tier_message, "wrong\n"));
+	snprintf(text, sizeof(text), "address=%s timeout_ms=1500 user=u password_file=%s", server->address, path);
 	CHECK_EQ(pwrite(fd, "right\n", 6, 0), 6);
 	CHECK_EQ(attach(text, &device), 0);
 	CHECK_EQ(push(device, 1, KIB64, 1), 0);
@@ -559,8 +561,8 @@ static void test_passwords(void)
 	CHECK_EQ(atomic_load(&server->auths) >= 2, 1);
 	tier_ops->remove(device);
 	CHECK(!unlink(path));
-	snprintf(text, sizeof(text), "address=%s timeout_ms=1500 password_file=%s", server->address, path);
-	refused(text, -ETIMEDOUT, "password_file: can't be read");
+	snprintf(text, sizeof(text), "address=%s " FOR_EVER " password_file=%s", server->address, path);
+	refused(text, -EACCES, "password_file: can't be read");
 	close(fd);
 	fake_stop(server);
 }
@@ -642,8 +644,50 @@ static void test_refusals(void)
 	refused("address=127.0.0.1:1 user=x", -EINVAL, "password_file");
 	refused("address=127.0.0.1:1 password_file=secret", -EINVAL, "absolute");
 	refused("control=9999", -EBADF, "control");
-	refused("address=127.0.0.1:1 timeout_ms=200", -ETIMEDOUT, "127.0.0.1:1");
-	refused("address=unix:/nowhere/at/all timeout_ms=200", -ETIMEDOUT, "/nowhere");
+	refused("address=127.0.0.1:1 " FOR_EVER, -ECONNREFUSED, "127.0.0.1:1");
+	refused("address=unix:/nowhere/at/all " FOR_EVER, -EIO, "/nowhere");
+}
+
+/* An attach that a server refuses is over at once, and says why, however long servers may take. Pages wait instead. */
+static void test_refused_at_once(void)
+{
+	static const struct {
+		const char *word, *answer, *why;
+		int err;
+	} refusals[] = {
+		{ "SET", "-NOPERM this user has no permissions to run the 'set' command\r\n", "NOPERM", -EACCES },
+		{ "SET", "-ERR syntax error\r\n", "syntax error", -EIO },
+		{ "SET", "-OOM command not allowed when used memory > 'maxmemory'.\r\n", "the server is full", -ENOSPC },
+		{ "WAIT", "-NOPERM this user has no permissions to run the 'wait' command\r\n", "'wait'", -EACCES },
+		{ "WAIT", "-ERR unknown command 'WAIT'\r\n", "unknown command", -EACCES },
+		{ "GET", "-NOPERM this user has no permissions to run the 'get' command\r\n", "'get'", -EACCES },
+		{ "SET", "HTTP/1.1 400 Bad Request\r\n", "is no reply", -EPROTO },
+	};
+	struct fake_server *server = fake_start();
+	struct gmem_device *device;
+	char text[128];
+
+	atomic_store(&server->replicas, 1);
+	snprintf(text, sizeof(text), "address=%s replicas=1 " FOR_EVER, server->address);
+	for (unsigned i = 0; i < sizeof(refusals) / sizeof(refusals[0]); i++) {
+		fake_answer(server, refusals[i].word, refusals[i].answer, -1);
+		refused(text, refusals[i].err, refusals[i].why);
+	}
+	fake_answer(server, NULL, "", 0);
+	atomic_store(&server->refuses, true); /* closes each connection */
+	refused(text, -ECONNRESET, server->address);
+	atomic_store(&server->refuses, false);
+	fake_forget(server);
+	snprintf(text, sizeof(text), "address=%s replicas=1 timeout_ms=400", server->address);
+	CHECK_EQ(attach(text, &device), 0);
+	fake_answer(server, "WAIT", refusals[3].answer, -1); /* later it is as if nobody answered */
+	CHECK_EQ(push(device, 1, KIB64, 1), -EIO);
+	says(device, "'wait'");
+	fake_answer(server, NULL, "", 0);
+	usleep(1100000); /* once a second it is tried */
+	CHECK_EQ(push(device, 1, KIB64, 1), 0);
+	tier_ops->remove(device);
+	fake_stop(server);
 }
 
 /* ---- many threads ---- */
@@ -739,6 +783,7 @@ int main(void)
 	RUN(test_errors_and_slots);
 	RUN(test_map);
 	RUN(test_refusals);
+	RUN(test_refused_at_once);
 	RUN(test_round_trips);
 	RUN(test_groups);
 	RUN(test_batches_of_all_sizes);

@@ -355,7 +355,7 @@ static void step_through(struct gmem_core *core, struct client *client)
 	expect(core, GMEM_ACCESS_FAULT, pn, GMEM_HOST, GMEM_ACCESS_WRITE | GMEM_ACCESS_RESIDENT | GMEM_ACCESS_OWNED);
 	context = context_start(client, shared->gpu, context_side, NULL);
 	expect(core, GMEM_ACCESS_FAULT, pn + 1, shared->gpu, GMEM_ACCESS_RESIDENT | GMEM_ACCESS_OWNED);
-	CHECK_EQ(gmem_acquire(core, context->context, &second, 1, true), 0);
+	CHECK_EQ(gmem_acquire(core, context->context, &second, 1, true, 0), 0);
 	expect(core, GMEM_ACCESS_ACQUIRE, pn + 1, shared->gpu, GMEM_ACCESS_WRITE | GMEM_ACCESS_RESIDENT | GMEM_ACCESS_OWNED);
 	CHECK_EQ(gmem_release(core, context->context, &second, 1), 0);
 	go(6);

@@ -175,8 +175,10 @@ int gmem_hmemcpy(struct gmem_core *core, uint64_t session, int hnid, uint64_t ds
 int gmem_query(struct gmem_core *core, uint64_t session, uint64_t va, uint64_t bytes, struct gmem_page_info *pages,
 	       size_t capacity, size_t *ret_count);
 
-/* Brackets device access on a context: migrates, maps and holds the ranges there until release. (blocks) */
-int gmem_acquire(struct gmem_core *core, uint64_t context, const struct gmem_range *ranges, size_t count, bool write);
+/* Brackets device access on a context: migrates, maps and holds the ranges there until release. asked: a number of the
+ * request's, 0: none; what a predecessor has held for the request of that number is held once. (blocks) */
+int gmem_acquire(struct gmem_core *core, uint64_t context, const struct gmem_range *ranges, size_t count, bool write,
+		 uint64_t asked);
 int gmem_release(struct gmem_core *core, uint64_t context, const struct gmem_range *ranges, size_t count);
 
 /* ---- pools: objects that several sessions map, at the same address, from files of their own. Who may do what with which

@@ -9,6 +9,12 @@
 
 #include <stdatomic.h>
 
+/* Of pools of several machines, which nobody comes by who has none: in the order in which one is published, opened, taken
+ * over from a predecessor, and dropped. Some are in Python. */
+#define GMEM_CRASH_FAR_POINTS(X)                                                                                       \
+	X(FAR_LEASED) X(FAR_INTENDED) X(FAR_SENT) X(FAR_WRITTEN) X(FAR_LISTED) X(FAR_MOVED)                            \
+	X(FAR_MARKED) X(FAR_FILLED) X(FAR_MADE) X(FAR_IMPORTED) X(FAR_NOTED) X(FAR_RECOVERED) X(FAR_FORGOTTEN)
+
 #define GMEM_CRASH_POINTS(X)                                                                                           \
 	X(MARK) X(DOWNGRADE) X(FRAME) X(FILL) X(COPY_FIRST) X(COPY) X(ARRIVED) X(OWN) X(RELEASE) X(MAP) X(MAPPED)      \
 	X(COMMIT) X(COMMITTED) X(FORGET) X(RUN_MOVED) X(RUN_OWN) X(RUN_RELEASE) X(RUN_MAP) X(RUN_MAPPED)               \
@@ -22,6 +28,9 @@ enum gmem_crash_point {
 	GMEM_CRASH_NONE,
 #define GMEM_CRASH_ENUM(name) GMEM_CRASH_##name,
 	GMEM_CRASH_POINTS(GMEM_CRASH_ENUM)
+	GMEM_CRASH_NEAR_COUNT,
+	GMEM_CRASH_FAR_FIRST_ = GMEM_CRASH_NEAR_COUNT - 1, /* so that numbers go on without a gap */
+	GMEM_CRASH_FAR_POINTS(GMEM_CRASH_ENUM)
 #undef GMEM_CRASH_ENUM
 	GMEM_CRASH_COUNT,
 };
@@ -31,6 +40,8 @@ extern _Atomic int gmem_crash_at; /* enum gmem_crash_point */
 /* Reads what the file says now; at the start of a core, and whenever a test has changed it. */
 void gmem_crash_init(void);
 void gmem_crash_pass(void);
+/* The same as gmem_crash(), by name; for who is not in C. */
+void gmem_crash_named(const char *name);
 /* Names of the points, from 1 on; NULL beyond the last. */
 const char *gmem_crash_name(unsigned point);
 

@@ -22,7 +22,7 @@
 
 #define GMEM_KEEP_NAME 64
 #define GMEM_STATE_MAGIC 0x45544154534d4547ull /* "GEMSTATE" */
-#define GMEM_STATE_VERSION 2                   /* of this file, and of the words of lpt.h */
+#define GMEM_STATE_VERSION 3                   /* of this file, and of the words of lpt.h */
 
 enum gmem_record_kind {
 	GMEM_RECORD_FREE,
@@ -83,7 +83,7 @@ struct gmem_record {
 			uint16_t accessed_by;
 		} hint;
 		struct {
-			uint64_t va, bytes;
+			uint64_t va, bytes, asked;
 		} hold;
 		struct {
 			uint64_t object, other; /* first page number; other: one more than that of the one that is to take its place, or, when

@@ -59,6 +59,9 @@ void gmem_alias_unmap(uint8_t *alias, uint64_t bytes);
 int gmem_alias_touch(const uint8_t *alias, uint64_t bytes);
 /* memcpy between aliases; -EFAULT instead of SIGBUS. */
 int gmem_copy(void *dst, const void *src, size_t bytes);
+/* Has a function look at an alias; -EFAULT instead of SIGBUS. It holds no lock and makes no system call. */
+int gmem_look(uint32_t (*function)(uint32_t, const void *, size_t), uint32_t first, const void *src, size_t bytes,
+	      uint32_t *ret);
 /* Fills whole pages of an alias, and makes those that are not there, in one pass: of huge pages alone. -EFAULT: they have to
  * be made first; -ENOMEM. */
 int gmem_alias_fill(void *alias, const void *src, size_t bytes);

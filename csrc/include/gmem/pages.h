@@ -52,12 +52,18 @@ int gmem_request_run(struct gmem_request *request, const struct gmem_place *plac
 		     enum gmem_why why);
 /* Advice that is about one hnode, and so needs one. (advise.c) */
 bool gmem_advice_is_local(uint64_t advice);
-/* gmem_acquire() and gmem_release() of a range on a context of this session; -EAGAIN soon if it is busy. (acquire.c) */
-int gmem_session_acquire(struct gmem_session *session, uint64_t context, struct gmem_range range, bool write);
-int gmem_session_release(struct gmem_session *session, uint64_t context, struct gmem_range range);
+/* gmem_acquire() of a range on a context of this session; -EAGAIN soon if it is busy. again: a predecessor may have done it
+ * for the request of that number. (acquire.c) */
+int gmem_session_acquire(struct gmem_session *session, uint64_t context, struct gmem_range range, bool write, uint64_t asked,
+			 bool again);
+/* gmem_release() in two steps, so that a successor can tell whether it was done. Both: -EINVAL: there is none. (acquire.c) */
+int gmem_session_find_hold(struct gmem_session *session, uint64_t context, struct gmem_range range,
+			   struct gmem_hold_name *ret);
+int gmem_session_release(struct gmem_session *session, uint64_t context, struct gmem_range range,
+			 const struct gmem_hold_name *name);
 /* Releases everything a context holds: it has ended. (acquire.c) */
 void gmem_release_all(struct gmem_view *view);
 /* A predecessor's hold on a range whose pages have their frames again. */
-int gmem_hold_adopt(struct gmem_view *view, struct gmem_range range, uint32_t record);
+int gmem_hold_adopt(struct gmem_view *view, struct gmem_range range, struct gmem_hold_name name);
 
 #endif

@@ -30,6 +30,7 @@ struct gmem_ring_job {
 	bool running;
 	bool again;               /* a predecessor may have done it */
 	uint32_t sq_index;
+	struct gmem_hold_name hold; /* that a predecessor has chosen to release; record 0: none */
 	uint64_t done, slice;     /* bytes */
 	uint64_t since_ns;        /* when it began to wait for somebody's release */
 	uint64_t retry_ns;
@@ -41,7 +42,8 @@ struct gmem_ring_log {
 	struct {
 		_Atomic uint32_t state;
 		uint32_t sq_index, cq_index; /* the latter while it completes */
-		uint32_t reserved;
+		_Atomic uint32_t hold_record; /* that it is about to release; 0: none yet */
+		uint64_t hold_asked;
 		struct gmem_ring_sqe sqe;
 	} entries[GMEM_RING_JOBS];               /* as jobs[] */
 };
@@ -101,6 +103,8 @@ int gmem_rings_start(struct gmem_core *core);
 void gmem_rings_stop(struct gmem_core *core);
 /* Goes on with the ring that a predecessor served, if the session had one: what it had not completed is done again. */
 void gmem_ring_resume(struct gmem_session *session);
+/* The hold that a job is about to release: done again, it is to release no other. */
+void gmem_ring_note_hold(struct gmem_ring *ring, const struct gmem_ring_job *job, struct gmem_hold_name hold);
 /* Ends a session's ring, if it has one: waits for the slice that is under way. */
 void gmem_ring_close(struct gmem_session *session);
 

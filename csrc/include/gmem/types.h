@@ -65,6 +65,12 @@ enum gmem_advice {
 	GMEM_ADVISE_THAW = 0x1021,
 };
 
+/* Which of a context's holds on a range is meant, over the daemon's death too. */
+struct gmem_hold_name {
+	uint32_t record; /* its record's number; 0: nothing is recorded */
+	uint64_t asked;  /* number of the request that has acquired it */
+};
+
 /* State of a logical page as a query reports it: 8 bytes a page. */
 struct gmem_page_info {
 	uint8_t state;      /* enum gmem_state */

@@ -21,6 +21,7 @@ struct gmem_session;
 struct gmem_hold {
 	struct gmem_range range;
 	uint32_t record;
+	uint64_t asked; /* number of the request that has acquired it, 0: none */
 	struct gmem_hold *next;
 };
 
