@@ -10,6 +10,8 @@
 #define PIECE_BYTES (128ull << 10) /* a thread that catches up waits for so much at most, or for one page */
 #define HELP_WAITS 100     /* for a filler's piece; across a slow link it may come late all the same */
 #define HELP_WAIT_NS 200000
+#define ANSWER_WAITS 20
+#define ANSWER_WAIT_NS 20000
 #define AHEAD_PART 16
 #define TURNS (GMEM_RECENT / 3)
 #define PATIENCE 64 /* faults that continue no stream */
@@ -548,11 +550,27 @@ static struct gmem_view *next_view(struct gmem_as *as, const struct gmem_view *b
 	return view;
 }
 
+/* A thread may have gone on to ask for this before its fault has begun a stream. That is a guess at worst: not for long. */
+static void let_answer(struct gmem_core *core, struct gmem_view *view)
+{
+	for (int looks = 0; looks < ANSWER_WAITS; looks++) {
+		bool served = false;
+
+		for (uint32_t i = 0; i < atomic_load(&core->faults.thread_count); i++)
+			served = served || atomic_load(&core->faults.services[i].view) == (uintptr_t)view;
+		if (!served)
+			return;
+		nanosleep(&(struct timespec){ 0, ANSWER_WAIT_NS }, NULL);
+	}
+}
+
 void gmem_stream_cancel(struct gmem_core *core, struct gmem_as *as, int hnid, uint64_t va, uint64_t bytes)
 {
 	struct gmem_view *view = next_view(as, NULL), *next;
 
 	while (view) {
+		if (view->hnid != hnid)
+			let_answer(core, view);
 		if (view->hnid != hnid && forget(view, va, va + bytes)) {
 			gmem_faults_quiesce(core, view);
 			for (int i = 0; atomic_load(&view->helped) && i < HELP_WAITS; i++)
