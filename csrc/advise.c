@@ -192,7 +192,7 @@ static int advise_page(struct gmem_request *request, struct gmem_page *page, str
 	case GMEM_ADVISE_COLD:
 		hnode = gmem_core_hnode(request->core, request->hnid);
 		if (hnode && (gmem_word_valid(page->word) >> request->hnid & 1))
-			gmem_hnode_cool(hnode, page->object, page->index);
+			gmem_hnode_cold(hnode, page->object, page->index);
 		return 0;
 	case GMEM_ADVISE_READ_MOSTLY:
 	case GMEM_ADVISE_PREFERRED:

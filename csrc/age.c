@@ -49,6 +49,15 @@ static int age_view(struct gmem_view *view, struct gmem_range range, void *arg)
 	return 0;
 }
 
+/* What stays whether it is used or not is left alone: its next use would be a fault for nothing. */
+static bool stays(const struct gmem_frame *frame)
+{
+	const struct gmem_object *object = frame->object;
+	gmem_word_t word = atomic_load_explicit(&object->core->lpt.words[object->pn + frame->index], memory_order_relaxed);
+
+	return gmem_word_flags(word) & GMEM_PAGE_PINNED;
+}
+
 /* The hand: what is marked as used is passed over, and loses its mark. */
 static void gather(struct gmem_hnode *hnode, uint64_t steps, struct sweep *sweep)
 {
@@ -60,7 +69,7 @@ static void gather(struct gmem_hnode *hnode, uint64_t steps, struct sweep *sweep
 			hnode->age_hand = 1;
 		frame = &hnode->frames[hnode->age_hand];
 		if (!frame->object || atomic_exchange_explicit(&frame->used, 0, memory_order_relaxed) ||
-		    !gmem_object_tryref(frame->object))
+		    stays(frame) || !gmem_object_tryref(frame->object))
 			continue;
 		sweep->olds[sweep->count++] = (struct old){ frame->object, frame->index };
 	}

@@ -304,6 +304,7 @@ void gmem_hnode_touch(struct gmem_hnode *hnode, struct gmem_object *object, uint
 	if (!frame)
 		return;
 	atomic_store_explicit(&hnode->frames[frame].used, 1, memory_order_relaxed);
+	hnode->frames[frame].cold = false;
 	if (hnode->frames[frame].fresh) {
 		hnode->frames[frame].fresh = false;
 		return;
@@ -332,6 +333,35 @@ void gmem_hnode_cool(struct gmem_hnode *hnode, struct gmem_object *object, uint6
 	gmem_mutex_lock(&hnode->lock);
 	gmem_policy_cool(&hnode->policy, frame);
 	gmem_mutex_unlock(&hnode->lock);
+}
+
+void gmem_hnode_cold(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index)
+{
+	uint32_t frame = atomic_load_explicit(&hnode->frame_of[object->pn + index], memory_order_relaxed);
+
+	if (!frame)
+		return;
+	gmem_mutex_lock(&hnode->lock);
+	gmem_policy_cool(&hnode->policy, frame);
+	if (!hnode->frames[frame].cold && hnode->cold_count < GMEM_COLD_FRAMES) {
+		hnode->frames[frame].cold = true;
+		hnode->cold[(hnode->cold_head + hnode->cold_count++) % GMEM_COLD_FRAMES] = frame;
+		if (hnode->reclaimer_runs && hnode->pressure_ns)
+			pthread_cond_signal(&hnode->wake);
+	}
+	gmem_mutex_unlock(&hnode->lock);
+}
+
+uint32_t gmem_hnode_next_cold_locked(struct gmem_hnode *hnode)
+{
+	uint32_t frame = GMEM_FRAME_NONE;
+
+	if (hnode->cold_count) {
+		frame = hnode->cold[hnode->cold_head];
+		hnode->cold_head = (hnode->cold_head + 1) % GMEM_COLD_FRAMES;
+		hnode->cold_count--;
+	}
+	return frame;
 }
 
 bool gmem_hnode_takes(const struct gmem_hnode *hnode, const struct gmem_object *object)

@@ -256,6 +256,59 @@ static void relieve_account_locked(struct gmem_hnode *hnode, struct teller *tell
 	gmem_mutex_lock(&hnode->lock);
 }
 
+/* Some of what was advised cold, looked at once it is locked. Whatever can't go now is the policy's to offer. */
+static size_t gather_cold(struct gmem_hnode *hnode, struct gmem_page *pages)
+{
+	uint64_t gathered = 0;
+	size_t n = 0;
+
+	while (gathered < BATCH_BYTES && n < GMEM_EVICT_BATCH) {
+		struct gmem_object *object = NULL;
+		struct gmem_frame *frame;
+		uint64_t index = 0;
+		uint32_t number;
+
+		gmem_mutex_lock(&hnode->lock);
+		number = gmem_hnode_next_cold_locked(hnode);
+		if (number && hnode->frames[number].object && gmem_object_tryref(hnode->frames[number].object)) {
+			object = hnode->frames[number].object;
+			index = hnode->frames[number].index;
+		}
+		gmem_mutex_unlock(&hnode->lock);
+		if (!number)
+			break;
+		if (!object)
+			continue;
+		if (!gmem_page_trylock(object, index, false, &pages[n])) {
+			frame = gmem_hnode_frame(hnode, object, index);
+			if (frame && frame->cold) {
+				frame->cold = false;
+				gathered += pages[n++].bytes;
+				continue;
+			}
+			gmem_page_unlock(&pages[n]);
+		}
+		gmem_object_unref(object);
+	}
+	return n;
+}
+
+/* Under pressure what is cold leaves ahead of need, so that who needs the room need not wait. False: there is none. */
+static bool relieve_of_cold_locked(struct gmem_hnode *hnode)
+{
+	struct gmem_page pages[GMEM_EVICT_BATCH];
+	size_t count;
+
+	if (!hnode->cold_count || !lately(hnode->pressure_ns))
+		return false;
+	gmem_mutex_unlock(&hnode->lock);
+	count = gather_cold(hnode, pages);
+	if (count)
+		evict(hnode, pages, count, false);
+	gmem_mutex_lock(&hnode->lock);
+	return true;
+}
+
 /* The same for the whole hnode; false if there is nothing to do. */
 static bool relieve_locked(struct gmem_hnode *hnode, struct teller *teller)
 {
@@ -291,7 +344,7 @@ static void *reclaimer(void *arg)
 		gmem_duty_begin(GMEM_DOING_RECLAIM, 0, 0);
 		if (hnode->pressed)
 			relieve_account_locked(hnode, &account_teller);
-		else if (!relieve_locked(hnode, &teller)) {
+		else if (!relieve_of_cold_locked(hnode) && !relieve_locked(hnode, &teller)) {
 			gmem_duty_end();
 			gmem_mutex_wait(&hnode->lock, &hnode->wake, 0);
 		}

@@ -132,6 +132,8 @@ cdef extern from "gmem/driver.h" nogil:
 
 
 cdef extern from "gmem/keep.h" nogil:
+    enum:
+        GMEM_STATE_VERSION
     struct gmem_kept_fd:
         char name[64]
         int fd

@@ -38,6 +38,7 @@ _EVENTS = {
     GMEM_EVENT_DEVICE_LOST: "device_lost", GMEM_EVENT_STUCK: "stuck", GMEM_EVENT_UNSTUCK: "unstuck",
     GMEM_EVENT_ERROR: "error",
 }
+STATE_VERSION = GMEM_STATE_VERSION
 # gmem_driver_ops.probe has no argument of its caller's, so who is being probed is told aside: one at a time.
 _probe_lock = threading.Lock()
 _EVENT_BATCH_MAX = 1024

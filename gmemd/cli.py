@@ -76,6 +76,7 @@ def gmemd_parser() -> argparse.ArgumentParser:
         default=-1,
         help="a pipe that the starter holds the other end of; its end of file means that they are gone",
     )
+    commands.add_parser("state-version", help="print the version of what one gmemd leaves to the next")
     check = commands.add_parser("check-config", help="check a configuration file and print what it means")
     check.add_argument("file", metavar="FILE")
     check.add_argument("--json", action="store_true", help="print JSON")
@@ -134,6 +135,13 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _state_version(args: argparse.Namespace) -> int:
+    from gmemd.keep import state_version
+
+    print(state_version())
+    return 0
+
+
 def _check_config(args: argparse.Namespace) -> int:
     config = load(args.file)
     if args.json:
@@ -154,7 +162,7 @@ def _check_config(args: argparse.Namespace) -> int:
 def main_gmemd(argv: Sequence[str] | None = None) -> int:
     args = gmemd_parser().parse_args(argv)
     try:
-        return _run(args) if args.command == "run" else _check_config(args)
+        return {"run": _run, "check-config": _check_config, "state-version": _state_version}[args.command](args)
     except ConfigError as error:
         print(f"gmemd: {error}", file=sys.stderr)
         return EXIT_USAGE

@@ -105,11 +105,15 @@ class DeviceTable:
         return hnid, left
 
     def attach_again(self) -> None:
-        """(blocks) A predecessor's devices, at their numbers. One that can't be attached is lost, and told of."""
+        """(blocks) A predecessor's devices, at their numbers. One that can't be attached is lost, and told of. OSError:
+        somebody else can attach it."""
         for name, note in sorted(self._notes.table("devices").items(), key=lambda item: item[1]["hnid"]):
             try:
                 self.attach(note["driver"], name, note["config"], note["hnid"], note.get("state"))
             except RequestError as error:
+                if error.errno == errno.EPROTONOSUPPORT:
+                    what = f"what the device {name} has left is of another version; it was not touched"
+                    raise OSError(errno.EPROTO, what) from None
                 log.error("device lost: it can't be attached again", name=name, error=error.message)
                 self._notes.drop("devices", name)
 

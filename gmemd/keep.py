@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import structlog
 
+from gmemd.notes import VERSION as NOTES_VERSION
 from gmemd.notes import Notes
 from gmemd.systemd import Notifier, listening_socket
 
@@ -22,6 +23,13 @@ log = structlog.get_logger("gmemd.keep")
 
 _OURS = ("listen", "notes", "conn.")
 _CORES = ("state", "lpt", "file.", "uffd.", "pid.", "agent.", "ring.", "bell.", "jobs.", "driver.", "source.")
+
+
+def state_version() -> str:
+    """Of all that one gmemd leaves to the next: only one that says the same takes over from it."""
+    from gmemd._core import STATE_VERSION
+
+    return f"{STATE_VERSION}.{NOTES_VERSION}"
 
 
 class Keep:

@@ -18,7 +18,8 @@ import msgpack
 
 _HALF = 64 << 20  # sparse
 _HEADER = struct.Struct("<8sQQL")  # magic, generation, length, CRC-32 of generation and what follows
-_MAGIC = b"gmnotes1"
+VERSION = 1
+_MAGIC = b"gmnotes%d" % VERSION
 
 
 def _crc(generation: int, body: bytes) -> int:

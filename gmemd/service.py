@@ -17,6 +17,8 @@ import resource
 import signal
 import socket
 import stat
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +37,7 @@ from gmemd.drivers.registry import Registry
 from gmemd.errors import RequestError
 from gmemd.events import EventPump, Publisher
 from gmemd.handshake import HandshakeServer
-from gmemd.keep import Keep
+from gmemd.keep import Keep, state_version
 from gmemd.ops import Operations
 from gmemd.pools import PoolTable
 from gmemd.server import Server
@@ -54,6 +56,7 @@ _WAITERS = 4
 _START_S = 10.0
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 _LONG_BYTES = 64 << 10
+_SUCCESSOR_S = 60.0
 _UPGRADE_PAUSE_S = 0.1  # for the answer to whoever asked
 
 
@@ -151,6 +154,20 @@ def make_core(config: Config, **kept: Any) -> Any:
         event_fork=config.event_fork, fault_ahead=config.fault_ahead, policy=config.policy,
         hold_s=config.hold_s, stuck_s=config.stuck_report_s, **kept,
     )  # fmt: skip
+
+
+def _check_successor() -> None:
+    """(blocks) That what is installed now can go on with what we leave. RequestError (EPROTO): it can't, or does not
+    start."""
+    command = [sys.executable, "-m", "gmemd", "state-version"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SUCCESSOR_S, stdin=subprocess.DEVNULL)
+        found = done.stdout.strip() if not done.returncode else (done.stderr.strip().splitlines() or ["it failed"])[-1]
+    except (OSError, subprocess.TimeoutExpired) as error:
+        found = str(error)
+    if found != state_version():
+        why = f"its state version is {found[:120]!r}, this gmemd's {state_version()!r}; nothing was done"
+        raise RequestError(errno.EPROTO, f"what is installed now can't take over: {why}")
 
 
 class Service:
@@ -277,6 +294,7 @@ class Service:
         """Ends at once and as it is: whoever started us starts what is installed now, which takes over."""
         if not self.keep.max_fds:
             raise RequestError(errno.EOPNOTSUPP, "gmemd was not started with --supervised or by systemd's unit")
+        _check_successor()
 
         def leave() -> None:
             os._exit(UPGRADE_STATUS)

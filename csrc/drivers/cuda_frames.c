@@ -394,7 +394,7 @@ static int take_frame(struct gmem_mem *mem, uint32_t *ret)
 static int put_frame(struct gmem_mem *mem, uint64_t page, bool zeroed, bool *scrubs)
 {
 	struct gmem_device *gpu = mem->gpu;
-	uint32_t frame;
+	uint32_t frame = GMEM_CUDA_NONE;
 	int err = take_frame(mem, &frame);
 
 	if (err)

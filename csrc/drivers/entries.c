@@ -183,9 +183,10 @@ static int adopt_file(struct gmem_entries *entries, int fd)
 	madvise(entries->alias, entries->bytes, MADV_NOHUGEPAGE);
 	head = (const struct head *)entries->alias;
 	entries->slots = (struct slot *)(entries->alias + GMEM_FRAME_BYTES);
-	if (head->magic != MAGIC || head->version != VERSION || head->key_count != entries->key_count ||
-	    head->entry_bytes != sizeof(struct slot))
+	if (head->magic != MAGIC || head->key_count != entries->key_count)
 		return -EPROTO;
+	if (head->version != VERSION || head->entry_bytes != sizeof(struct slot))
+		return -EPROTONOSUPPORT;
 	atomic_fetch_add(&entries->quota->used, GMEM_FRAME_BYTES);
 	return count_frames(entries);
 }

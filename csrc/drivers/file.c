@@ -131,8 +131,14 @@ static int take_over(const struct gmem_driver_config *config, const struct optio
 	struct gmem_scratch scratch;
 	int err = pread(index, &header, sizeof(header), 0) == sizeof(header) ? 0 : -EPROTO;
 
+	if (!err && header.magic == GMEM_INDEX_MAGIC && header.version != GMEM_INDEX_VERSION)
+		err = -EPROTONOSUPPORT; /* the rest of it may mean something else */
 	if (!err)
 		err = gmem_scratch_adopt(wanted, fd, header.capacity_bytes, &scratch);
+	if (err) {
+		close(index);
+		close(fd);
+	}
 	if (!err)
 		err = gmem_store_adopt(ret, &scratch, config->key_count, index, engine, (unsigned)options->depth);
 	if (err)

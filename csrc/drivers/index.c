@@ -55,11 +55,13 @@ int gmem_index_adopt(struct gmem_index *index, uint64_t key_count, int fd)
 	err = map_index(index, key_count, fd);
 	if (err)
 		return err;
-	if (index->header->magic == GMEM_INDEX_MAGIC && index->header->version == GMEM_INDEX_VERSION &&
-	    index->header->entry_bytes == sizeof(*index->entries) && index->header->key_count == key_count)
-		return 0;
-	munmap(index->header, index->bytes);
-	return -EPROTO;
+	if (index->header->magic != GMEM_INDEX_MAGIC || index->header->key_count != key_count)
+		err = -EPROTO;
+	else if (index->header->version != GMEM_INDEX_VERSION || index->header->entry_bytes != sizeof(*index->entries))
+		err = -EPROTONOSUPPORT;
+	if (err)
+		munmap(index->header, index->bytes);
+	return err;
 }
 
 int gmem_index_next(struct gmem_index *index, uint64_t *key)

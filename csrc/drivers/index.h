@@ -52,7 +52,7 @@ static inline uint64_t gmem_place_bytes(uint64_t place)
 }
 
 int gmem_index_init(struct gmem_index *index, uint64_t key_count, uint64_t capacity_bytes);
-/* A predecessor's, taken over on success. -EPROTO: it is none, or of another version. */
+/* A predecessor's, taken over on success. -EPROTO: it is none; -EPROTONOSUPPORT: of another version. */
 int gmem_index_adopt(struct gmem_index *index, uint64_t key_count, int fd);
 /* The next key at or behind key that has a place; -ENOENT: none. */
 int gmem_index_next(struct gmem_index *index, uint64_t *key);

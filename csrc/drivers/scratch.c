@@ -308,6 +308,12 @@ int gmem_scratch_adopt(const struct gmem_scratch_config *config, int fd, uint64_
 	return err;
 }
 
+void gmem_scratch_leave(struct gmem_scratch *scratch)
+{
+	free(scratch->made);
+	close(scratch->fd);
+}
+
 void gmem_scratch_close(struct gmem_scratch *scratch)
 {
 	if (scratch->made)

@@ -33,5 +33,7 @@ int gmem_scratch_open(const struct gmem_scratch_config *config, char *message, s
 /* The one that a predecessor had open, under the same configuration; takes fd over on success. */
 int gmem_scratch_adopt(const struct gmem_scratch_config *config, int fd, uint64_t capacity, struct gmem_scratch *ret);
 void gmem_scratch_close(struct gmem_scratch *scratch);
+/* The same for one that stays with whoever else has it: its name and its lock are left alone. */
+void gmem_scratch_leave(struct gmem_scratch *scratch);
 
 #endif

@@ -10,6 +10,7 @@
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+#include <unistd.h>
 
 #include <gmem/crash.h>
 #include <gmem/memfd.h>
@@ -52,6 +53,8 @@ static int store_init(struct gmem_store *store, const struct gmem_scratch *scrat
 		goto no_slots;
 	err = index_fd < 0 ? gmem_index_init(&store->index, key_count, scratch->capacity) :
 			     gmem_index_adopt(&store->index, key_count, index_fd);
+	if (err && index_fd >= 0)
+		close(index_fd);
 	if (err)
 		goto no_index;
 	err = count_stored(store);
@@ -69,7 +72,10 @@ no_aio:
 no_index:
 	gmem_slots_deinit(&store->slots);
 no_slots:
-	gmem_scratch_close(&store->scratch);
+	if (index_fd < 0)
+		gmem_scratch_close(&store->scratch);
+	else
+		gmem_scratch_leave(&store->scratch);
 	return err;
 }
 

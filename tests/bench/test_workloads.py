@@ -16,10 +16,13 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import rows  # noqa: E402
-from workloads import arena, catalogue, pins, plan, results, runner, swap  # noqa: E402
+from workloads import arena, catalogue, paged, pages, pins, plan, results, runner, stores, swap  # noqa: E402
 from workloads.runner import BYHAND, HINTS, ONDEMAND, PLAIN, ZRAM, Measured, Setting  # noqa: E402
 from workloads.workload import READ, UPDATE, WRITE, Access, Spec, Step, Tile  # noqa: E402
 
+from gmemd import policy  # noqa: E402
+
+PERCENTS = (75, 100, 125, 150, 200, 300)
 ON_GMEM = (HINTS, PLAIN, ONDEMAND, BYHAND)
 
 
@@ -67,8 +70,7 @@ def test_a_wrong_answer_is_noticed(name):
     workload.fill(arrays)
     assert workload.check(arrays, 0) is not None, "nothing has been computed yet"
     for step in workload.steps(0):
-        views = [arrays[tile.array][tile.first : tile.last] for tile, _, _ in step.accesses]
-        step.kernel(*views, *step.args)
+        step.kernel(*step.views(arrays), *step.args)
     assert workload.check(arrays, 0) is None
     result = arrays[workload.result].reshape(-1)
     kept = result[len(result) // 3].copy()
@@ -83,6 +85,22 @@ def test_a_wrong_answer_is_no_speed():
     each = Measured("triad", "regular", 200, 0, PLAIN, [0.1, 0.2], note="3 elements of a", wrong=True)
     (row, _) = results.make_rows([each], {})
     assert row["value"] is None and row["met"] is None and "3 elements" in row["note"]
+
+
+# ---- what the policy makes of the pages that they use ----
+
+
+@pytest.mark.parametrize("name", catalogue.WORKLOADS)
+def test_misses_are_no_more_than_those_of_lru(name):
+    """Of the jobs in full size: a few dozen huge pages or thousands of small ones. Which of its experts does better is
+    learned anew in each trace: those of few pages are long enough for it not to count."""
+    workload = catalogue.make(name, quick=False)
+    few = sum(spec.held_bytes // spec.page_bytes for spec in workload.specs.values()) < 100
+    trace = policy.Trace(*pages.trace(workload, 24 if few else 4))
+    for percent in PERCENTS:
+        capacity = max(1, trace.working_set * 100 // percent)
+        got, lru = (policy.replay(trace, which, capacity).misses for which in (policy.POLICIES[0], "lru"))
+        assert got <= 1.05 * lru, (percent, got, lru)
 
 
 # ---- by hand ----
@@ -119,6 +137,55 @@ def test_a_part_of_what_is_there_is_found_there():
     made = plan.Plan([Step(print, (whole,)), Step(print, (part,))], SPECS, 4 * 4096)
     assert made.moves[1].views[0].offset == made.moves[0].views[0].offset + 4096
     assert not made.moves[1].early and not made.moves[1].late
+
+
+@pytest.mark.parametrize("tier", ["packed0:driver=zstd,algorithm=lz4", "disk0:driver=file,path={}"])
+def test_what_is_stored_comes_back(tmp_path, tier):
+    rng = np.random.default_rng(0)
+    specs = {"x": Spec((1000, 3), np.int64), "noise": Spec((5000,), np.uint8)}
+    arrays = {"x": rng.integers(0, 9, (1000, 3)), "noise": rng.integers(0, 256, 5000, np.uint8)}
+    store = stores.beside(tier.format(tmp_path), arrays, specs, [Tile("x", 100, 700), Tile("x", 300, 1000)])
+    for tile in (Tile("x", 0, 1000), Tile("x", 100, 300), Tile("noise", 0, 5000)):
+        want = arrays[tile.array][tile.first : tile.last]
+        got = np.empty_like(want)
+        store.get(tile, got)
+        assert np.array_equal(got, want)
+    changed = rng.integers(0, 1 << 60, (600, 3))
+    store.put(Tile("x", 100, 700), changed)
+    got = np.empty((300, 3), np.int64)
+    store.get(Tile("x", 700, 1000), got)
+    assert np.array_equal(got, arrays["x"][700:])
+    store.get(Tile("x", 300, 700), got := np.empty((400, 3), np.int64))
+    assert np.array_equal(got, changed[200:])
+    with pytest.raises(ValueError, match="pieces"):
+        store.get(Tile("x", 1, 2), got)
+    store.close()
+
+
+def test_a_tier_that_nothing_is_like():
+    with pytest.raises(LookupError):
+        stores.beside("far0:driver=remote", {}, {}, [])
+
+
+def test_only_what_is_there_is_copied_in():
+    access = Access(Tile("x", 0, 4), UPDATE, Tile("x", 2, 3), Tile("x", 0, 2))
+    made = plan.Plan([Step(print, (access,))], SPECS, 4 * 4096)
+    assert [move.tile for move in made.moves[0].early] == [Tile("x", 0, 2)]
+    assert [move.tile for move in made.flush()] == [Tile("x", 2, 3)]
+
+
+def test_steps_in_pages():
+    specs = {"x": Spec((3 << 19, 2), np.float32), "y": Spec((5000,), np.uint8, 4096)}  # 12 MiB; 5000 bytes
+    tile = Tile("x", 1 << 18, 3 << 18)  # 2 to 6 MiB: two pages
+    ragged = Tile("x", (1 << 18) - 1, 1 << 18)
+    made = paged.step(Step(print, (Access(tile, WRITE), Access(ragged, WRITE), Access(Tile("y", 1, 9), READ))), specs)
+    assert [access.mode for access in made.accesses] == [WRITE, WRITE, UPDATE, READ]
+    pages_ = [access.tile for access in made.accesses[:2]]
+    assert pages_ == [Tile("x", 2 << 20, 4 << 20), Tile("x", 4 << 20, 6 << 20)]
+    assert made.accesses[2].tile == Tile("x", 0, 2 << 20) and made.accesses[3].tile == Tile("y", 1, 9)
+    assert paged.joined(reversed(pages_)) == [Tile("x", 2 << 20, 6 << 20)]
+    assert paged.inside(Tile("y", 1, 4999), specs["y"]) == Tile("y", 4096, 4096)
+    assert paged.inside(Tile("y", 0, 5000), specs["y"]) == Tile("y", 0, 5000)
 
 
 def test_a_step_that_can_not_fit_is_an_error():
@@ -161,6 +228,13 @@ def test_speeds_and_their_floors():
     assert (over["ratio"], over["met"]) == (2, True)
     assert (found["kvcache_200_hints"]["value"], found["kvcache_200_hints"]["met"]) == (5, True)
     assert found["kvcache_200_byhand"]["met"] is None
+
+
+def test_nobody_is_faster_than_with_memory_for_all_of_it():
+    measured = line({75: 0.4, 200: 0.5}, PLAIN, "kvcache", "skewed") + line({200: 0.5}, ONDEMAND, "kvcache", "skewed")
+    found = {row["id"]: row for row in results.make_rows(measured, {})}
+    assert found["kvcache_200_plain_over_ondemand"]["bound"] == pytest.approx(1.25)
+    assert "bound" not in found["kvcache_75_plain_over_ondemand"]
 
 
 @pytest.mark.parametrize(

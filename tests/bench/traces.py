@@ -205,6 +205,12 @@ def scan_mix(
 
 
 # What no policy may do much worse than LRU on.
+def numpy_random(pages: int = 4000, count: int = 40_000, seed: int = 8) -> Trace:
+    """Pages of one array, each as likely as any other."""
+    order = np.random.default_rng(seed).integers(0, pages, count)
+    return _trace([order], [np.zeros(count, np.uint8)])
+
+
 PATTERNS: dict[str, Callable[[], Trace]] = {
     "triad": triad,
     "matmul": matmul,
@@ -218,6 +224,7 @@ PATTERNS: dict[str, Callable[[], Trace]] = {
     "kv sessions": kv_sessions,
     "transformer": transformer,
     "numpy passes": numpy_passes,
+    "numpy random": numpy_random,
 }
 # Where frequency pays: lookups beside scans.
 MIXES: dict[str, Callable[[], Trace]] = {

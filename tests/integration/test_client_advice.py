@@ -4,6 +4,7 @@ of a kernel."""
 
 import os
 import threading
+import time
 
 import gmem
 import msgpack
@@ -51,6 +52,26 @@ def test_what_is_cold_leaves_first(connect, policy):
     more = array(7, 3)
     assert here(old) == 1 and here(new) < 0.6, "what was used last leaves, as it was said to be cold"
     assert all((a == value).all() for a, value in ((old, 1), (new, 2), (more, 3)))
+
+
+def test_what_is_cold_leaves_ahead_of_need_once_memory_is_short(connect):
+    """Nobody asks for so much room: that a request found none is enough."""
+    session = connect("simgpu0:capacity=16M")
+    cold, used = array(12, 1), array(6, 2)
+    hnid = row(session, "simgpu0")["hnid"]
+
+    def gone():
+        gmem.prefetch(cold, "simgpu0")
+        gmem.prefetch(used, "simgpu0")  # more than there is room for
+        gmem.advise(cold, "cold", "simgpu0")
+        for _ in range(100):
+            if here(cold, hnid) == 0:
+                return here(used, hnid) == 1
+            time.sleep(0.001)
+        return False
+
+    eventually(gone, "all that is cold leaves, and nothing else")
+    assert (cold == 1).all() and (used == 2).all()
 
 
 def test_read_mostly_pages_have_copies_wherever_they_are_read(session):

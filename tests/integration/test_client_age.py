@@ -57,3 +57,16 @@ def test_what_is_used_stays(connect, monkeypatch, device):
     while len(tries) < 5 and min(tries, default=without) > without * 0.6:  # the machine may be busy with something else
         tries.append(misses(connect, monkeypatch, "1", device))
     assert min(tries) <= without * 0.6, (without, tries)
+
+
+def test_what_is_pinned_is_not_aged(connect):
+    """It stays in any case: a use of it that faults would tell nobody anything."""
+    session = connect(f"simgpu0:capacity={ROOM * PAGE}", settings=["daemon.fault_ahead=false"])
+    hot = gmem.full(HOT * PAGE, 1, np.uint8, page_size="64K", session=session)
+    scan = gmem.full(SCAN * PAGE, 1, np.uint8, page_size="64K", session=session)
+    gmem.advise(hot, "pinned", "simgpu0", session=session)
+    before = session.stats()["device_faults"]
+    with gmem.device("simgpu0", session=session).context() as context:
+        gmem.prefetch(hot, "simgpu0", session=session)  # maps it there
+        assert context.launch(hot_and_scan, hot, scan).wait() == SCAN * (HOT + 1)
+    assert session.stats()["device_faults"] - before == SCAN

@@ -416,7 +416,7 @@ static void case_concurrent_copies(void)
 }
 
 /* A client's page that has gone meanwhile is an answer. */
-static void case_page_gone(void)
+__attribute__((unused)) static void case_page_gone(void)
 {
 	struct gmem_device *gpu = tier_attached("capacity=4M reserve=0 threads=2", 0, NULL);
 	struct gmem_mem *mem = new_mem(gpu, 1, 4 * MIB);

@@ -7,6 +7,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
@@ -293,6 +294,83 @@ static void test_hints(void)
 	close(sockets[1]);
 }
 
+#ifdef GMEM_DEBUG
+static struct gmem_mutex low, high;
+static struct gmem_rwlock shared;
+
+static void in_order(void)
+{
+	gmem_mutex_lock(&low);
+	gmem_rwlock_read(&shared);
+	gmem_mutex_lock(&high);
+	CHECK_EQ(gmem_lockrank_held(), 3);
+	gmem_mutex_unlock(&low); /* in any order */
+	gmem_mutex_unlock(&high);
+	gmem_rwlock_unlock(&shared);
+	gmem_mutex_lock(&low);
+	gmem_mutex_unlock(&low);
+	CHECK_EQ(gmem_lockrank_held(), 0);
+}
+
+static void in_wrong_order(void)
+{
+	gmem_mutex_lock(&high);
+	gmem_mutex_lock(&low);
+}
+
+static void below_a_shared_one(void)
+{
+	gmem_rwlock_write(&shared);
+	gmem_mutex_lock(&low);
+}
+
+static void twice(void)
+{
+	gmem_rwlock_read(&shared);
+	gmem_rwlock_read(&shared);
+}
+
+static void unlocks_what_it_has_not(void)
+{
+	gmem_mutex_lock(&low);
+	gmem_mutex_unlock(&high);
+}
+
+static int signal_of(void (*fn)(void))
+{
+	int status;
+	pid_t pid;
+
+	fflush(NULL);
+	pid = fork();
+	CHECK(pid >= 0);
+	if (!pid) {
+		CHECK(freopen("/dev/null", "w", stderr));
+		signal(SIGABRT, SIG_DFL);
+		fn();
+		_exit(0);
+	}
+	CHECK(waitpid(pid, &status, 0) == pid);
+	return WIFSIGNALED(status) ? WTERMSIG(status) : -WEXITSTATUS(status);
+}
+
+/* A debug build ends at the first lock that is taken out of order, whether or not anybody else is there to wait for. */
+static void test_lock_ranks(void)
+{
+	gmem_mutex_init(&low, GMEM_RANK_AS);
+	gmem_rwlock_init(&shared, GMEM_RANK_OBJECT);
+	gmem_mutex_init(&high, GMEM_RANK_HNODE);
+	CHECK_EQ(signal_of(in_order), 0);
+	CHECK_EQ(signal_of(in_wrong_order), SIGABRT);
+	CHECK_EQ(signal_of(below_a_shared_one), SIGABRT);
+	CHECK_EQ(signal_of(twice), SIGABRT);
+	CHECK_EQ(signal_of(unlocks_what_it_has_not), SIGABRT);
+	gmem_mutex_deinit(&low);
+	gmem_rwlock_deinit(&shared);
+	gmem_mutex_deinit(&high);
+}
+#endif
+
 static void test_policy_names(void)
 {
 	struct gmem_core_config config = { .feature_mask = ~0ull, .policy = "random" };
@@ -356,6 +434,9 @@ int main(void)
 	test_uffd_check();
 	test_options();
 	test_hints();
+#ifdef GMEM_DEBUG
+	test_lock_ranks();
+#endif
 	test_policy_names();
 	core = core_start((struct gmem_core_config){ .hugepages = false });
 	test_refusals(core);

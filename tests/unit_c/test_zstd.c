@@ -9,7 +9,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <sys/mman.h>
-#include <sys/socket.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -234,50 +233,6 @@ static void test_batches_and_bad_pages(void)
 
 /* ---- what outlives it ---- */
 
-struct held {
-	struct gmem_keep keep;
-	struct gmem_driver_keep driver;
-	int manager;
-};
-
-static void hold(struct held *held, const struct gmem_kept_fd *left, size_t count)
-{
-	int pair[2];
-
-	CHECK_EQ(socketpair(AF_UNIX, SOCK_DGRAM, 0, pair), 0);
-	CHECK_EQ(gmem_keep_init(&held->keep, pair[0], 100, left, count), 0);
-	held->driver = (struct gmem_driver_keep){ .keep = &held->keep, .hnid = 3 };
-	held->manager = pair[1];
-}
-
-static size_t held_fds(struct held *held, struct gmem_kept_fd *ret)
-{
-	size_t count = 0;
-
-	for (;;) {
-		union { struct cmsghdr head; char room[CMSG_SPACE(sizeof(int))]; } control;
-		char text[256] = { 0 }, *name;
-		struct iovec part = { text, sizeof(text) - 1 };
-		struct msghdr got_message = { .msg_iov = &part, .msg_iovlen = 1, .msg_control = &control,
-					      .msg_controllen = sizeof(control) };
-
-		if (recvmsg(held->manager, &got_message, MSG_DONTWAIT) < 0)
-			return count;
-		name = strstr(text, "FDNAME=");
-		CHECK(strstr(text, "FDSTORE=1") && name);
-		name += strlen("FDNAME=");
-		*strchrnul(name, '\n') = '\0';
-		snprintf(ret[count].name, sizeof(ret[count].name), "%s", name);
-		memcpy(&ret[count++].fd, CMSG_DATA(&control.head), sizeof(int));
-	}
-}
-
-static void let_go(struct held *held)
-{
-	close(held->manager);
-	gmem_keep_deinit(&held->keep);
-}
-
 /* The first one is left as it is, as by a kill; the second one has its pages, and its room. */
 static void test_the_next_one_takes_over(void)
 {
@@ -285,10 +240,10 @@ static void test_the_next_one_takes_over(void)
 	struct gmem_kept_fd left[16];
 	struct gmem_device *first, *second;
 	struct gmem_device_usage before, after;
-	struct held held, again;
+	struct tier_held held, again;
 	size_t count;
 
-	hold(&held, NULL, 0);
+	tier_hold(&held, NULL, 0);
 	first = attached("capacity=32M", &held.driver);
 	CHECK(!held.driver.restored);
 	for (uint64_t key = 0; key < 600; key++)
@@ -296,9 +251,9 @@ static void test_the_next_one_takes_over(void)
 	for (uint64_t key = 0; key < 600; key += 3)
 		CHECK_EQ(tier_ops->peer_free(first, key, KIB4), 0);
 	before = tier_usage(first);
-	count = held_fds(&held, left);
+	count = tier_held_fds(&held, left);
 	CHECK_EQ(count, 2);
-	hold(&again, left, count);
+	tier_hold(&again, left, count);
 	second = attached("capacity=32M", &again.driver);
 	CHECK(again.driver.restored);
 	after = tier_usage(second);
@@ -319,9 +274,9 @@ static void test_the_next_one_takes_over(void)
 	}
 	CHECK_EQ(tier_usage(second).pages, 0);
 	tier_ops->remove(second);
-	let_go(&again);
+	tier_let_go(&again);
 	tier_ops->remove(first);
-	let_go(&held);
+	tier_let_go(&held);
 }
 
 /* Slabs of one size and entries of another do not belong together; nothing is made of them. */
@@ -329,35 +284,35 @@ static void test_what_does_not_fit_is_refused(void)
 {
 	struct gmem_kept_fd left[16];
 	struct gmem_device *first, *second;
-	struct held held, again;
+	struct tier_held held, again;
 
-	hold(&held, NULL, 0);
+	tier_hold(&held, NULL, 0);
 	first = attached("capacity=32M", &held.driver);
 	CHECK_EQ(push(first, 1, KIB4, NOISE, 1), 0);
-	CHECK_EQ(held_fds(&held, left), 2);
-	hold(&again, left, 2);
+	CHECK_EQ(tier_held_fds(&held, left), 2);
+	tier_hold(&again, left, 2);
 	CHECK_EQ(attach("capacity=16M", &again.driver, &second), -EPROTO);
 	CHECK(strstr(tier_message, "taken over"));
 	check(first, 1, KIB4, NOISE, 1);
-	let_go(&again);
+	tier_let_go(&again);
 	tier_ops->remove(first);
-	let_go(&held);
+	tier_let_go(&held);
 }
 
 static void test_damage(void)
 {
 	struct gmem_kept_fd left[16];
 	struct gmem_device *device;
-	struct held held;
+	struct tier_held held;
 	struct stat st;
 	uint8_t byte;
 	off_t data;
 	int slabs;
 
-	hold(&held, NULL, 0);
+	tier_hold(&held, NULL, 0);
 	device = attached("capacity=32M", &held.driver);
 	CHECK_EQ(push(device, 5, KIB64, NOISE, 1), 0);
-	CHECK_EQ(held_fds(&held, left), 2);
+	CHECK_EQ(tier_held_fds(&held, left), 2);
 	slabs = strstr(left[0].name, "slabs") ? left[0].fd : left[1].fd;
 	CHECK_EQ(fstat(slabs, &st), 0);
 	data = lseek(slabs, 2 << 20, SEEK_DATA); /* behind the header */
@@ -372,7 +327,7 @@ static void test_damage(void)
 	close(left[0].fd);
 	close(left[1].fd);
 	tier_ops->remove(device);
-	let_go(&held);
+	tier_let_go(&held);
 }
 
 static void test_options(void)

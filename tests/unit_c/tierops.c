@@ -5,6 +5,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <unistd.h>
 
 #include "harness.h"
 
@@ -92,4 +94,42 @@ struct gmem_device_usage tier_usage(struct gmem_device *device)
 
 	CHECK_EQ(tier_ops->peer_usage(device, &ret), 0);
 	return ret;
+}
+
+void tier_hold(struct tier_held *held, const struct gmem_kept_fd *left, size_t count)
+{
+	int pair[2];
+
+	CHECK_EQ(socketpair(AF_UNIX, SOCK_DGRAM, 0, pair), 0);
+	CHECK_EQ(gmem_keep_init(&held->keep, pair[0], 100, left, count), 0);
+	held->driver = (struct gmem_driver_keep){ .keep = &held->keep, .hnid = 3 };
+	held->manager = pair[1];
+}
+
+size_t tier_held_fds(struct tier_held *held, struct gmem_kept_fd *ret)
+{
+	size_t count = 0;
+
+	for (;;) {
+		union { struct cmsghdr head; char room[CMSG_SPACE(sizeof(int))]; } control;
+		char text[256] = { 0 }, *name;
+		struct iovec part = { text, sizeof(text) - 1 };
+		struct msghdr message = { .msg_iov = &part, .msg_iovlen = 1, .msg_control = &control,
+					  .msg_controllen = sizeof(control) };
+
+		if (recvmsg(held->manager, &message, MSG_DONTWAIT) < 0)
+			return count;
+		name = strstr(text, "FDNAME=");
+		CHECK(strstr(text, "FDSTORE=1") && name);
+		name += strlen("FDNAME=");
+		*strchrnul(name, '\n') = '\0';
+		snprintf(ret[count].name, sizeof(ret[count].name), "%s", name);
+		memcpy(&ret[count++].fd, CMSG_DATA(&control.head), sizeof(int));
+	}
+}
+
+void tier_let_go(struct tier_held *held)
+{
+	close(held->manager);
+	gmem_keep_deinit(&held->keep);
 }

@@ -10,6 +10,7 @@
 #include <stdint.h>
 
 #include <gmem/driver.h>
+#include <gmem/keep.h>
 
 #define KIB4 4096ul
 #define KIB64 65536ul
@@ -31,5 +32,18 @@ void tier_says(const char *about, const char *sentence, const char *why);
 void tier_fill(void *at, size_t bytes, uint64_t key, uint64_t version);
 bool tier_is_filled(const void *at, size_t bytes, uint64_t key, uint64_t version);
 struct gmem_device_usage tier_usage(struct gmem_device *device);
+
+/* What outlives a tier, and who holds it. */
+struct tier_held {
+	struct gmem_keep keep;
+	struct gmem_driver_keep driver; /* for its attach */
+	int manager;
+};
+
+/* left: what one before had held; the descriptors are taken over. */
+void tier_hold(struct tier_held *held, const struct gmem_kept_fd *left, size_t count);
+/* What has been held since; the caller's. */
+size_t tier_held_fds(struct tier_held *held, struct gmem_kept_fd *ret);
+void tier_let_go(struct tier_held *held);
 
 #endif

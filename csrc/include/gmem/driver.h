@@ -55,7 +55,8 @@ struct gmem_driver_config {
  * at most 15 letters and digits. Who puts everything that it needs into them, in an order that makes sense at any instant,
  * and finds it there at its next probe, loses no page when the daemon is killed: keep_fd has one held, which stays the
  * driver's too; kept_fd is what a predecessor had held, now the driver's, or -1. A driver that is given any by kept_fd
- * says with that that it has its pages again; without, they are lost with the daemon. */
+ * says with that that it has its pages again; without, they are lost with the daemon. What is there but of another version
+ * is left as it is: probe returns -EPROTONOSUPPORT, and the daemon leaves all of it to one that knows it. */
 int gmem_driver_keep_fd(const struct gmem_driver_config *config, const char *name, int fd);
 int gmem_driver_kept_fd(const struct gmem_driver_config *config, const char *name);
 

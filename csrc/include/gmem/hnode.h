@@ -14,6 +14,8 @@
 #include <gmem/policy.h>
 #include <gmem/vm_object.h>
 
+#define GMEM_COLD_FRAMES 256
+
 struct gmem_frame {
 	struct gmem_object *object; /* (P) NULL: free */
 	uint64_t index;             /* (P) logical page in the object */
@@ -22,6 +24,7 @@ struct gmem_frame {
 	uint16_t holds;             /* (P) acquires that have not been released */
 	bool fresh;                 /* (P) not used yet: its first use is the one it was brought for */
 	bool evicted;               /* (P) leaves to make room */
+	bool cold;                  /* (P) advised so, and not used since */
 	bool spared;                /* (P) reclaim has passed it over once, because it is best kept here */
 	_Atomic uint8_t wanted;     /* (A, relaxed) asked for by a request, which stops the next eviction of it */
 	_Atomic uint8_t used;       /* (A, relaxed) used since its account, or ageing, last came by */
@@ -55,6 +58,7 @@ struct gmem_hnode {
 	bool reclaimer_runs, stop;               /* (C), (H) */
 	pthread_cond_t wake;                     /* (H) */
 	uint32_t age_hand;                       /* (H) frame that was looked at last */
+	uint32_t cold[GMEM_COLD_FRAMES], cold_head, cold_count; /* (H) frames that were cold when they came here: a queue */
 	struct gmem_account *pressed;            /* (H) referenced: who is near his quota, for the reclaimer; NULL: nobody */
 	_Atomic uint64_t contexts;               /* (A) */
 	_Atomic uint64_t faults, in_bytes, out_bytes, evictions, evicted_clean, errors; /* (A) */
@@ -97,6 +101,10 @@ void gmem_hnode_want(struct gmem_hnode *hnode, uint64_t pn);
 uint32_t gmem_hnode_mate_locked(struct gmem_hnode *hnode, struct gmem_account *account);
 /* Makes it the next candidate of reclaim. */
 void gmem_hnode_cool(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index);
+/* The same of what nobody will use for a while: under pressure it leaves ahead of need. */
+void gmem_hnode_cold(struct gmem_hnode *hnode, struct gmem_object *object, uint64_t index);
+/* Takes a frame of these off the queue; it may have become another page's. GMEM_FRAME_NONE: there is none. */
+uint32_t gmem_hnode_next_cold_locked(struct gmem_hnode *hnode);
 /* Whether a fault thread should leave the waiting for a page of so many bytes to a filler. */
 bool gmem_hnode_slow(const struct gmem_hnode *hnode, uint64_t bytes);
 void gmem_hnode_pinned(struct gmem_hnode *hnode, int64_t bytes);

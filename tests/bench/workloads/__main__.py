@@ -26,7 +26,7 @@ import rows  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn  # noqa: E402
 
-from workloads import catalogue, plot, results, runner, table  # noqa: E402
+from workloads import catalogue, pager, plot, results, runner, table  # noqa: E402
 
 BUILD = BENCH.parent.parent / "build" / "bench"
 PERCENTS = (75, 100, 125, 150, 200, 300)
@@ -43,15 +43,17 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--link", type=float, action="append", metavar="GB/S", help="0: memory speed (repeatable)")
     parser.add_argument("--rounds", type=int, default=3, help="measured rounds of each")
     parser.add_argument("--tier", default=runner.TIER, help="what host memory overflows into; as gmemd's --device")
+    parser.add_argument("--umap", type=Path, metavar="DIR", help="where LLNL UMap is installed (../umap.py)")
     parser.add_argument("--out", type=Path, default=BUILD / "workloads.json", metavar="FILE")
     return parser.parse_args(argv)
 
 
 def settings(chosen: argparse.Namespace) -> list[runner.Setting]:
     percents = chosen.percent or (QUICK_PERCENTS if chosen.quick else PERCENTS)
+    library = pager.build(chosen.umap, BUILD) if chosen.umap else None
     links = [int(link * 1e9) for link in chosen.link] if chosen.link else LINKS
     return [
-        runner.Setting(percent, link, chosen.tier, 2 if chosen.quick else chosen.rounds)
+        runner.Setting(percent, link, chosen.tier, 2 if chosen.quick else chosen.rounds, pager=library)
         for link in links
         for percent in percents
     ]
@@ -59,12 +61,13 @@ def settings(chosen: argparse.Namespace) -> list[runner.Setting]:
 
 def measure(chosen: argparse.Namespace, huge: bool, progress: Progress) -> list[runner.Measured]:
     measured: list[runner.Measured] = []
+    chosen_settings = settings(chosen)
     daemons = runner.Daemons(huge)
     task = progress.add_task("starting", total=None)
     try:
         for name in chosen.only or catalogue.WORKLOADS:
             workload = catalogue.make(name, chosen.quick)
-            for setting in settings(chosen):
+            for setting in chosen_settings:
                 if setting.link and workload.where == "host":
                     continue  # no link between the host and itself
                 progress.update(task, description=f"{name}, {setting.percent} %")

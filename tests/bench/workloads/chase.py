@@ -13,7 +13,7 @@ import numpy as np
 
 from workloads import arena
 from workloads.byhand import ByHand
-from workloads.workload import READ, WRITE, Access, Array, Arrays, Spec, Step, Workload, whole
+from workloads.workload import READ, WRITE, Access, Array, Arrays, Spec, Step, Tile, Workload, whole
 
 NODE = 64  # bytes; the first eight are the number of the next node
 PAGE_NODES = 4096 // NODE
@@ -80,6 +80,10 @@ class Chase(Workload):
         accesses = (Access(whole("nodes", specs["nodes"]), READ), Access(whole("out", specs["out"]), WRITE))
         return [Step(chase, accesses, (self.start(round), self.hops))]
 
+    def used(self, step: Step) -> Array:
+        first = int(np.flatnonzero(self.order == step.args[0])[0])
+        return self.order[(first + np.arange(self.hops)) % self.nodes]
+
     def start(self, round: int) -> int:
         """Each round goes on where the one before has ended: what it needs has not been seen lately."""
         return int(self.order[round * self.hops % self.nodes])
@@ -92,7 +96,6 @@ class Chase(Workload):
 
     def by_hand(self, hand: ByHand) -> Callable[[int], None]:
         """A kernel that keeps running and asks over a socket; the host copies pages, the oldest makes room."""
-        nodes = hand.arrays["nodes"]
         slots = hand.capacity // 4096
         device = hand.device.array(0, (slots * PAGE_NODES, NODE // 8), np.int64)
         window = hand.device.window(0, device.shape, np.int64)
@@ -111,7 +114,7 @@ class Chase(Workload):
                         gone, slot = kept.popitem(last=False)
                     kept[page] = slot
                     at, to = page * PAGE_NODES, slot * PAGE_NODES
-                    hand.copy(device[to : to + PAGE_NODES], nodes[at : at + PAGE_NODES])
+                    hand.bring(Tile("nodes", at, at + PAGE_NODES), device[to : to + PAGE_NODES])
                 link.send(slot.to_bytes(4, "little") + gone.to_bytes(4, "little"))
 
         def one_round(number: int) -> None:

@@ -11,16 +11,13 @@ import numpy as np
 
 from workloads.byhand import ByHand, on
 from workloads.launcher import Fence
-from workloads.managed import Managed
+from workloads.managed import KEPT_FREE, Managed
 from workloads.workload import READ, WRITE, Access, Array, Arrays, Spec, Step, Tile, Workload, whole
 
 WIDTH = 64  # float32s: 256 bytes a row
 TOGETHER = 16  # rows of one popularity lie together: a page of 4 KiB
 BAG = 32
 ZIPF = 1.05
-PINNED = (0.75, 0.5, 0.25, 0.0)  # parts of the device
-SPARE = 1.25
-RANGES_MAX = 256  # of one request
 
 
 def lookup(table: Array, out: Array, ids: Array) -> None:
@@ -42,12 +39,12 @@ class Gather(Workload):
     @property
     def specs(self) -> dict[str, Spec]:
         return {
-            "table": Spec((self.rows, WIDTH), np.float32, 4096, constant=True),
+            "table": Spec((self.rows + 2 * self.batch, WIDTH), np.float32, 4096, constant=True),  # and two buffers
             "out": Spec((len(self.ids) * self.batch // BAG, WIDTH), np.float32, 4096),
         }
 
     def fill(self, arrays: Arrays) -> None:
-        arrays["table"][:] = np.random.default_rng(1).integers(0, 1000, (self.rows, WIDTH))
+        arrays["table"][: self.rows] = np.random.default_rng(1).integers(0, 1000, (self.rows, WIDTH))
 
     def out(self, batch: int) -> Tile:
         return Tile("out", batch * self.batch // BAG, (batch + 1) * self.batch // BAG)
@@ -55,6 +52,9 @@ class Gather(Workload):
     def steps(self, round: int) -> list[Step]:
         table = Access(whole("table", self.specs["table"]), READ)
         return [Step(lookup, (table, Access(self.out(n), WRITE)), (ids,)) for n, ids in enumerate(self.ids)]
+
+    def used(self, step: Step) -> Array:
+        return np.asarray(step.args[0])
 
     def check(self, arrays: Arrays, round: int) -> str | None:
         """In integers, the first row of each bag, then the second, and so on."""
@@ -67,45 +67,46 @@ class Gather(Workload):
 
     # ---- what a program knows: which rows are hot, and the rows of the next batch ----
 
-    def hint(self, managed: Managed) -> Callable[[int], None]:
-        """Hot pages are pinned; the others of a batch are acquired, all in one request, while the batch before runs."""
-        table, context = managed.arrays["table"], managed.context
-        assert context
-        hot = self._hot(managed.capacity)
-        for first, last in _runs(np.flatnonzero(hot)):
-            gmem.advise_async(_pages(table, first, last), "pinned", managed.place, session=managed.session)
-        gmem.prefetch_async(table[:1], managed.place, session=managed.session).wait()  # behind those: they are done
+    def _layout(self, kept: int) -> Array:
+        """For each row where it is among those that are kept, hottest first; -1: it is not."""
+        order = (self.pages[:, None] * TOGETHER + np.arange(TOGETHER)).reshape(-1)[:kept]
+        where = np.full(self.rows, -1, np.int32)
+        where[order] = np.arange(kept)
+        return where
 
-        def ranges(ids: Array) -> list[list[tuple[int, int]]]:
-            needed = np.unique(ids // TOGETHER)
-            needed = needed[~hot[needed]]
-            base = table.ctypes.data
-            all_ranges = [(base + 4096 * first, 4096 * (last - first)) for first, last in _runs(needed)]
-            return [all_ranges[at : at + RANGES_MAX] for at in range(0, len(all_ranges), RANGES_MAX)]
+    def hint(self, managed: Managed) -> Callable[[int], None]:
+        """Hot pages are pinned on the device. The others' rows are gathered on the host, where they are, and copied
+        into one of two buffers behind the table, which stay on the device, while the batch before runs."""
+        table, place = managed.arrays["table"], {"device": managed.place, "session": managed.session}
+        room = managed.capacity - managed.capacity // KEPT_FREE - self.specs["out"].held_bytes
+        kept = min(room // 4096 * TOGETHER - 2 * self.batch, self.rows)
+        cold = self._layout(kept) < 0
+        for first, last in _runs(np.flatnonzero(~cold[::TOGETHER])):
+            gmem.advise_async(table[first * TOGETHER : last * TOGETHER], "pinned", **place)
+        gmem.prefetch_async(table[self.rows :], **place).wait()  # behind those: they are done
+        gathered = gmem.empty((2, self.batch, WIDTH), np.float32, session=managed.session)
+
+        def stage(batch: int, ids: Array) -> Array:
+            """The ids, with those of the buffer in place of cold rows'."""
+            slots, base = ids.copy(), self.rows + batch % 2 * self.batch
+            missing, back = np.unique(ids[cold[ids]], return_inverse=True)
+            slots[cold[ids]] = base + back
+            if len(missing):
+                rows = np.take(table, missing, axis=0, out=gathered[batch % 2, : len(missing)])
+                gmem.memcpy(table[base : base + len(missing)], rows, **place)
+            return slots
 
         def one_round(number: int) -> None:
-            before: tuple[Fence | None, list[list[tuple[int, int]]]] = (None, [])
-            for step in managed.steps[number]:
-                held = ranges(step.args[0])
-                for part in held:
-                    context.acquire(part, write=False)
-                fence = managed.launch(step)
-                _end(context, *before)
-                before = (fence, held)
-            _end(context, *before)
+            fences: list[Fence] = []
+            for batch, step in enumerate(managed.steps[number]):
+                for fence in fences[-2:-1]:
+                    fence.wait()
+                (ids,) = step.args
+                fences.append(managed.launch(step._replace(args=(stage(batch, ids),))))
+            for fence in fences:
+                fence.wait()
 
         return one_round
-
-    def _hot(self, capacity: int) -> Array:
-        """Which pages to pin: as many as leave room for the others of two batches and for the result."""
-        hot = np.zeros(len(self.pages), bool)
-        for part in PINNED:
-            hot[:] = False
-            hot[self.pages[: int(part * capacity) // 4096]] = True
-            others = max(int(np.count_nonzero(~hot[np.unique(ids // TOGETHER)])) for ids in self.ids)
-            if SPARE * 2 * others * 4096 + self.specs["out"].held_bytes <= (1 - part) * capacity:
-                break
-        return hot
 
     def by_hand(self, hand: ByHand) -> Callable[[int], None]:
         """The hottest rows stay on the device. The others of a batch are gathered into one of two staging buffers."""
@@ -113,11 +114,9 @@ class Gather(Workload):
         outs = len(self.ids) * self.batch // BAG * row
         staged = 2 * self.batch
         kept = min((hand.capacity - outs) // row - staged, self.rows) // TOGETHER * TOGETHER
-        order = (self.pages[:, None] * TOGETHER + np.arange(TOGETHER)).reshape(-1)[:kept]
-        where = np.full(self.rows, -1, np.int32)
-        where[order] = np.arange(kept)
+        where = self._layout(kept)
         rows = hand.device.array(0, (kept + staged, WIDTH), np.float32)
-        rows[:kept] = table[order]
+        rows[where[where >= 0]] = table[: self.rows][where >= 0]
         cache = hand.device.window(0, rows.shape, np.float32)
 
         def one_round(number: int) -> None:
@@ -129,20 +128,16 @@ class Gather(Workload):
                 if batch > 1:
                     fences[batch - 2].wait()
                 if len(missing):
-                    hand.copy(rows[base : base + len(missing)], table[missing])
+                    hand.bring_rows("table", missing, rows[base : base + len(missing)])
                 at = (kept + staged) * row + self.out(batch).first * row
                 out = hand.device.window(at, (self.batch // BAG, WIDTH), np.float32)
                 fences.append(on(hand, lookup, [cache, out], slots))
             for fence in fences[-2:]:
                 fence.wait()
-            home = hand.arrays["out"]
-            hand.copy(home, hand.device.array((kept + staged) * row, home.shape, np.float32), inwards=False)
+            home = self.specs["out"]
+            hand.send(whole("out", home), hand.device.array((kept + staged) * row, home.shape, np.float32))
 
         return one_round
-
-
-def _pages(table: Array, first: int, last: int) -> Array:
-    return table[first * TOGETHER : last * TOGETHER]
 
 
 def _runs(numbers: Array) -> list[tuple[int, int]]:
@@ -151,9 +146,3 @@ def _runs(numbers: Array) -> list[tuple[int, int]]:
     bounds = itertools.pairwise([*starts.tolist(), len(numbers)])
     return [(int(numbers[first]), int(numbers[last - 1]) + 1) for first, last in bounds]
 
-
-def _end(context: gmem.Context, fence: Fence | None, held: list[list[tuple[int, int]]]) -> None:
-    if fence:
-        fence.wait()
-    for part in held:
-        context.release(part)

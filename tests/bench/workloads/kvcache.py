@@ -9,8 +9,8 @@ import numpy as np
 from workloads.workload import HUGE, UPDATE, WRITE, Access, Array, Arrays, Spec, Step, Tile, Workload, differs
 
 WIDTH = 256
-TOKENS = HUGE // (2 * WIDTH * 4)  # that one conversation has room for: one page
-APPENDED = 8
+TOKENS = HUGE // (2 * WIDTH * 4)  # that one conversation has room for
+APPENDED = 4
 ZIPF = 1.1
 TOLERANCE = 1e-4
 
@@ -39,12 +39,12 @@ class KvCache(Workload):
         rng = np.random.default_rng(0)
         heat = 1 / np.arange(1, self.conversations + 1) ** ZIPF
         self.visits = rng.choice(rng.permutation(self.conversations), visits, p=heat / heat.sum()).tolist()
-        self.begun = rng.integers(TOKENS // 4, TOKENS // 3, self.conversations).tolist()
+        self.begun = rng.integers(TOKENS * 11 // 16, TOKENS * 25 // 32, self.conversations).tolist()
 
     @property
     def specs(self) -> dict[str, Spec]:
         return {
-            "cache": Spec((self.conversations * TOKENS, 2, WIDTH), np.float32),
+            "cache": Spec((self.conversations * TOKENS, 2, WIDTH), np.float32, mostly_read=True),
             "out": Spec((len(self.visits) * APPENDED, WIDTH), np.float32, 65536),
         }
 
@@ -62,7 +62,9 @@ class KvCache(Workload):
             first, start = number * TOKENS, length[number]
             fresh = Tile("cache", first + start, first + start + APPENDED)
             out = Tile("out", visit * APPENDED, (visit + 1) * APPENDED)
-            accesses = (Access(Tile("cache", first, first + TOKENS), UPDATE, fresh), Access(out, WRITE))
+            there = Tile("cache", first, first + start)
+            cache = Access(Tile("cache", first, first + TOKENS), UPDATE, fresh, there)
+            accesses = (cache, Access(out, WRITE))
             steps.append(Step(attend, accesses, (visit, start)))
             length[number] += APPENDED
         return steps

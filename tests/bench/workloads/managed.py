@@ -4,14 +4,15 @@ knows, in the calls that docs/user.md has: what is never written, what comes nex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import gmem
+import numpy as np
 
-from workloads import pins
-from workloads.engine import Engine
+from workloads import paged, pins
+from workloads.engine import TIMEOUT_S, Engine
 from workloads.launcher import Fence, Launcher, Thread
 from workloads.plan import Move, Moves, Plan
 from workloads.workload import Array, Step, Tile, Workload
@@ -48,6 +49,7 @@ class Managed(Engine):
             thread = self._launcher = Thread()
             self._stack.callback(thread.close)
         self._round = None
+        self._told: list[gmem.Fence] = []
         if hints:
             self._say()
 
@@ -55,43 +57,60 @@ class Managed(Engine):
         own = getattr(self.workload, "hint", None)
         self._round = own(self) if own else None
         for name, spec in self.workload.specs.items():
-            if spec.constant and self.context:
+            if spec.constant or spec.mostly_read:
                 gmem.advise(self.arrays[name], "read_mostly", session=self.session)
         if not own:
             self._plan()
 
     def _plan(self) -> None:
-        """Pins what pays, and schedules prefetches of the rest. A program that can't see far pins nothing."""
-        specs, capacity = self.workload.specs, self.capacity - self.capacity // KEPT_FREE
-        kept = pins.choose(self.steps[0], specs, capacity) if self.workload.foresight is None else []
-        for tile in kept:
-            gmem.advise(self.tile(tile), "pinned", self.place, session=self.session)
-        rest = capacity - sum(pins.nbytes(tile, specs) for tile in kept)
-        steps = [pins.others(step, kept) for step in self.all_steps()]
-        self.planned = Plan(steps, specs, rest, self.workload.foresight).moves
+        """Prefetches as they are needed, or pins what pays and prefetches the rest: whichever moves less. In pages, as
+        these are what moves."""
+        specs = {name: paged.in_bytes(spec) for name, spec in self.workload.specs.items()}
+        steps = [paged.step(step, self.workload.specs) for step in self.all_steps()]
+        capacity = self.capacity - self.capacity // KEPT_FREE
+        pinned = pins.choose(steps[: len(self.steps[0])], specs, capacity) if self.workload.foresight is None else []
+        plans = {}
+        for kept in ([], pinned):
+            rest = capacity - sum(pins.nbytes(tile, specs) for tile in kept)
+            moves = Plan([pins.others(step, kept) for step in steps], specs, rest, self.workload.foresight).moves
+            plans[pins.moved(moves, specs)] = kept, moves
+        kept, self.planned = plans[min(plans)]
+        for tile in paged.joined(kept):
+            gmem.advise(self.bytes(tile), "pinned", self.place, session=self.session)
 
     def tile(self, tile: Tile) -> Array:
         return self.arrays[tile.array][tile.first : tile.last]
+
+    def bytes(self, tile: Tile) -> Array:
+        return self.arrays[tile.array].reshape(-1).view(np.uint8)[tile.first : tile.last]
 
     def round(self, number: int) -> None:
         if self._round:
             self._round(number)
         else:
             super().round(number)
+            for fence in self._told:
+                fence.wait(TIMEOUT_S)
+            self._told.clear()
 
     def move(self, queue: Sequence[Move], moves: Moves) -> None:
-        early = queue is moves.early
-        for tile in (tile for late, tile in moves.gone if late != early):
-            self._tell(tile, lambda view: gmem.advise(view, "cold", self.place, session=self.session))
+        """Requests of a stream are done in order. Only discards are waited for, as they would take what the kernel
+        writes; a kernel that comes before its data waits in a fault."""
+        early, specs = queue is moves.early, self.workload.specs
         fresh = moves.fresh if early else []
-        for tile in fresh:  # all of it will be written: nothing has to be copied
-            self._tell(tile, lambda view: gmem.discard(view, session=self.session))
-        for tile in [move.tile for move in queue if move.inwards] + fresh:
-            self._tell(tile, lambda view: gmem.prefetch(view, self.place, session=self.session))
-
-    def _tell(self, tile: Tile, say: Callable[[Array], object]) -> None:
-        if pins.nbytes(tile, self.workload.specs) >= TOLD_BYTES:
-            say(self.tile(tile))
+        wanted = [move.tile for move in queue if move.inwards] + fresh
+        told = (
+            ("discard", fresh),  # all of it will be written: nothing has to be copied
+            ("cold", [paged.inside(tile, specs[tile.array]) for late, tile in moves.gone if late != early]),
+            ("prefetch", wanted),
+        )
+        for advice, tiles in told:
+            for tile in paged.joined(tiles):
+                if tile.last - tile.first >= TOLD_BYTES:
+                    fence = gmem.advise_async(self.bytes(tile), advice, self.place, session=self.session)
+                    self._told.append(fence)
+            if advice == "discard" and self._told:
+                self._told[-1].wait(TIMEOUT_S)
 
     def launch(self, step: Step, moves: Moves | None = None) -> Fence:
         views = [_readable(self.tile(access.tile), access.mode) for access in step.accesses]

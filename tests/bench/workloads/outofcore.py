@@ -38,7 +38,7 @@ class Sequential(Workload):
     result = "out"
 
     def __init__(self, quick: bool = False) -> None:
-        self.rows, self.columns, self.tiles = (1 << 14, 64, 4) if quick else (98304, 128, 24)
+        self.rows, self.columns, self.tiles = (1 << 15, 64, 4) if quick else (98304, 128, 24)
 
     @property
     def specs(self) -> dict[str, Spec]:
@@ -125,6 +125,9 @@ class Random(Workload):
             for n, numbers in enumerate(self.numbers(round))
         ]
 
+    def used(self, step: Step) -> Array:
+        return np.asarray(step.args[0])
+
     def check(self, arrays: Arrays, round: int) -> str | None:
         """Each page's sum in Python's own integers, once."""
         pages = {"pages": np.empty((self.pages, PAGE), np.int64)}
@@ -135,12 +138,16 @@ class Random(Workload):
         wrong = sum(have != each for have, each in zip(arrays["out"].tolist(), want, strict=True))
         return f"{wrong} sums of pages" if wrong else None
 
+    def stored(self) -> list[Tile]:
+        """By hand: each page by itself, as they are wanted in no order."""
+        return [Tile("pages", n, n + 1) for n in range(self.pages)]
+
     def by_hand(self, hand: ByHand) -> Callable[[int], None]:
-        """As many pages as fit stay; the others of a batch are copied into one of two staging buffers."""
-        pages, outs = hand.arrays["pages"], self.batches * self.batch * 8
+        """As many pages as fit stay; the others of a batch are brought into one of two staging buffers."""
+        outs = self.batches * self.batch * 8
         kept = min((hand.capacity - outs) // 4096 - 2 * self.batch, self.pages)
         near = hand.device.array(0, (kept + 2 * self.batch, PAGE), np.int64)
-        near[:kept] = pages[:kept]
+        hand.store.get(Tile("pages", 0, kept), near[:kept])
         window, at_out = hand.device.window(0, near.shape, np.int64), near.nbytes
 
         def one_round(number: int) -> None:
@@ -152,12 +159,13 @@ class Random(Workload):
                 slots[missing] = base + np.arange(len(missing))
                 for fence in fences[-2:-1]:
                     fence.wait()
-                hand.copy(near[base : base + len(missing)], pages[numbers[missing]])
+                for at, page in enumerate(numbers[missing].tolist(), base):
+                    hand.bring(Tile("pages", page, page + 1), near[at : at + 1])
                 out = hand.device.window(at_out + self.out(batch).first * 8, (self.batch,), np.int64)
                 fences.append(on(hand, add_pages, [window, out], slots))
             for fence in fences[-2:]:
                 fence.wait()
-            home = hand.arrays["out"]
-            hand.copy(home, hand.device.array(at_out, home.shape, np.int64), inwards=False)
+            home = self.specs["out"]
+            hand.send(whole("out", home), hand.device.array(at_out, home.shape, np.int64))
 
         return one_round

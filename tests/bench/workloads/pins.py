@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from workloads.plan import Moves
 from workloads.workload import Spec, Step, Tile
 
 AHEAD = 3  # steps whose other pieces must have room: that runs, the next, and the last, whose are on their way out
@@ -37,3 +38,8 @@ def nbytes(tile: Tile, specs: Mapping[str, Spec]) -> int:
     spec = specs[tile.array]
     first, last = tile.first * spec.row_bytes, tile.last * spec.row_bytes
     return (-(-last // spec.page_bytes) - first // spec.page_bytes) * spec.page_bytes
+
+
+def moved(moves: Sequence[Moves], specs: Mapping[str, Spec]) -> int:
+    """Bytes in both directions, in whole pages."""
+    return sum(nbytes(move.tile, specs) for each in moves for move in each.early + each.late)

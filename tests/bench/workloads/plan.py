@@ -119,7 +119,7 @@ class Plan:
         if slot and access.mode == WRITE:
             moves.fresh.append(access.tile)
         elif slot:
-            queue.append(Move(True, access.tile, slot.offset))
+            queue.append(Move(True, *self._place(slot, access.content or access.tile)))
         return slot
 
     def _room(self, tile: Tile, now: int, kept_from: int, moves: Moves, queue: list[Move]) -> Slot | None:

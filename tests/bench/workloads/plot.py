@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from workloads import results
-from workloads.runner import BYHAND, HINTS, ONDEMAND, PLAIN, ZRAM, Measured
+from workloads.runner import BYHAND, HINTS, ONDEMAND, PLAIN, UMAP, ZRAM, Measured
 
-COLOURS = {HINTS: "C0", PLAIN: "C1", ONDEMAND: "C3", BYHAND: "0.4", ZRAM: "C4"}
+COLOURS = {HINTS: "C0", PLAIN: "C1", ONDEMAND: "C3", BYHAND: "0.4", ZRAM: "C4", UMAP: "C2"}
 COLUMNS = 4
 
 

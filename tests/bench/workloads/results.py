@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import rows
 
-from workloads.runner import BYHAND, HINTS, ONDEMAND, PLAIN, ZRAM, Measured
+from workloads.runner import BYHAND, HINTS, ONDEMAND, PLAIN, UMAP, ZRAM, Measured
 
 FITS = 75  # percent: the slowdown is that beside this
 UNIT = "1/s"
-BY_HAND, ON_DEMAND, SWAP = "the same by hand", "gmem, single pages on demand", "swap to zram, same budget"
+BY_HAND, ON_DEMAND = "the same by hand", "gmem, single pages on demand, LRU"
+SWAP, PAGER = "swap to zram, same budget", "UMap, same budget, compressed store"
 AT_ZRAM, ZRAM_TARGETS = 200, {"numpy": "ratio >= 4", "numpy_random": "ratio >= 1.0"}
 RESIDUAL_TARGET = "value <= 0.25"
 
@@ -46,18 +47,37 @@ def _of_one(table: Table, key: Key) -> list[rows.Row]:
     name, link, percent, variant = key
     each, floor = table[key], table.get((name, link, percent, BYHAND))
     overflows = percent > 100
-    if variant in (BYHAND, ZRAM):
+    if variant in (BYHAND, ZRAM, UMAP):
         return [_row(each, None, None, None)]
     targets = {HINTS: "ratio >= 1.0", PLAIN: "ratio >= 0.8" if each.kind == "regular" else None}
     found = [_row(each, floor, targets.get(variant), BY_HAND)]
     if variant == PLAIN:
         target = "ratio >= 1.5" if each.kind == "skewed" and overflows else None
-        found.append(_row(each, table.get((name, link, percent, ONDEMAND)), target, ON_DEMAND, "_over_ondemand"))
+        on_demand = table.get((name, link, percent, ONDEMAND))
+        row = _row(each, on_demand, target, ON_DEMAND, "_over_ondemand")
+        found.append(row | (_no_faster(table, on_demand) if target and on_demand else {}))
         swap = table.get((name, link, percent, ZRAM))
         if swap:
             target = ZRAM_TARGETS.get(name) if percent == AT_ZRAM else None
             found.append(_row(each, swap, target, SWAP, "_over_zram"))
+        pager = table.get((name, link, percent, UMAP))
+        if pager:
+            found.append(_row(each, pager, None, PAGER, "_over_umap"))
     return found
+
+
+def _no_faster(table: Table, floor: Measured) -> dict[str, Any]:
+    """What a target over that floor can be at most: nobody is faster than with memory for all of it."""
+    fits = [
+        statistics.median(each.seconds)
+        for variant in (HINTS, PLAIN, BYHAND)
+        if (each := table.get((floor.workload, floor.link, FITS, variant))) and each.seconds and not each.wrong
+    ]
+    if not fits or not floor.seconds:
+        return {}
+    took, least = statistics.median(floor.seconds), min(fits)
+    note = f"{took * 1e3:.0f} ms on demand, {least * 1e3:.0f} with memory for all of it: bound {took / least:.2f}"
+    return {"bound": took / least, "note": note}
 
 
 def _row(each: Measured, floor: Measured | None, target: str | None, floor_is: str | None, more: str = "") -> rows.Row:
@@ -106,7 +126,7 @@ def steepest(points: Mapping[int, float]) -> float:
 
 def _slowdowns(table: Table, name: str, link: int) -> list[rows.Row]:
     found = []
-    for variant in (HINTS, PLAIN, ONDEMAND, BYHAND, ZRAM):
+    for variant in (HINTS, PLAIN, ONDEMAND, BYHAND, ZRAM, UMAP):
         points = slowdowns(table, name, link, variant)
         if sum(percent >= 100 for percent in points) < 3:
             continue

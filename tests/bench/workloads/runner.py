@@ -8,10 +8,11 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import gmem
 
-from workloads import swap
+from workloads import pager, swap
 from workloads.byhand import ByHand
 from workloads.engine import Engine
 from workloads.launcher import Launcher, Thread
@@ -19,21 +20,23 @@ from workloads.link import Link
 from workloads.managed import Managed
 from workloads.workload import Workload
 
-HINTS, PLAIN, ONDEMAND, BYHAND, ZRAM = "hints", "plain", "ondemand", "byhand", "zram"
+HINTS, PLAIN, ONDEMAND, BYHAND, ZRAM, UMAP = "hints", "plain", "ondemand", "byhand", "zram", "umap"
 TIER = "packed0:driver=zstd,algorithm=lz4"  # what zram is set to, too
 FIRST_WINDOW, WINDOW_BYTES, WINDOWS = 0x6600_0000_0000, 1 << 40, 8
-ON_DEMAND = ("daemon.fault_ahead=false",)
+ON_DEMAND = ("daemon.fault_ahead=false", "daemon.policy=lru")  # what was used longest ago, and nothing else
 
 
 @dataclass(frozen=True)
 class Setting:
-    """link: bytes a second, 0 for memory speed. tier: a device as gmemd's --device takes it, without its capacity."""
+    """link: bytes a second, 0 for memory speed. tier: a device as gmemd's --device takes it, without its capacity.
+    pager: the library that pager.build() makes, if UMap is to run, too."""
 
     percent: int
     link: int = 0
     tier: str = TIER
     rounds: int = 3
-    variants: tuple[str, ...] = (HINTS, PLAIN, ONDEMAND, BYHAND, ZRAM)
+    variants: tuple[str, ...] = (HINTS, PLAIN, ONDEMAND, BYHAND, ZRAM, UMAP)
+    pager: Path | None = None
 
 
 @dataclass
@@ -52,7 +55,7 @@ class Measured:
 
 
 class Daemons:
-    """Private daemons for workloads on devices: one as it comes, one that brings single pages on demand.
+    """Private daemons for workloads on devices: one as it comes, one that brings single pages on demand, by LRU.
 
     huge: there are huge pages for everything. A daemon that counts on some and finds none left can't do without."""
 
@@ -76,7 +79,7 @@ class Daemons:
 
 
 def run(workload: Workload, setting: Setting, daemons: Daemons) -> list[Measured]:
-    variants = [variant for variant in setting.variants if variant != ZRAM]
+    variants = [variant for variant in setting.variants if variant not in (ZRAM, UMAP)]
     if not workload.hints:
         variants = [variant for variant in variants if variant != HINTS]
     measured = [_measured(workload, setting, variant) for variant in variants]
@@ -90,9 +93,24 @@ def run(workload: Workload, setting: Setting, daemons: Daemons) -> list[Measured
             result.note = workload.check(engine.arrays, setting.rounds)
             result.wrong = result.note is not None
             result.counters = {name: value / setting.rounds for name, value in result.counters.items()}
-    if workload.where == "host" and ZRAM in setting.variants:
-        result = _measured(workload, setting, ZRAM)
-        result.seconds, result.note, result.wrong = swap.measure(workload, setting.percent, setting.rounds)
+    return measured + _elsewhere(workload, setting)
+
+
+def _elsewhere(workload: Workload, setting: Setting) -> list[Measured]:
+    """What others make of the same memory, in a process of its own."""
+    if workload.where != "host":
+        return []
+    measured = []
+    for variant in (ZRAM, UMAP):
+        if variant not in setting.variants or (variant == UMAP and not setting.pager):
+            continue
+        result = _measured(workload, setting, variant)
+        if variant == ZRAM:
+            found = swap.measure(workload, setting.percent, setting.rounds)
+        else:
+            assert setting.pager
+            found = pager.measure(setting.pager, workload, setting.percent, setting.rounds)
+        result.seconds, result.note, result.wrong = found
         measured.append(result)
     return measured
 
@@ -119,7 +137,9 @@ def _engine(workload: Workload, setting: Setting, variant: str, daemons: Daemons
     with contextlib.ExitStack() as stack:
         engine: Engine
         if variant == BYHAND:
-            engine = ByHand(workload, capacity, rounds, _launcher(workload, daemons, stack), Link(setting.link))
+            tier = setting.tier if workload.where == "host" else None
+            launcher = _launcher(workload, daemons, stack)
+            engine = ByHand(workload, capacity, rounds, launcher, Link(setting.link), tier)
         elif workload.where == "host":
             tier = f"{setting.tier},capacity={2 * workload.nbytes}"
             session = stack.enter_context(daemons.start(variant, [tier], [f"host.limit={capacity}"]))

@@ -6,7 +6,6 @@ the cgroup."""
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -14,9 +13,8 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from workloads import arena
+from workloads import arena, direct
 from workloads.workload import Workload
 
 CONTROL = Path("/sys/class/zram-control")
@@ -41,8 +39,7 @@ def measure(workload: Workload, percent: int, rounds: int) -> tuple[list[float],
             done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT_S)
         if done.returncode:
             return [], f"zram: {done.stderr.strip().splitlines()[-1:] or done.returncode}", False
-        answer = json.loads(done.stdout)
-        return answer["seconds"], answer["wrong"], answer["wrong"] is not None
+        return direct.read(done.stdout)
     except NotAvailable as error:
         return [], f"not available: {error}", False
 
@@ -139,20 +136,13 @@ def main(group: str, name: str, quick: str, rounds: str) -> None:
 
     workload = catalogue.make(name, bool(int(quick)))
     Path(group, "cgroup.procs").write_text(str(os.getpid()))  # now: only the data is charged
-    arrays: dict[str, Any] = arena.plain(workload.specs)
-    workload.fill(arrays)
-    seconds = []
-    for number in range(int(rounds) + 1):
-        steps = workload.steps(number)
-        began = time.perf_counter()
-        for step in steps:
-            views = [arrays[tile.array][tile.first : tile.last] for tile, _, _ in step.accesses]
-            step.kernel(*views, *step.args)
-        seconds.append(time.perf_counter() - began)
-    for limit in ("memory.limit_in_bytes", "memory.max"):
-        if Path(group, limit).exists():
-            Path(group, limit).write_text("-1" if limit != "memory.max" else "max")
-    print(json.dumps({"seconds": seconds[1:], "wrong": workload.check(arrays, int(rounds))}))
+
+    def let_go() -> None:  # the check has arrays of its own
+        for limit in ("memory.limit_in_bytes", "memory.max"):
+            if Path(group, limit).exists():
+                Path(group, limit).write_text("-1" if limit != "memory.max" else "max")
+
+    direct.report(workload, arena.plain(workload.specs), int(rounds), let_go)
 
 
 if __name__ == "__main__":

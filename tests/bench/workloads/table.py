@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from workloads import results
-from workloads.runner import BYHAND, HINTS, ONDEMAND, PLAIN, ZRAM, Measured
+from workloads.runner import BYHAND, HINTS, ONDEMAND, PLAIN, UMAP, ZRAM, Measured
 
-VARIANTS = {HINTS: "hints", PLAIN: "no hints", ONDEMAND: "on demand", BYHAND: "by hand", ZRAM: "zram"}
+VARIANTS = {HINTS: "hints", PLAIN: "no hints", ONDEMAND: "on demand", BYHAND: "by hand", ZRAM: "zram", UMAP: "UMap"}
 
 
 def times(measured: Iterable[Measured]) -> Table:

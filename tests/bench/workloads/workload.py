@@ -18,12 +18,13 @@ READ, WRITE, UPDATE = "read", "write", "update"  # WRITE: whatever was there bef
 
 
 class Spec(NamedTuple):
-    """An array: how it looks, in which pages gmem moves it, and whether no step ever writes it."""
+    """An array: how it looks, in which pages gmem moves it, and whether no step ever writes it, or little of it."""
 
     shape: tuple[int, ...]
     dtype: Any
     page_bytes: int = HUGE
     constant: bool = False
+    mostly_read: bool = False
 
     @property
     def row_bytes(self) -> int:
@@ -54,11 +55,12 @@ class Tile(NamedTuple):
 
 
 class Access(NamedTuple):
-    """part: what of the tile is written, if not all of it."""
+    """part: what of the tile is written, if not all of it. content: what of it there is before, if that is not all."""
 
     tile: Tile
     mode: str
     part: Tile | None = None
+    content: Tile | None = None
 
 
 class Step(NamedTuple):
@@ -67,6 +69,9 @@ class Step(NamedTuple):
     kernel: Callable[..., Any]
     accesses: tuple[Access, ...]
     args: tuple[Any, ...] = ()
+
+    def views(self, arrays: Arrays) -> list[Array]:
+        return [arrays[each.tile.array][each.tile.first : each.tile.last] for each in self.accesses]
 
 
 class Workload(ABC):
@@ -91,6 +96,10 @@ class Workload(ABC):
     @abstractmethod
     def steps(self, round: int) -> list[Step]:
         """The job, once. Called for rounds 0, 1, ... in turn; each starts from what the round before has left."""
+
+    def used(self, step: Step) -> Array | None:
+        """What a step looks at of the array that it gets first, in its order, if that is not all of it."""
+        return None
 
     @abstractmethod
     def check(self, arrays: Arrays, round: int) -> str | None:
