@@ -255,7 +255,12 @@ static int cuda_health(struct gmem_device *gpu)
 
 static const char *cuda_last_error(struct gmem_device *gpu)
 {
-	return gpu->error;
+	static _Thread_local char text[sizeof(gpu->error)];
+
+	gmem_mutex_lock(&gpu->lock); /* others are writing it, perhaps */
+	memcpy(text, gpu->error, sizeof(text));
+	gmem_mutex_unlock(&gpu->lock);
+	return text;
 }
 
 const struct gmem_driver_ops gmem_cuda_ops = {

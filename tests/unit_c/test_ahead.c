@@ -153,6 +153,16 @@ static struct gmem_core_stats when_quiet(struct gmem_core *core)
 
 static uint64_t helped; /* how often somebody was asked to help with them */
 
+static uint64_t helped_so_far(struct gmem_core *core)
+{
+	uint64_t helped;
+
+	gmem_mutex_lock(&core->fillers.lock);
+	helped = core->fillers.helped;
+	gmem_mutex_unlock(&core->fillers.lock);
+	return helped;
+}
+
 /* What the touches took. */
 static struct gmem_core_stats run(struct gmem_core *core, uint64_t page_bytes, enum where where, bool write, enum order order)
 {
@@ -167,11 +177,11 @@ static struct gmem_core_stats run(struct gmem_core *core, uint64_t page_bytes, e
 	client = client_start(core, client_side, NULL);
 	wait_step(1);
 	before = when_quiet(core);
-	helped = core->fillers.helped;
+	helped = helped_so_far(core);
 	shared->step = 2;
 	wait_step(3);
 	after = when_quiet(core);
-	helped = core->fillers.helped - helped;
+	helped = helped_so_far(core) - helped;
 	shared->step = 4;
 	CHECK_EQ(client_wait(client), 0);
 	core_settle(core);
