@@ -10,6 +10,8 @@
 #define PIECE_BYTES (128ull << 10) /* a thread that catches up waits for so much at most, or for one page */
 #define HELP_WAITS 100     /* for a filler's piece; across a slow link it may come late all the same */
 #define HELP_WAIT_NS 200000
+#define ANSWER_WAITS 20
+#define ANSWER_WAIT_NS 20000
 #define AHEAD_PART 16
 #define TURNS (GMEM_RECENT / 3)
 #define PATIENCE 64 /* faults that continue no stream */
@@ -147,6 +149,7 @@ static struct gmem_stream *begin_stream(struct gmem_view *view, const struct gme
 	atomic_store_explicit(&stream->stride, 0, memory_order_relaxed);
 	atomic_thread_fence(memory_order_release);
 	store(&stream->window, 0);
+	atomic_store_explicit(&stream->quick, false, memory_order_relaxed);
 	atomic_store_explicit(&stream->hand, atomic_load_explicit(&view->recent_hand, memory_order_relaxed), memory_order_relaxed);
 	atomic_store_explicit(&stream->write, write, memory_order_relaxed);
 	store(&stream->begin, behind);
@@ -189,6 +192,8 @@ static void advance(struct gmem_core *core, struct gmem_view *view, struct gmem_
 
 	if (!stride)
 		return;
+	if (load(&stream->window) && place->range.va != load(&stream->end))
+		atomic_store_explicit(&stream->quick, true, memory_order_relaxed);
 	behind = next_place(place, stride);
 	window = all ? last : load(&stream->window) * 2;
 	window = window < first_window(page_bytes) ? first_window(page_bytes) : window;
@@ -389,15 +394,25 @@ bool gmem_stream_pending(const struct gmem_view *view)
 	return false;
 }
 
-bool gmem_stream_fetching(const struct gmem_view *view)
+bool gmem_stream_overtakes(const struct gmem_view *view)
 {
-	for (int i = 0; i < GMEM_STREAMS; i++)
-		if (wants_more(&view->streams[i]) && !atomic_load_explicit(&view->streams[i].maps, memory_order_relaxed))
+	for (int i = 0; i < GMEM_STREAMS; i++) {
+		const struct gmem_stream *stream = &view->streams[i];
+
+		if (wants_more(stream) && !atomic_load_explicit(&stream->maps, memory_order_relaxed) &&
+		    !atomic_load_explicit(&stream->quick, memory_order_relaxed))
 			return true;
+	}
 	for (int i = 0; i < GMEM_BLOCKS; i++)
 		if (load(&view->blocks[i]))
 			return true;
 	return false;
+}
+
+void gmem_stream_unhurried(struct gmem_view *view)
+{
+	for (int i = 0; i < GMEM_STREAMS; i++)
+		atomic_store_explicit(&view->streams[i].quick, false, memory_order_relaxed);
 }
 
 /* What is behind a slow link is for a filler. */
@@ -535,11 +550,27 @@ static struct gmem_view *next_view(struct gmem_as *as, const struct gmem_view *b
 	return view;
 }
 
+/* A thread may have gone on to ask for this before its fault has begun a stream. That is a guess at worst: not for long. */
+static void let_answer(struct gmem_core *core, struct gmem_view *view)
+{
+	for (int looks = 0; looks < ANSWER_WAITS; looks++) {
+		bool served = false;
+
+		for (uint32_t i = 0; i < atomic_load(&core->faults.thread_count); i++)
+			served = served || atomic_load(&core->faults.services[i].view) == (uintptr_t)view;
+		if (!served)
+			return;
+		nanosleep(&(struct timespec){ 0, ANSWER_WAIT_NS }, NULL);
+	}
+}
+
 void gmem_stream_cancel(struct gmem_core *core, struct gmem_as *as, int hnid, uint64_t va, uint64_t bytes)
 {
 	struct gmem_view *view = next_view(as, NULL), *next;
 
 	while (view) {
+		if (view->hnid != hnid)
+			let_answer(core, view);
 		if (view->hnid != hnid && forget(view, va, va + bytes)) {
 			gmem_faults_quiesce(core, view);
 			for (int i = 0; atomic_load(&view->helped) && i < HELP_WAITS; i++)

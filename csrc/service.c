@@ -21,6 +21,7 @@
 #define CLOSE_NS 100000     /* faults so close together are worth a spin */
 #define CLOSE_FAULTS 3      /* that many, before the first one */
 #define LINGER_NS 40000
+#define QUICK_NS 20000      /* a wake-up's time: whoever takes less to be through a window gains nothing from another CPU */
 #define NO_FD_NAP_NS 1000000
 #define FIRST_PAUSE 8       /* faults until it looks again where the client runs */
 #define LAST_PAUSE 512
@@ -244,7 +245,8 @@ static void pause_looking(struct gmem_service *service)
 
 /* Faults of one thread are answered on its own CPU, which is free while it waits: a wake-up there is a switch from one thread
  * to another, where one on another CPU has to get that out of its idle state. What is fetched ahead is so while the client
- * runs, so on another one; and if others want that CPU, too, we are better off elsewhere. */
+ * runs, so on another one, unless all that it does is to wait for the next page; and if others want that CPU, too, we are
+ * better off elsewhere. */
 static void follow(struct gmem_view *view, struct gmem_service *service)
 {
 	int cpu;
@@ -253,7 +255,7 @@ static void follow(struct gmem_view *view, struct gmem_service *service)
 		roam(service, 0);
 		return;
 	}
-	if (gmem_stream_fetching(view)) {
+	if (gmem_stream_overtakes(view)) {
 		leave_for_a_while(service);
 		return;
 	}
@@ -280,8 +282,11 @@ static bool linger(struct gmem_view *view, struct gmem_service *service, uint64_
 	if (service->cpu >= 0) {
 		struct pollfd next = { .fd = view->uffd, .events = POLLIN };
 		const struct timespec patience = { 0, LINGER_NS };
+		bool more = ppoll(&next, 1, &patience, NULL) > 0;
 
-		return ppoll(&next, 1, &patience, NULL) > 0;
+		if (gmem_now_ns() - now > QUICK_NS)
+			gmem_stream_unhurried(view);
+		return more;
 	}
 	*idle_since = *idle_since ? *idle_since : now;
 	sched_yield();
@@ -328,8 +333,14 @@ static void serve(struct gmem_core *core, struct gmem_view *view, struct gmem_se
 			follow(view, service);
 		}
 		/* In turns: a thread that faults again at once would otherwise always be ahead of us. */
-		if (!gmem_stream_step(core, view, false) && !n) {
-			if (!expects_more(core, view) || gmem_now_ns() - start > TURN_NS)
+		if (gmem_stream_step(core, view, false)) {
+			atomic_store_explicit(&view->served_ns, gmem_now_ns(), memory_order_relaxed);
+		} else if (!n) {
+			if (!expects_more(core, view)) {
+				gmem_stream_unhurried(view);
+				break;
+			}
+			if (gmem_now_ns() - start > TURN_NS)
 				break;
 			if (!linger(view, service, &idle_since)) {
 				atomic_store_explicit(&view->close_faults, 0, memory_order_relaxed);

@@ -8,6 +8,8 @@
 #include "harness.h"
 
 #include <gmem/internal.h>
+#include <gmem/prefetch.h>
+#include <gmem/vm_object.h>
 #include <sys/mman.h>
 #include <time.h>
 
@@ -25,6 +27,7 @@ struct shared {
 	int gpu;
 	uint32_t pages[PAGES]; /* in the order they are touched in */
 	uint32_t touched, nap_us;
+	volatile uint64_t va;
 	volatile int step;
 };
 
@@ -238,6 +241,71 @@ static void test_strides(struct gmem_core *core)
 	shared->nap_us = 0;
 }
 
+/* What a client runs ahead of is fetched on its CPU, and elsewhere again when it has found something else to do. */
+static void test_quick(void)
+{
+	struct gmem_view view = { 0 };
+	struct gmem_stream *stream = &view.streams[1];
+
+	CHECK(!gmem_stream_overtakes(&view));
+	stream->stride = 4096;
+	stream->next = 8 * 4096;
+	stream->end = 9 * 4096;
+	CHECK(gmem_stream_overtakes(&view));
+	stream->quick = true;
+	CHECK(!gmem_stream_overtakes(&view));
+	CHECK(gmem_stream_pending(&view));
+	gmem_stream_unhurried(&view);
+	CHECK(gmem_stream_overtakes(&view));
+	stream->maps = true;
+	CHECK(!gmem_stream_overtakes(&view));
+}
+
+static int idle_client(struct client *client, void *arg)
+{
+	(void)arg;
+	shared->va = (uint64_t)client_mmap(client, PAGES * 4096, 4096, GMEM_FORK_SHARE);
+	wait_step(2);
+	return 0;
+}
+
+/* Whether a reader of pages 0, 1 and another one is ahead of what is fetched for him: he is, if it is within the window. */
+static bool hurries(struct gmem_core *core, const struct gmem_session *session, uint64_t va, uint64_t last)
+{
+	struct gmem_view view = { 0 };
+	const uint64_t touched[] = { 0, 1, last };
+
+	for (int i = 0; i < 3; i++) {
+		struct gmem_place place;
+
+		CHECK_EQ(gmem_as_lookup((struct gmem_as *)&session->as, va + touched[i] * 4096, &place), 0);
+		(i < 2 ? gmem_stream_fault(core, &view, &place, false, false) : gmem_stream_parked(core, &view, &place, false));
+		gmem_object_unref(place.object);
+	}
+	CHECK(gmem_stream_pending(&view));
+	return !gmem_stream_overtakes(&view);
+}
+
+static void test_hurry(struct gmem_core *core)
+{
+	struct gmem_session *session;
+	struct client *client;
+
+	shared->step = 1;
+	shared->va = 0;
+	client = client_start(core, idle_client, NULL);
+	while (!shared->va)
+		sleep_ms(1);
+	session = gmem_session_get(core, client->session);
+	CHECK(session);
+	CHECK(hurries(core, session, shared->va, 3));
+	CHECK(!hurries(core, session, shared->va, 6)); /* the window was of four pages */
+	gmem_session_unref(session);
+	shared->step = 2;
+	CHECK_EQ(client_wait(client), 0);
+	core_settle(core);
+}
+
 /* In an order without any, neighbours come one after the other by chance: once in as many faults as there are pages. */
 static void test_no_sequence(struct gmem_core *core)
 {
@@ -353,6 +421,8 @@ int main(void)
 	test_sequences(core);
 	test_help(core);
 	test_strides(core);
+	test_quick();
+	test_hurry(core);
 	test_no_sequence(core);
 	test_density(core, true);
 	gmem_core_destroy(core);

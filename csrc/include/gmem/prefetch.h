@@ -17,8 +17,11 @@ void gmem_stream_fault(struct gmem_core *core, struct gmem_view *view, const str
 void gmem_stream_parked(struct gmem_core *core, struct gmem_view *view, const struct gmem_place *place, bool write);
 /* Whether there is something to do. */
 bool gmem_stream_pending(const struct gmem_view *view);
-/* Whether some of it is more than mapping what is here. */
-bool gmem_stream_fetching(const struct gmem_view *view);
+/* Whether some of it takes time in which the client could go on: more than mapping what is here, for one that has not been
+ * there first lately. */
+bool gmem_stream_overtakes(const struct gmem_view *view);
+/* The client has done something else since its last fault. */
+void gmem_stream_unhurried(struct gmem_view *view);
 /* Fetches the next piece of what the view's streams want. False if there is nothing to do. may_wait: also for a slow
  * link; else a filler is asked to. */
 bool gmem_stream_step(struct gmem_core *core, struct gmem_view *view, bool may_wait);

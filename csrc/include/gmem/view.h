@@ -45,6 +45,7 @@ struct gmem_stream {
 	_Atomic uint64_t window; /* pages; 0: seen once */
 	atomic_bool write;
 	_Atomic uint32_t hand;   /* recent_hand when it last went on */
+	_Atomic bool quick;      /* who reads it is there before its pages are */
 	_Atomic bool maps;       /* its next page is here, as far as is known: it takes a moment */
 };
 
