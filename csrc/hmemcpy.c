@@ -5,6 +5,7 @@
 #include <errno.h>
 #include <sched.h>
 
+#include <gmem/copy.h>
 #include <gmem/crash.h>
 #include <gmem/internal.h>
 #include <gmem/pages.h>
@@ -62,6 +63,23 @@ static int readable(struct gmem_page *page, int *ret_hnid)
 	return *ret_hnid < 0 ? 0 : gmem_page_fetch(page, GMEM_HOST, NULL, nowhere, GMEM_WHY_HMEMCPY, &mapped);
 }
 
+/* Between hnodes, as migration does: across a device's link, if it has one. */
+static int copy_between(struct gmem_core *core, int from_hnid, int to_hnid, uint8_t *dst, const uint8_t *src, uint64_t bytes)
+{
+	struct gmem_hnode *from = gmem_core_hnode(core, from_hnid), *to = gmem_core_hnode(core, to_hnid), *engine;
+	int err;
+
+	if (from == to)
+		return gmem_copy(dst, src, bytes);
+	if (!from || !to)
+		return -ENODEV;
+	engine = gmem_copy_engine(from, to);
+	err = engine ? gmem_copy_by_engine(engine, &(struct gmem_sg){ dst, src, bytes }, 1) : gmem_copy(dst, src, bytes);
+	if (!err)
+		gmem_count_moved(core, from, to, bytes);
+	return err;
+}
+
 static int copy_locked(struct end *dst, struct end *src, bool same, int hnid, uint64_t bytes)
 {
 	const struct gmem_range nowhere = { 0, 0 };
@@ -87,7 +105,7 @@ static int copy_locked(struct end *dst, struct end *src, bool same, int hnid, ui
 		return copy_zeros(to_alias, bytes);
 	err = gmem_object_alias(from->object, source, &from_alias);
 	if (!err)
-		err = gmem_copy(to_alias, from_alias + from->offset + src->at, bytes);
+		err = copy_between(from->core, source, hnid, to_alias, from_alias + from->offset + src->at, bytes);
 	return err;
 }
 

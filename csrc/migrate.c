@@ -391,19 +391,18 @@ struct gmem_hnode *gmem_page_source(struct gmem_page *page)
 	return best;
 }
 
-static void count_copy(struct gmem_page *page, struct gmem_hnode *from, struct gmem_hnode *to)
+void gmem_count_moved(struct gmem_core *core, struct gmem_hnode *from, struct gmem_hnode *to, uint64_t bytes)
 {
-	struct gmem_stats *stats = &page->core->stats;
+	struct gmem_stats *stats = &core->stats;
 
-	gmem_count(&from->out_bytes, page->bytes);
-	gmem_count(&to->in_bytes, page->bytes);
+	gmem_count(&from->out_bytes, bytes);
+	gmem_count(&to->in_bytes, bytes);
 	if (to->hnid == GMEM_HOST)
-		gmem_count(&stats->d2h_bytes, page->bytes);
+		gmem_count(&stats->d2h_bytes, bytes);
 	else if (from->hnid == GMEM_HOST)
-		gmem_count(&stats->h2d_bytes, page->bytes);
+		gmem_count(&stats->h2d_bytes, bytes);
 	else
-		gmem_count(&stats->d2d_bytes, page->bytes);
-	gmem_count(&stats->duplicates, 1);
+		gmem_count(&stats->d2d_bytes, bytes);
 }
 
 void gmem_page_arrived(struct gmem_page *page, struct gmem_hnode *from, struct gmem_hnode *to, enum gmem_why why)
@@ -415,7 +414,8 @@ void gmem_page_arrived(struct gmem_page *page, struct gmem_hnode *from, struct g
 	if (!from)
 		return;
 	page->word &= ~GMEM_WORD_FLAG(GMEM_PAGE_DIRTY);
-	count_copy(page, from, to);
+	gmem_count_moved(page->core, from, to, page->bytes);
+	gmem_count(&page->core->stats.duplicates, 1);
 }
 
 static int transfer(struct gmem_page *page, struct gmem_hnode *from, struct gmem_hnode *to, struct gmem_view *view,

@@ -6,6 +6,8 @@
 #define _GNU_SOURCE
 #include "harness.h"
 
+#include <gmem/stats.h>
+
 #include <dirent.h>
 #include <errno.h>
 #include <signal.h>
@@ -361,6 +363,69 @@ static void test_slow_link(struct gmem_core *core)
 	printf("slow link: others go on\n");
 }
 
+/* ---- what hmemcpy moves goes across the link, and counts as moved ---- */
+
+#define LINK_NS 20000000
+
+static int has_copies(struct client *client, void *arg)
+{
+	char *p = client_mmap(client, PAGES * PAGE, PAGE, GMEM_FORK_SHARE);
+
+	(void)arg;
+	memset(p, 1, PAGE);
+	shared->va = (uint64_t)p;
+	while (shared->step < 1)
+		sleep_ms(1);
+	for (unsigned long i = 0; i < PAGE; i++)
+		CHECK_EQ(p[3 * PAGE + i], i < PAGE / 2);
+	return 0;
+}
+
+/* Pages of the client's; what it took in bytes each way, and in time. */
+static struct gmem_core_stats copied(struct gmem_core *core, struct client *client, int hnid, int to, int from, bool by_link)
+{
+	struct gmem_core_stats before, after;
+	uint64_t start;
+
+	gmem_core_stats(core, &before);
+	start = gmem_now_ns();
+	CHECK_EQ(gmem_hmemcpy(core, client->session, hnid, shared->va + (uint64_t)to * PAGE, shared->va + (uint64_t)from * PAGE,
+			      PAGE / 2, false), 0);
+	CHECK(!by_link || gmem_now_ns() - start >= LINK_NS);
+	gmem_core_stats(core, &after);
+	after.h2d_bytes -= before.h2d_bytes;
+	after.d2h_bytes -= before.d2h_bytes;
+	return after;
+}
+
+static void test_hmemcpy_link(struct gmem_core *core)
+{
+	struct gmem_core_stats took;
+	struct client *client;
+	char options[64];
+	int slow;
+
+	snprintf(options, sizeof(options), "capacity=4M latency=%d", LINK_NS);
+	slow = attach_simgpu(core, "slow", options);
+	CHECK(slow > 0);
+	shared->step = 0;
+	shared->va = 0;
+	client = client_start(core, has_copies, NULL);
+	while (!shared->va)
+		sleep_ms(1);
+	took = copied(core, client, slow, 1, 0, true);
+	CHECK_EQ(took.h2d_bytes, PAGE / 2);
+	took = copied(core, client, slow, 2, 1, false); /* on the device */
+	CHECK(!took.h2d_bytes && !took.d2h_bytes);
+	took = copied(core, client, GMEM_HOST, 3, 2, true);
+	CHECK_EQ(took.d2h_bytes, PAGE / 2);
+	shared->step = 1;
+	CHECK_EQ(client_wait(client), 0);
+	CHECK_EQ(gmem_device_detach(core, slow, false), 0);
+	expect_empty(core);
+	printf("hmemcpy: across the link\n");
+}
+
 /* munmap(2) returns when its event has been read; a region that gets the same address at once must outlive it. */
 static int remaps(struct client *client, void *arg)
 {
@@ -446,6 +511,7 @@ int main(void)
 		test_session_end(core);
 	test_device_faults(core);
 	test_slow_link(core);
+	test_hmemcpy_link(core);
 	CHECK_EQ(client_wait(client_start(core, pins, NULL)), 0);
 	expect_empty(core);
 	CHECK_EQ(client_wait(client_start(core, remaps, NULL)), 0);

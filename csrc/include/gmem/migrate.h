@@ -65,6 +65,8 @@ void gmem_page_notify(struct gmem_page *page, struct gmem_hnode *hnode, enum gme
 struct gmem_hnode *gmem_page_source(struct gmem_page *page);
 /* Records the copy that has been made on to; from NULL: its first content. */
 void gmem_page_arrived(struct gmem_page *page, struct gmem_hnode *from, struct gmem_hnode *to, enum gmem_why why);
+/* Bytes that have gone from one hnode to another. */
+void gmem_count_moved(struct gmem_core *core, struct gmem_hnode *from, struct gmem_hnode *to, uint64_t bytes);
 /* Gives back the frame on to and what was filled of it. */
 void gmem_page_forget(struct gmem_page *page, struct gmem_hnode *to);
 
