@@ -14,14 +14,15 @@ def report(workload: Workload, arrays: Arrays, rounds: int, before_check: Callab
     """Prints seconds of each measured round, and what is wrong with the result, for read()."""
     workload.fill(arrays)
     seconds = []
-    for number in range(rounds + 1):
+    for number in range(workload.warm_up + rounds):
         steps = workload.steps(number)
         began = time.perf_counter()
         for step in steps:
             step.kernel(*step.views(arrays), *step.args)
         seconds.append(time.perf_counter() - began)
     before_check()
-    print(json.dumps({"seconds": seconds[1:], "wrong": workload.check(arrays, rounds)}), flush=True)
+    wrong = workload.check(arrays, workload.warm_up + rounds - 1)
+    print(json.dumps({"seconds": seconds[workload.warm_up :], "wrong": wrong}), flush=True)
 
 
 def read(text: str) -> tuple[list[float], str | None, bool]:

@@ -92,6 +92,7 @@ class Random(Workload):
     name, kind, where, foresight = "numpy_random", "random", "host", 2
     result = "out"
     hints = False  # a prefetch of one page costs what a fault does, also where the page is there already
+    warm_up = 12  # each page that has left memory once leaves it for nothing from then on
 
     def __init__(self, quick: bool = False) -> None:
         self.pages, self.batch, self.batches = (1024, 64, 4) if quick else (24320, 256, 16)

@@ -85,12 +85,12 @@ def run(workload: Workload, setting: Setting, daemons: Daemons) -> list[Measured
     measured = [_measured(workload, setting, variant) for variant in variants]
     with contextlib.ExitStack() as stack:
         engines = [stack.enter_context(_engine(workload, setting, variant, daemons)) for variant in variants]
-        for number in range(setting.rounds + 1):
+        for number in range(workload.warm_up + setting.rounds):
             for engine, result in zip(engines, measured, strict=True):
-                _round(engine, result, number)
+                _round(engine, result, number, number >= workload.warm_up)
         for engine, result in zip(engines, measured, strict=True):
             engine.finish()
-            result.note = workload.check(engine.arrays, setting.rounds)
+            result.note = workload.check(engine.arrays, workload.warm_up + setting.rounds - 1)
             result.wrong = result.note is not None
             result.counters = {name: value / setting.rounds for name, value in result.counters.items()}
     return measured + _elsewhere(workload, setting)
@@ -119,12 +119,12 @@ def _measured(workload: Workload, setting: Setting, variant: str) -> Measured:
     return Measured(workload.name, workload.kind, setting.percent, setting.link, variant)
 
 
-def _round(engine: Engine, result: Measured, number: int) -> None:
+def _round(engine: Engine, result: Measured, number: int, counts: bool) -> None:
     before = engine.counters()
     began = time.perf_counter()
     engine.round(number)
     seconds = time.perf_counter() - began
-    if number == 0:
+    if not counts:
         return
     result.seconds.append(seconds)
     for name, value in engine.counters().items():
@@ -133,7 +133,7 @@ def _round(engine: Engine, result: Measured, number: int) -> None:
 
 @contextlib.contextmanager
 def _engine(workload: Workload, setting: Setting, variant: str, daemons: Daemons) -> Iterator[Engine]:
-    capacity, rounds = workload.capacity(setting.percent), setting.rounds + 1
+    capacity, rounds = workload.capacity(setting.percent), workload.warm_up + setting.rounds
     with contextlib.ExitStack() as stack:
         engine: Engine
         if variant == BYHAND:

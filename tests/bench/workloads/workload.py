@@ -83,6 +83,7 @@ class Workload(ABC):
     where = "device"  # whose memory it overflows: device, or host
     foresight: int | None = None  # how many steps ahead a program can know what it will need; None: all
     hints = True  # False: nothing could be told ahead
+    warm_up = 1  # rounds until it is as it will stay
 
     @property
     @abstractmethod
