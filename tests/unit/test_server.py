@@ -258,7 +258,8 @@ def test_one_sessions_context_is_not_anothers(rig):
 def test_tokens(rig):
     session = rig.session()
     dealer = rig.dealer()
-    for token, code in [(bytes(32), "EPERM"), (session.token[:31] + bytes([session.token[31] ^ 1]), "EPERM"), (b"", "EPERM"), (None, "EPERM")]:
+    almost = session.token[:31] + bytes([session.token[31] ^ 1])
+    for token, code in [(bytes(32), "EPERM"), (almost, "EPERM"), (b"", "EPERM"), (None, "EPERM")]:
         dealer.send(msgpack.packb({"v": 1, "id": 3, "op": "ping", "token": token}))
         reply = msgpack.unpackb(dealer.recv())
         assert (reply["id"], reply["error"]["code"], reply["error"]["argument"]) == (3, code, "token")
