@@ -4,6 +4,7 @@
 import os
 import signal
 import stat
+import socket
 import subprocess
 import sys
 import textwrap
@@ -23,6 +24,12 @@ def eventually(check: Callable[[], bool], what: str, seconds: float = 10.0) -> N
     while not check():
         assert time.monotonic() < until, what
         time.sleep(0.01)
+
+
+def listens(path: str) -> bool:
+    """Of gmemd's socket: its name is there before anybody listens."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as sock:
+        return sock.connect_ex(path) == 0
 
 
 # An interpreter below a home directory that is closed to others is shown to them in a mount namespace of their own.

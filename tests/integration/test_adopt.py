@@ -18,7 +18,7 @@ from pathlib import Path
 import gmem
 import numpy as np
 import pytest
-from helpers import ROOT, eventually
+from helpers import ROOT, eventually, listens
 from programs import jemalloc
 
 MIB = 1 << 20
@@ -239,7 +239,7 @@ def supervised() -> Iterator[str]:
         command += ["--device", "name=simgpu0,driver=simgpu,capacity=8M"]
         with subprocess.Popen(command, stderr=subprocess.DEVNULL, cwd=ROOT) as process:
             path = Path(directory, "gmemd.sock")
-            eventually(path.exists, "gmemd does not start", 30)
+            eventually(lambda: listens(str(path)), "gmemd does not start", 30)
             yield str(path)
             process.terminate()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import gmem
 import numpy as np
 import pytest
-from helpers import ROOT, eventually
+from helpers import ROOT, eventually, listens
 
 VERSION_AT = 8  # in struct gmem_state_header
 
@@ -38,7 +38,7 @@ class Supervised:
         with open(self.log, "wb") as log:
             environment = {**os.environ, "PYTHONPATH": directory}
             self.process = subprocess.Popen(command, stderr=log, stdout=log, cwd=ROOT, env=environment)
-        eventually(Path(self.path).exists, "gmemd does not start", 30)
+        eventually(lambda: listens(self.path), "gmemd does not start", 30)
 
     def daemon(self) -> int:
         """The process; 0 between two lives."""
