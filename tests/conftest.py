@@ -4,6 +4,7 @@
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,12 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("gmem", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("gmem")
 
+# A daemon counts on the huge pages that it sees when it maps memory. So there are as many from the first test to the last: what
+# one test took back at its end was missing in the middle of another one's fault.
+HUGE_PAGES = 1024
+OVERCOMMIT = Path("/proc/sys/vm/nr_overcommit_hugepages")
+OVERCOMMIT_BEFORE = pytest.StashKey[int]()
+
 ROOT = Path(__file__).resolve().parent.parent
 FLAVOURS = {"plain": "c", "asan": "asan", "tsan": "tsan", "cov": "cov"}  # flavour: folder below build/
 SKIPPED = 77
@@ -23,6 +30,22 @@ SANITIZER_OPTIONS = {
     "UBSAN_OPTIONS": "print_stacktrace=1",
     "TSAN_OPTIONS": "halt_on_error=1:second_deadlock_stack=1",
 }
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if hasattr(session.config, "workerinput") or not os.access(OVERCOMMIT, os.W_OK):
+        return
+    now = int(OVERCOMMIT.read_text())
+    if now >= HUGE_PAGES:
+        return
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # and so to pytest_sessionfinish
+    session.config.stash[OVERCOMMIT_BEFORE] = now
+    OVERCOMMIT.write_text(str(HUGE_PAGES))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if OVERCOMMIT_BEFORE in session.config.stash:
+        OVERCOMMIT.write_text(str(session.config.stash[OVERCOMMIT_BEFORE]))
 
 
 class CFailure(Exception):
