@@ -199,7 +199,7 @@ static int open_already(const struct gmem_place *place, struct gmem_object *obje
 
 static struct gmem_region_info info_of(const struct gmem_region *region)
 {
-	const struct gmem_object *object = region->object;
+	struct gmem_object *object = region->object;
 
 	return (struct gmem_region_info){ .va = region->va, .bytes = region->bytes,
 					  .offset = object->offset + region->offset, .page_bytes = 1ull << object->shift,

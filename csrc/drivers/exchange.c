@@ -7,7 +7,6 @@
  */
 #include <errno.h>
 #include <poll.h>
-#include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
 
@@ -20,7 +19,7 @@
 #define LANES_MAX 16
 #define CHUNK 65536u        /* copied or looked at, then sent while it is in the cache */
 #define DIRECT_MIN 16384u   /* of a page: more than that is worth a call of its own */
-#define DIRECT_MAX (256u << 10)
+#define DIRECT_MAX (1u << 20)
 #define COMMAND_ROOM 512    /* all of a command but the value */
 #define BACKOFF_NS 5000000ull
 #define BACKOFF_MAX_NS 250000000ull
@@ -55,13 +54,34 @@ struct run {
 	struct lane lanes[LANES_MAX];
 };
 
-void gmem_request_name(struct gmem_request *request, const char *format, ...)
+static char *put_text(char *at, const char *text)
 {
-	va_list args;
+	size_t bytes = strlen(text);
 
-	va_start(args, format);
-	request->name_bytes = (uint32_t)vsnprintf(request->name, sizeof(request->name), format, args);
-	va_end(args);
+	memcpy(at, text, bytes);
+	return at + bytes;
+}
+
+static char *put_hex(char *at, const char *before, uint64_t number)
+{
+	int digits = number ? (67 - __builtin_clzll(number)) / 4 : 1;
+
+	at = put_text(at, before);
+	for (int i = digits; i-- > 0; number >>= 4)
+		at[i] = "0123456789abcdef"[number & 15];
+	return at + digits;
+}
+
+/* Twice for each page that is replaced: by hand, as snprintf() takes as long as a system call. */
+void gmem_request_name(struct gmem_request *request, const char *tenant, const char *kind, const char *object,
+		       uint64_t extent, uint64_t page, uint64_t version)
+{
+	char *at = put_text(put_text(request->name, "gmem:"), tenant);
+
+	at = put_text(put_text(put_text(at, ":{"), kind), object);
+	at = put_hex(put_hex(put_hex(at, ":", extent), "}:", page), ":", version);
+	*at = '\0';
+	request->name_bytes = (uint32_t)(at - request->name);
 	request->slot = (uint16_t)gmem_resp_slot(request->name, request->name_bytes);
 }
 
