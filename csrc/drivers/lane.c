@@ -63,12 +63,15 @@ static bool lend_chunk(struct gmem_lane *lane, struct gmem_request *request)
 	struct gmem_piece *piece = &request->pieces[lane->piece];
 	uint32_t bytes = piece->bytes - lane->done;
 	const uint8_t *from = (const uint8_t *)piece->memory + lane->done;
+	bool ends;
 
 	bytes = bytes < DIRECT_MAX ? bytes : DIRECT_MAX;
 	if (lane->wire->tls || piece->bytes < DIRECT_MIN || piece->result ||
 	    gmem_look(gmem_crc32c, piece->crc, from, bytes, &piece->crc))
 		return false;
-	gmem_wire_page(lane->wire, from, bytes, ends_value(lane, request, bytes));
+	ends = ends_value(lane, request, bytes);
+	gmem_wire_page(lane->wire, from, bytes, ends,
+		       !ends || lane->sent + 1 < lane->queued || lane->wait == GMEM_WAIT_WANTED);
 	lane->lent = bytes;
 	return true;
 }

@@ -378,6 +378,7 @@ def test_a_replica_that_lags(cluster, tmp_path, replicas):
             server.go_on()
         cluster.whole()
         machine.close()
+        cluster.flush()  # what was dropped while the replica hung came back with it
 
 
 def test_a_server_that_hangs_and_comes_back(attach, tmp_path):
