@@ -228,9 +228,10 @@ def test_one_writer_at_a_time(pair, common, told):
     """Another machine's lease, which is renewed, and then is not."""
     writer = told(pair[0])
     client = common.client()
-    client.set("gmem:default:{p.busy}:lease", "1 another", px=1500)
+    client.set("gmem:default:{p.busy}:lease", "1 another", ex=100)
     assert "Busy: name: another machine is publishing busy" in publish(writer, "busy", 1, 1)
     writer.do("gmem.pool('busy').unlink(); del pool")
+    client.pexpire("gmem:default:{p.busy}:lease", 200)
     eventually(lambda: not client.exists("gmem:default:{p.busy}:lease"), "it expires")
     assert publish(writer, "busy", 1, 1) == 1
 
