@@ -589,7 +589,7 @@ static void test_redirections(void)
 	struct gmem_device *device;
 	struct teller teller;
 	pthread_t thread;
-	char text[512], moved[96];
+	char text[512], ask[96], moved[96]; /* what a server answers is its own until the end */
 	int pair[2];
 
 	CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pair));
@@ -601,11 +601,11 @@ static void test_redirections(void)
 	CHECK_EQ(push(device, 1, KIB64, 1), 0);
 	CHECK_EQ(fake_count(two), 0);
 	/* this once, and the key is there already */
-	snprintf(moved, sizeof(moved), "-ASK 1 %s\r\n", two->address);
-	fake_answer(one, "SET", moved, 1);
+	snprintf(ask, sizeof(ask), "-ASK 1 %s\r\n", two->address);
+	fake_answer(one, "SET", ask, 1);
 	CHECK_EQ(push(device, 2, KIB64, 1), 0);
 	CHECK(fake_count(one) == 1 && fake_count(two) == 1 && atomic_load(&two->askings) == 1);
-	fake_answer(one, "GET", moved, 1);
+	fake_answer(one, "GET", ask, 1);
 	CHECK_EQ(pull(device, 2, KIB64, 1), 0);
 	/* for good: somebody is asked for a map, and tells it */
 	snprintf(moved, sizeof(moved), "-MOVED 1 %s\r\n", two->address);
