@@ -40,7 +40,7 @@ ANY, SESSION, ADMIN = "any", "session", "admin"
 
 ADVICE = (
     "discard", "prefetch", "pinned", "unpinned", "read_mostly", "no_read_mostly", "preferred", "cold", "accessed_by",
-    "not_accessed_by", "freeze", "thaw",
+    "not_accessed_by", "freeze", "thaw", "zero",
 )  # fmt: skip
 
 FORK = ("share", "none", "copy")
