@@ -53,7 +53,7 @@ cdef dict _region(const gmem_region_info *r):
     return {
         "va": r.va, "bytes": r.bytes, "offset": r.offset, "page_bytes": r.page_bytes,
         "huge": <int>r.class_ == GMEM_CLASS_HUGE, "fork": _FORK_NAMES[<int>r.fork], "fd": r.fd,
-        "read_only": bool(r.read_only), "committed": bool(r.committed),
+        "read_only": bool(r.read_only), "committed": bool(r.committed), "sealed": bool(r.sealed),
     }
 
 
@@ -695,6 +695,26 @@ cdef class Core:
             self._leave()
         finally:
             free(made)
+        if err:
+            _raise(err)
+
+    def release_named(self, uint64_t context, list holds):
+        """holds: pairs of an acquire's name, which is the number that it was asked with, and which of its ranges."""
+        cdef size_t count = len(holds)
+        cdef gmem_hold_name *names = <gmem_hold_name *>calloc(count or 1, sizeof(gmem_hold_name))
+        cdef gmem_core *core
+        cdef int err
+        if names == NULL:
+            raise MemoryError
+        try:
+            for i in range(count):
+                names[i].asked, names[i].index = holds[i]
+            core = self._enter()
+            with nogil:
+                err = gmem_release_named(core, context, names, count)
+            self._leave()
+        finally:
+            free(names)
         if err:
             _raise(err)
 

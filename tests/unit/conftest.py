@@ -238,10 +238,12 @@ class FakeCore:
             if region["va"] == va:
                 if write and region["read_only"]:
                     raise OSError(errno.EBUSY, "open to read only")
+                region["sealed"] = found["sealed"]
                 return region
         region = {
             "va": va, "bytes": found["bytes"], "offset": va - WINDOW, "page_bytes": found["page_bytes"], "huge": False,
             "fork": "share", "fd": known["files"][1], "read_only": not write, "committed": False,
+            "sealed": found["sealed"],
         }  # fmt: skip
         known["regions"].append(region)
         return region
@@ -321,6 +323,9 @@ class FakeCore:
         pass
 
     def do_release(self, context: int, ranges: list[Any]) -> None:
+        pass
+
+    def do_release_named(self, context: int, holds: list[Any]) -> None:
         pass
 
     def do_device_attach(self, driver: str, name: str, config: dict[str, str], py: Any = None, at: int = 0) -> int:

@@ -93,6 +93,7 @@ struct gmem_region_info {
 	bool committed;
 	bool kept; /* the client has it mapped already, and need not commit */
 	bool read_only; /* to be mapped PROT_READ and MAP_PRIVATE */
+	bool sealed;    /* a pool that is published */
 	int fd; /* borrowed; open for as long as the session lives, also if the region goes */
 };
 /* Fills at most capacity entries, ret_count is the full count. */
@@ -182,6 +183,9 @@ int gmem_query(struct gmem_core *core, uint64_t session, uint64_t va, uint64_t b
 int gmem_acquire(struct gmem_core *core, uint64_t context, const struct gmem_range *ranges, size_t count, bool write,
 		 uint64_t asked);
 int gmem_release(struct gmem_core *core, uint64_t context, const struct gmem_range *ranges, size_t count);
+/* By asked and index of each range. What is not held under that name has been released before, which is no error: so it
+ * can be done again. */
+int gmem_release_named(struct gmem_core *core, uint64_t context, const struct gmem_hold_name *names, size_t count);
 
 /* ---- pools: objects that several sessions map, at the same address, from files of their own. Who may do what with which
  * is for the caller to know; numbers of pools are never reused. ---- */
