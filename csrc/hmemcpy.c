@@ -62,7 +62,28 @@ static int readable(struct gmem_page *page, int *ret_hnid)
 	return *ret_hnid < 0 ? 0 : gmem_page_fetch(page, GMEM_HOST, NULL, nowhere, GMEM_WHY_HMEMCPY, &mapped);
 }
 
-static int copy_locked(struct end *dst, struct end *src, bool same, int hnid, uint64_t bytes)
+/* A page that nobody has touched, and that is written whole. */
+static bool is_fresh(const struct end *dst, bool same, int hnid, uint64_t bytes)
+{
+	return !same && hnid == GMEM_HOST && bytes == dst->page.bytes && !gmem_word_valid(dst->page.word) &&
+	       !atomic_load(&dst->page.object->source);
+}
+
+static int fill_fresh(struct end *dst, struct end *src, struct gmem_view *view)
+{
+	uint8_t *alias;
+	int source, err = readable(&src->page, &source);
+
+	if (err || source < 0) /* it reads as zero, and so does dst */
+		return err;
+	err = gmem_object_alias(src->page.object, source, &alias);
+	if (err)
+		return err;
+	return gmem_page_fill(&dst->page, dst->place.committed ? view : NULL, dst->place.range,
+			      alias + src->page.offset + src->at);
+}
+
+static int copy_locked(struct end *dst, struct end *src, bool same, int hnid, struct gmem_view *view, uint64_t bytes)
 {
 	const struct gmem_range nowhere = { 0, 0 };
 	struct gmem_page *from = same ? &dst->page : &src->page;
@@ -72,6 +93,8 @@ static int copy_locked(struct end *dst, struct end *src, bool same, int hnid, ui
 
 	if (gmem_page_poisoned(&dst->page) || gmem_page_poisoned(from))
 		return -EIO;
+	if (is_fresh(dst, same, hnid, bytes))
+		return fill_fresh(dst, src, view);
 	err = gmem_page_fetch(&dst->page, hnid, NULL, nowhere, GMEM_WHY_HMEMCPY, &mapped);
 	if (!err)
 		err = gmem_page_own(&dst->page, hnid);
@@ -91,7 +114,7 @@ static int copy_locked(struct end *dst, struct end *src, bool same, int hnid, ui
 	return err;
 }
 
-static int copy_piece(struct end *dst, struct end *src, int hnid, uint64_t bytes)
+static int copy_piece(struct end *dst, struct end *src, int hnid, struct gmem_view *view, uint64_t bytes)
 {
 	int err = -EAGAIN;
 
@@ -99,7 +122,7 @@ static int copy_piece(struct end *dst, struct end *src, int hnid, uint64_t bytes
 		bool same;
 
 		lock_both(dst, src, &same);
-		err = copy_locked(dst, src, same, hnid, bytes);
+		err = copy_locked(dst, src, same, hnid, view, bytes);
 		dst->page.park = src->page.park = false;
 		if (!same)
 			gmem_page_unlock(&src->page);
@@ -124,7 +147,8 @@ static uint64_t room(const struct end *end, uint64_t va)
 	return end->place.range.va + end->place.range.bytes - va;
 }
 
-static int copy_all(struct gmem_session *session, int hnid, uint64_t dst, uint64_t src, uint64_t bytes)
+static int copy_all(struct gmem_session *session, int hnid, struct gmem_view *view, uint64_t dst, uint64_t src,
+		    uint64_t bytes)
 {
 	int err = 0;
 
@@ -140,7 +164,7 @@ static int copy_all(struct gmem_session *session, int hnid, uint64_t dst, uint64
 		}
 		piece = room(&to, dst) < piece ? room(&to, dst) : piece;
 		piece = room(&from, src) < piece ? room(&from, src) : piece;
-		err = copy_piece(&to, &from, hnid, piece);
+		err = copy_piece(&to, &from, hnid, view, piece);
 		gmem_object_unref(to.place.object);
 		gmem_object_unref(from.place.object);
 		dst += piece;
@@ -176,7 +200,8 @@ static int skip_untouched(struct gmem_session *session, uint64_t src, uint64_t e
 	return 0;
 }
 
-static int copy_touched(struct gmem_session *session, int hnid, uint64_t dst, uint64_t src, uint64_t bytes)
+static int copy_touched(struct gmem_session *session, int hnid, struct gmem_view *view, uint64_t dst, uint64_t src,
+			uint64_t bytes)
 {
 	uint64_t end = src + bytes, skip, piece;
 	int err = 0;
@@ -184,7 +209,7 @@ static int copy_touched(struct gmem_session *session, int hnid, uint64_t dst, ui
 	while (!err && src < end) {
 		err = skip_untouched(session, src, end, &skip, &piece);
 		if (!err && piece)
-			err = copy_all(session, hnid, dst, src, piece);
+			err = copy_all(session, hnid, view, dst, src, piece);
 		src += skip + piece;
 		dst += skip + piece;
 	}
@@ -287,6 +312,7 @@ int gmem_hmemcpy(struct gmem_core *core, uint64_t id, int hnid, uint64_t dst, ui
 {
 	struct gmem_hnode *hnode = gmem_core_hnode(core, hnid < 0 ? GMEM_HOST : hnid);
 	struct gmem_session *session;
+	struct gmem_view *view;
 	int err, at;
 
 	if (hnid < -1 || !hnode)
@@ -308,8 +334,10 @@ int gmem_hmemcpy(struct gmem_core *core, uint64_t id, int hnid, uint64_t dst, ui
 	if (!err)
 		gmem_stream_cancel(core, &session->as, hnode->hnid, dst, bytes);
 	at = gmem_hnode_own_frames(hnode) ? GMEM_HOST : hnode->hnid; /* where the CPU can write; then it goes on */
+	view = gmem_as_view(&session->as, GMEM_HOST);
 	if (!err)
-		err = (touched ? copy_touched : copy_all)(session, at, dst, src, bytes);
+		err = (touched ? copy_touched : copy_all)(session, at, view, dst, src, bytes);
+	gmem_view_unref(view);
 	gmem_session_unref(session);
 	return err || at == hnode->hnid || !bytes ? err : gmem_prefetch(core, id, hnid, dst, bytes);
 }

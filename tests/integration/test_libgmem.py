@@ -45,6 +45,17 @@ def test_program(builder: Builder, daemon: Daemon, name: str, device: str) -> No
     assert '"level": "error"' not in daemon.log()
 
 
+@pytest.mark.skipif(not os.access("/dev/userfaultfd", os.R_OK | os.W_OK), reason="forks need it to wait for")
+def test_each_call_fails_in_turn(builder: Builder, daemon: Daemon) -> None:
+    """Of an adoption, and of a fork with adopted memory: threads go on, no byte is lost."""
+    command = [builder.program(SOURCES / "adopt_fails.c"), "simgpu0", "-"]
+    done = subprocess.run(command, env=daemon.environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+    if done.returncode == 77:
+        pytest.skip(done.stdout)
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}"
+    assert daemon.process.poll() is None, daemon.log()
+
+
 @pytest.mark.skipif(not jemalloc(), reason="no libjemalloc")
 def test_an_allocator_that_counts_on_zeros(builder: Builder, daemon: Daemon) -> None:
     """jemalloc drops what is free by MADV_DONTNEED, at once here, and calloc() does not clear it again."""
