@@ -25,6 +25,15 @@ struct gmem_launch {
 	struct gmem_launch_run run;
 };
 
+/* A range that is held, and the name by which it is let go of: under that once, however often a gmemd is killed and asked
+ * again. */
+struct gmem_held {
+	struct gmem_held *next;
+	struct gmem_range range;
+	uint64_t hold;
+	uint32_t index;
+};
+
 struct gmem_context {
 	struct gmem *session;
 	struct gmem_device_info device;
@@ -39,6 +48,7 @@ struct gmem_context {
 	size_t sent;                      /* so many of them, from the first */
 	uint64_t last_id;
 	uint64_t completed;
+	struct gmem_held *held;
 	struct gmem_context *next; /* session->lock; of all that are open */
 	int ended;            /* 0, or -errno: why nothing can be launched any more */
 	char message[384];

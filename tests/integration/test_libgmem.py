@@ -56,6 +56,12 @@ def test_each_call_fails_in_turn(builder: Builder, daemon: Daemon) -> None:
     assert daemon.process.poll() is None, daemon.log()
 
 
+def test_acquire_without_a_ring(builder: Builder, daemon: Daemon) -> None:
+    kernels, environment = builder.kernels(SOURCES / "kernels.c"), {**daemon.environment, "GMEM_RING": "0"}
+    run_ok([builder.program(SOURCES / "acquire.c"), "simgpu1", kernels], env=environment)
+    assert daemon.process.poll() is None, daemon.log()
+
+
 @pytest.mark.skipif(not jemalloc(), reason="no libjemalloc")
 def test_an_allocator_that_counts_on_zeros(builder: Builder, daemon: Daemon) -> None:
     """jemalloc drops what is free by MADV_DONTNEED, at once here, and calloc() does not clear it again."""
