@@ -251,9 +251,10 @@ class Context:
                 self._held.setdefault((r[0], r[1]), []).append(name)
 
     def _acquire(self, ranges: list[tuple[int, int]], write: bool) -> list[list[int]]:
-        """The names of the holds. Under its name one is released once, however often gmemd is killed and asked again."""
+        """The names of the holds: one is released once, however often gmemd is killed and asked again."""
         wanted = [list(r) for r in ranges]
-        for attempt in itertools.count():
+        attempt = 0
+        while True:
             try:
                 reply = self._session.request("acquire", context=self.context_id, ranges=wanted, write=write)
                 return [[reply["hold"], index] for index in range(len(ranges))]
@@ -262,6 +263,7 @@ class Context:
                     if not self._pending or attempt == _HELD_TRIES:
                         raise
                     self._idle.wait(1.0)  # until one of them is complete
+                attempt += 1
 
     def release(self, ranges: list[tuple[int, int]]) -> None:
         for r in ranges:
