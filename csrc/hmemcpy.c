@@ -80,7 +80,35 @@ static int copy_between(struct gmem_core *core, int from_hnid, int to_hnid, uint
 	return err;
 }
 
-static int copy_locked(struct end *dst, struct end *src, bool same, int hnid, uint64_t bytes)
+/* A page that nobody has touched, and that is written whole with what the CPU reads as fast as anything. */
+static bool is_fresh(const struct end *dst, bool same, int hnid, int source, uint64_t bytes)
+{
+	struct gmem_core *core = dst->page.core;
+	struct gmem_hnode *from = source < 0 ? NULL : gmem_core_hnode(core, source);
+
+	return !same && hnid == GMEM_HOST && bytes == dst->page.bytes && !gmem_word_valid(dst->page.word) &&
+	       !atomic_load(&dst->page.object->source) &&
+	       (source <= GMEM_HOST || (from && !gmem_copy_engine(from, gmem_core_hnode(core, GMEM_HOST))));
+}
+
+static int fill_fresh(struct end *dst, struct end *src, int source, struct gmem_view *view)
+{
+	struct gmem_core *core = dst->page.core;
+	uint8_t *alias;
+	int err;
+
+	if (source < 0)
+		return 0; /* it reads as zero, and so does dst */
+	err = gmem_object_alias(src->page.object, source, &alias);
+	if (!err)
+		err = gmem_page_fill(&dst->page, dst->place.committed ? view : NULL, dst->place.range,
+				     alias + src->page.offset + src->at);
+	if (!err && source != GMEM_HOST)
+		gmem_count_moved(core, gmem_core_hnode(core, source), gmem_core_hnode(core, GMEM_HOST), dst->page.bytes);
+	return err;
+}
+
+static int copy_locked(struct end *dst, struct end *src, bool same, int hnid, struct gmem_view *view, uint64_t bytes)
 {
 	const struct gmem_range nowhere = { 0, 0 };
 	struct gmem_page *from = same ? &dst->page : &src->page;
@@ -90,11 +118,16 @@ static int copy_locked(struct end *dst, struct end *src, bool same, int hnid, ui
 
 	if (gmem_page_poisoned(&dst->page) || gmem_page_poisoned(from))
 		return -EIO;
+	err = readable(from, &source);
+	if (err)
+		return err;
+	if (is_fresh(dst, same, hnid, source, bytes))
+		return fill_fresh(dst, src, source, view);
 	err = gmem_page_fetch(&dst->page, hnid, NULL, nowhere, GMEM_WHY_HMEMCPY, &mapped);
 	if (!err)
 		err = gmem_page_own(&dst->page, hnid);
 	gmem_crash(GMEM_CRASH_HMEMCPY);
-	if (!err)
+	if (!err) /* it may have gone where it was, to make room for dst */
 		err = readable(from, &source);
 	if (!err)
 		err = gmem_object_alias(dst->place.object, hnid, &to_alias);
@@ -109,7 +142,7 @@ static int copy_locked(struct end *dst, struct end *src, bool same, int hnid, ui
 	return err;
 }
 
-static int copy_piece(struct end *dst, struct end *src, int hnid, uint64_t bytes)
+static int copy_piece(struct end *dst, struct end *src, int hnid, struct gmem_view *view, uint64_t bytes)
 {
 	int err = -EAGAIN;
 
@@ -117,7 +150,7 @@ static int copy_piece(struct end *dst, struct end *src, int hnid, uint64_t bytes
 		bool same;
 
 		lock_both(dst, src, &same);
-		err = copy_locked(dst, src, same, hnid, bytes);
+		err = copy_locked(dst, src, same, hnid, view, bytes);
 		dst->page.park = src->page.park = false;
 		if (!same)
 			gmem_page_unlock(&src->page);
@@ -142,7 +175,8 @@ static uint64_t room(const struct end *end, uint64_t va)
 	return end->place.range.va + end->place.range.bytes - va;
 }
 
-static int copy_all(struct gmem_session *session, int hnid, uint64_t dst, uint64_t src, uint64_t bytes)
+static int copy_all(struct gmem_session *session, int hnid, struct gmem_view *view, uint64_t dst, uint64_t src,
+		    uint64_t bytes)
 {
 	int err = 0;
 
@@ -158,7 +192,7 @@ static int copy_all(struct gmem_session *session, int hnid, uint64_t dst, uint64
 		}
 		piece = room(&to, dst) < piece ? room(&to, dst) : piece;
 		piece = room(&from, src) < piece ? room(&from, src) : piece;
-		err = copy_piece(&to, &from, hnid, piece);
+		err = copy_piece(&to, &from, hnid, view, piece);
 		gmem_object_unref(to.place.object);
 		gmem_object_unref(from.place.object);
 		dst += piece;
@@ -194,7 +228,8 @@ static int skip_untouched(struct gmem_session *session, uint64_t src, uint64_t e
 	return 0;
 }
 
-static int copy_touched(struct gmem_session *session, int hnid, uint64_t dst, uint64_t src, uint64_t bytes)
+static int copy_touched(struct gmem_session *session, int hnid, struct gmem_view *view, uint64_t dst, uint64_t src,
+			uint64_t bytes)
 {
 	uint64_t end = src + bytes, skip, piece;
 	int err = 0;
@@ -202,7 +237,7 @@ static int copy_touched(struct gmem_session *session, int hnid, uint64_t dst, ui
 	while (!err && src < end) {
 		err = skip_untouched(session, src, end, &skip, &piece);
 		if (!err && piece)
-			err = copy_all(session, hnid, dst, src, piece);
+			err = copy_all(session, hnid, view, dst, src, piece);
 		src += skip + piece;
 		dst += skip + piece;
 	}
@@ -305,6 +340,7 @@ int gmem_hmemcpy(struct gmem_core *core, uint64_t id, int hnid, uint64_t dst, ui
 {
 	struct gmem_hnode *hnode = gmem_core_hnode(core, hnid < 0 ? GMEM_HOST : hnid);
 	struct gmem_session *session;
+	struct gmem_view *view;
 	int err, at;
 
 	if (hnid < -1 || !hnode)
@@ -326,8 +362,10 @@ int gmem_hmemcpy(struct gmem_core *core, uint64_t id, int hnid, uint64_t dst, ui
 	if (!err)
 		gmem_stream_cancel(core, &session->as, hnode->hnid, dst, bytes);
 	at = gmem_hnode_own_frames(hnode) ? GMEM_HOST : hnode->hnid; /* where the CPU can write; then it goes on */
+	view = gmem_as_view(&session->as, GMEM_HOST);
 	if (!err)
-		err = (touched ? copy_touched : copy_all)(session, at, dst, src, bytes);
+		err = (touched ? copy_touched : copy_all)(session, at, view, dst, src, bytes);
+	gmem_view_unref(view);
 	gmem_session_unref(session);
 	return err || at == hnode->hnid || !bytes ? err : gmem_prefetch(core, id, hnid, dst, bytes);
 }

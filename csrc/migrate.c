@@ -526,6 +526,45 @@ int gmem_page_fetch(struct gmem_page *page, int hnid, struct gmem_view *view, st
 	return 0;
 }
 
+/* FILL: a successor punches what has landed, in the view as well, as the word names no copy yet. */
+static int fill_from(struct gmem_page *page, struct gmem_hnode *to, struct gmem_view *view, struct gmem_range range,
+		     const uint8_t *src)
+{
+	struct gmem_file *file;
+	uint8_t *dst;
+	int err = gmem_alias_touch(src, page->bytes);
+
+	if (err)
+		return err;
+	gmem_page_mark(page, GMEM_DIR_FILL, to->hnid);
+	err = view && range.bytes == page->bytes ? gmem_uffd_copy(view->uffd, range.va, src, page->bytes) : -ESRCH;
+	if (!err)
+		return 0;
+	err = gmem_object_file(page->object, to->hnid, &file);
+	if (!err)
+		err = gmem_object_at(page->object, to->hnid, page->offset, &dst);
+	return err ? err : gmem_file_fill(file, page->object->offset + page->offset, dst, src, page->bytes);
+}
+
+int gmem_page_fill(struct gmem_page *page, struct gmem_view *view, struct gmem_range range, const uint8_t *src)
+{
+	struct gmem_hnode *host = gmem_core_hnode(page->core, GMEM_HOST);
+	int err = get_frame(page, host);
+
+	if (err)
+		return err;
+	gmem_crash(GMEM_CRASH_FRAME);
+	err = fill_from(page, host, view, range, src);
+	gmem_crash(GMEM_CRASH_FILL);
+	if (err) {
+		gmem_page_forget(page, host);
+		return err == -ENOSPC ? -ENOMEM : err;
+	}
+	gmem_page_arrived(page, NULL, host, GMEM_WHY_HMEMCPY);
+	gmem_crash(GMEM_CRASH_ARRIVED);
+	return gmem_page_own(page, GMEM_HOST);
+}
+
 int gmem_page_map(struct gmem_page *page, struct gmem_view *view, struct gmem_range range, bool was_protected)
 {
 	bool writable = gmem_word_writer(page->word) == view->hnid || page->private_view;

@@ -6,7 +6,7 @@
  *   any.c        start: the session, and what happens if there is none
  *   any_heap.c   the malloc family
  *   any_notes.c  what gmem allocates for itself meanwhile
- *   any_map.c    the table of managed memory, and what mmap(2) and its kin do there
+ *   any_map.c    what mmap(2) and its kin do to managed memory (pieces.h)
  *   any_calls.c  libc's functions for these
  *   any_syscall.c the same by number
  *   any_fork.c   a child's copies
@@ -25,6 +25,8 @@
 #include <stdint.h>
 
 #include <gmem.h>
+
+#include "pieces.h"
 
 struct gmem_any {
 	struct gmem *session;
@@ -84,18 +86,10 @@ static inline bool gmem_notes_own(const void *at)
 
 /* ---- any_map.c: 0, -errno, or GMEM_NOT_MANAGED if nothing in the range is ---- */
 
-#define GMEM_NOT_MANAGED 1
+#define GMEM_NOT_MANAGED GMEM_NO_PIECE
 
-/* A piece of managed memory. Mappings have pages of 4 KiB, as a program may do anything with any page of the kernel's;
- * the heap's are larger. */
-struct gmem_any_piece {
-	uintptr_t va, end;
-	uintptr_t region;
-	int prot;
-	bool heap;
-	bool withheld; /* MADV_DONTFORK */
-	bool wiped;    /* MADV_WIPEONFORK */
-};
+/* Mappings have pages of 4 KiB, as a program may do anything with any page of the kernel's; the heap's are larger. */
+extern struct gmem_pieces gmem_any_pieces;
 
 int gmem_any_map_init(void);
 /* A region of the heap, which is never unmapped. */
@@ -110,12 +104,6 @@ int gmem_any_mremap(uintptr_t va, size_t bytes, size_t new_bytes, int flags, voi
 int gmem_any_mprotect(uintptr_t va, size_t bytes, int prot);
 int gmem_any_madvise(uintptr_t va, size_t bytes, int advice);
 bool gmem_any_owns(const void *at);
-
-/* For a fork. */
-void gmem_any_map_lock(void);
-void gmem_any_map_unlock(void);
-bool gmem_any_next_locked(uintptr_t va, struct gmem_any_piece *ret);
-void gmem_any_remove_locked(uintptr_t va, uintptr_t end);
 
 /* ---- any_fork.c ---- */
 

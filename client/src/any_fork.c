@@ -33,13 +33,13 @@ static struct gmem_fork_pipe spare = GMEM_NO_FORK_PIPE;  /* for the next one: th
 
 static bool next_run(uintptr_t va, struct run *ret)
 {
-	struct gmem_any_piece piece;
+	struct gmem_piece piece;
 
-	if (!gmem_any_next_locked(va, &piece))
+	if (!gmem_pieces_next_locked(&gmem_any_pieces, va, &piece))
 		return false;
 	*ret = (struct run){ piece.va, piece.end, piece.withheld, piece.wiped, piece.heap };
-	while (gmem_any_next_locked(ret->end, &piece) && piece.va == ret->end && piece.withheld == ret->withheld &&
-	       piece.wiped == ret->wiped && piece.heap == ret->heap)
+	while (gmem_pieces_next_locked(&gmem_any_pieces, ret->end, &piece) && piece.va == ret->end &&
+	       piece.withheld == ret->withheld && piece.wiped == ret->wiped && piece.heap == ret->heap)
 		ret->end = piece.end;
 	return true;
 }
@@ -88,7 +88,7 @@ static void before_fork(void)
 	int here;
 
 	gmem_any_heap_lock();
-	gmem_any_map_lock();
+	pthread_mutex_lock(&gmem_any_pieces.lock);
 	gmem_any_lock_fds();
 	/* A child would write to this stack before it has one of its own, and wait for ever. */
 	if (gmem_any_in_window(&here, sizeof(here)))
@@ -107,7 +107,7 @@ static void after_fork_parent(void)
 	set_frozen(GMEM_PEER_THAW);
 	gmem_any_unlock_fds();
 	renew();
-	gmem_any_map_unlock();
+	pthread_mutex_unlock(&gmem_any_pieces.lock);
 	gmem_any_heap_unlock();
 }
 
@@ -115,9 +115,9 @@ static void after_fork_parent(void)
 
 static int protect(uintptr_t va, uintptr_t end)
 {
-	struct gmem_any_piece piece;
+	struct gmem_piece piece;
 
-	for (; gmem_any_next_locked(va, &piece) && piece.va < end; va = piece.end)
+	for (; gmem_pieces_next_locked(&gmem_any_pieces, va, &piece) && piece.va < end; va = piece.end)
 		if (piece.prot != USUAL && gmem_sys_mprotect((void *)piece.va, piece.end - piece.va, piece.prot))
 			return -errno;
 	return 0;
@@ -158,7 +158,7 @@ static void after_fork_child(void)
 	for (uintptr_t va = 0; !err && next_run(va, &run); va = run.end) {
 		if (run.withheld) {
 			gmem_session_munmap(gmem_any.session, (void *)run.va, run.end - run.va, false);
-			gmem_any_remove_locked(run.va, run.end);
+			gmem_pieces_remove_locked(&gmem_any_pieces, run.va, run.end);
 		} else {
 			err = replace(&run);
 		}
@@ -169,7 +169,7 @@ static void after_fork_child(void)
 	gmem_fork_pipe_end(&copied);
 	gmem_any_unlock_fds();
 	renew();
-	gmem_any_map_unlock();
+	pthread_mutex_unlock(&gmem_any_pieces.lock);
 	gmem_any_heap_unlock();
 }
 

@@ -1,23 +1,17 @@
-/* SPDX-License-Identifier: Apache-2.0
- *
- * The table's lock is held over a fork and never over a request: a piece is in the table only while it is mapped, taken
- * out before it goes and put in once it is there. The table is mapped by itself and does not grow: nothing is allocated
- * under its lock.
- */
+/* SPDX-License-Identifier: Apache-2.0 */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <pthread.h>
 #include <string.h>
 
 #include "any.h"
 #include "error.h"
 #include "link.h"
+#include "peer.h"
 #include "session.h"
 #include "syscalls.h"
 
 #define PAGE_BYTES 4096ul
 #define PAGE_MASK (PAGE_BYTES - 1)
-#define PIECES_MAX 262144 /* the kernel has no more than 65530 mappings for a process, if nobody has told it */
 #define USUAL (PROT_READ | PROT_WRITE)
 
 #ifndef MADV_POPULATE_READ
@@ -27,171 +21,26 @@
 #define MREMAP_DONTUNMAP 4
 #endif
 
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* guards what follows; held over a fork */
-static struct gmem_any_piece *pieces; /* by address */
-static size_t piece_count;
+struct gmem_pieces gmem_any_pieces = GMEM_PIECES;
 
 int gmem_any_map_init(void)
 {
-	void *at = gmem_sys_mmap(NULL, PIECES_MAX * sizeof(*pieces), PROT_READ | PROT_WRITE,
-				 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-
-	if (at == MAP_FAILED)
-		return gmem_fail(-errno, "out of memory");
-	pieces = at;
-	return 0;
+	return gmem_pieces_init(&gmem_any_pieces);
 }
 
-void gmem_any_map_lock(void)
+static bool next_in(uintptr_t va, uintptr_t end, struct gmem_piece *ret)
 {
-	pthread_mutex_lock(&lock);
-}
-
-void gmem_any_map_unlock(void)
-{
-	pthread_mutex_unlock(&lock);
-}
-
-/* ---- table ---- */
-
-/* Index of the first piece that ends behind va. */
-static size_t find_locked(uintptr_t va)
-{
-	size_t low = 0, high = piece_count;
-
-	while (low < high) {
-		size_t mid = (low + high) / 2;
-
-		if (pieces[mid].end <= va)
-			low = mid + 1;
-		else
-			high = mid;
-	}
-	return low;
-}
-
-static int insert_locked(const struct gmem_any_piece *piece)
-{
-	size_t at = find_locked(piece->va);
-
-	if (piece_count == PIECES_MAX)
-		return gmem_fail(-ENOMEM, "more than %d mappings", PIECES_MAX);
-	memmove(&pieces[at + 1], &pieces[at], (piece_count - at) * sizeof(*pieces));
-	pieces[at] = *piece;
-	piece_count++;
-	return 0;
-}
-
-static int split_locked(uintptr_t va)
-{
-	size_t at = find_locked(va);
-	struct gmem_any_piece upper;
-	int err;
-
-	if (at == piece_count || pieces[at].va >= va)
-		return 0;
-	upper = pieces[at];
-	upper.va = va;
-	pieces[at].end = va;
-	err = insert_locked(&upper);
-	if (err)
-		pieces[at].end = upper.end;
-	return err;
-}
-
-/* No piece lies on both sides of either end afterwards. */
-static int cut_locked(uintptr_t va, uintptr_t end)
-{
-	int err = split_locked(va);
-
-	return err ? err : split_locked(end);
-}
-
-static void drop_locked(size_t from, size_t to)
-{
-	memmove(&pieces[from], &pieces[to], (piece_count - to) * sizeof(*pieces));
-	piece_count -= to - from;
-}
-
-bool gmem_any_next_locked(uintptr_t va, struct gmem_any_piece *ret)
-{
-	size_t at = find_locked(va);
-
-	if (at == piece_count)
-		return false;
-	*ret = pieces[at];
-	if (ret->va < va)
-		ret->va = va;
-	return true;
-}
-
-void gmem_any_remove_locked(uintptr_t va, uintptr_t end)
-{
-	size_t from, to;
-
-	if (cut_locked(va, end))
-		return;
-	for (from = to = find_locked(va); to < piece_count && pieces[to].va < end; to++)
-		;
-	drop_locked(from, to);
-}
-
-static int put_in(const struct gmem_any_piece *piece)
-{
-	int err;
-
-	pthread_mutex_lock(&lock);
-	err = insert_locked(piece);
-	pthread_mutex_unlock(&lock);
-	return err;
-}
-
-/* The part of the first piece in [va, end) that lies there. */
-static bool next_in(uintptr_t va, uintptr_t end, struct gmem_any_piece *ret)
-{
-	bool found;
-
-	pthread_mutex_lock(&lock);
-	found = va < end && gmem_any_next_locked(va, ret) && ret->va < end;
-	pthread_mutex_unlock(&lock);
-	if (found && ret->end > end)
-		ret->end = end;
-	return found;
-}
-
-/* Takes the first piece in [va, end) out, of mappings only. */
-static int take_out(uintptr_t va, uintptr_t end, struct gmem_any_piece *ret)
-{
-	size_t at;
-	int err;
-
-	pthread_mutex_lock(&lock);
-	err = cut_locked(va, end);
-	at = find_locked(va);
-	if (!err && (at == piece_count || pieces[at].va >= end))
-		err = GMEM_NOT_MANAGED;
-	if (!err && pieces[at].heap)
-		err = -EINVAL; /* the program's mistake: it would take the allocator's memory away */
-	if (!err) {
-		*ret = pieces[at];
-		drop_locked(at, at + 1);
-	}
-	pthread_mutex_unlock(&lock);
-	return err;
+	return gmem_pieces_next(&gmem_any_pieces, va, end, PROT_NONE, ret);
 }
 
 static bool covers(uintptr_t va, uintptr_t end)
 {
-	struct gmem_any_piece piece;
-
-	while (va < end && next_in(va, end, &piece) && piece.va == va)
-		va = piece.end;
-	return va >= end;
+	return gmem_pieces_cover(&gmem_any_pieces, va, end, PROT_NONE);
 }
 
 bool gmem_any_owns(const void *at)
 {
-	struct gmem_any_piece piece;
+	struct gmem_piece piece;
 
 	return next_in((uintptr_t)at, (uintptr_t)at + 1, &piece);
 }
@@ -199,7 +48,7 @@ bool gmem_any_owns(const void *at)
 /* The end of a range as the kernel sees it. False: it has nothing of ours, or is no range. */
 static bool has_ours(uintptr_t va, size_t bytes, uintptr_t *ret_end)
 {
-	struct gmem_any_piece piece;
+	struct gmem_piece piece;
 	uintptr_t end;
 
 	if (va & PAGE_MASK || __builtin_add_overflow(va, bytes, &end) || end > UINTPTR_MAX - PAGE_MASK)
@@ -212,12 +61,12 @@ static bool has_ours(uintptr_t va, size_t bytes, uintptr_t *ret_end)
 
 int gmem_any_add_heap(uintptr_t va, size_t bytes)
 {
-	struct gmem_any_piece piece = { .va = va, .end = va + bytes, .region = va, .prot = USUAL, .heap = true };
+	struct gmem_piece piece = { .va = va, .end = va + bytes, .prot = USUAL, .heap = true };
 
-	return put_in(&piece);
+	return gmem_pieces_put_in(&gmem_any_pieces, &piece);
 }
 
-static int map(size_t bytes, int prot, struct gmem_any_piece *ret)
+static int map(size_t bytes, int prot, struct gmem_piece *ret)
 {
 	const struct gmem_mmap_options options = { .size = sizeof(options), .page_bytes = PAGE_BYTES,
 						   .flags = GMEM_MMAP_SMALL };
@@ -226,12 +75,11 @@ static int map(size_t bytes, int prot, struct gmem_any_piece *ret)
 
 	if (err)
 		return err;
-	*ret = (struct gmem_any_piece){ .va = (uintptr_t)at, .end = (uintptr_t)at + bytes, .region = (uintptr_t)at,
-					.prot = prot };
+	*ret = (struct gmem_piece){ .va = (uintptr_t)at, .end = (uintptr_t)at + bytes, .prot = prot };
 	if (prot != USUAL && gmem_sys_mprotect(at, bytes, prot))
 		err = -errno;
 	if (!err)
-		err = put_in(ret);
+		err = gmem_pieces_put_in(&gmem_any_pieces, ret);
 	if (err)
 		gmem_session_munmap(gmem_any.session, at, bytes, false);
 	return err;
@@ -239,7 +87,7 @@ static int map(size_t bytes, int prot, struct gmem_any_piece *ret)
 
 int gmem_any_mmap(size_t bytes, int prot, bool populate, void **ret)
 {
-	struct gmem_any_piece piece;
+	struct gmem_piece piece;
 	int err;
 
 	if (bytes > SIZE_MAX / 2)
@@ -256,13 +104,13 @@ int gmem_any_mmap(size_t bytes, int prot, bool populate, void **ret)
 
 static int unmap_ours(uintptr_t va, uintptr_t end)
 {
-	struct gmem_any_piece piece;
+	struct gmem_piece piece;
 	int err;
 
-	while (!(err = take_out(va, end, &piece))) {
+	while (!(err = gmem_pieces_take_out(&gmem_any_pieces, va, end, &piece))) {
 		err = gmem_session_munmap(gmem_any.session, (void *)piece.va, piece.end - piece.va, false);
 		if (err) {
-			put_in(&piece);
+			gmem_pieces_put_in(&gmem_any_pieces, &piece);
 			return err;
 		}
 		va = piece.end;
@@ -272,14 +120,14 @@ static int unmap_ours(uintptr_t va, uintptr_t end)
 
 int gmem_any_munmap(uintptr_t va, size_t bytes)
 {
-	struct gmem_any_piece piece;
+	struct gmem_piece piece;
 	uintptr_t end, at;
 
 	if (!has_ours(va, bytes, &end))
 		return GMEM_NOT_MANAGED;
 	for (at = va; at < end; at = piece.end) { /* what lies between is the kernel's */
 		if (!next_in(at, end, &piece))
-			piece = (struct gmem_any_piece){ .va = end, .end = end };
+			piece = (struct gmem_piece){ .va = end, .end = end };
 		if (piece.va > at && gmem_sys_munmap((void *)at, piece.va - at))
 			return -errno;
 	}
@@ -288,22 +136,13 @@ int gmem_any_munmap(uintptr_t va, size_t bytes)
 
 static int set_prot(uintptr_t va, uintptr_t end, int prot)
 {
-	int err;
-
-	if (gmem_sys_mprotect((void *)va, end - va, prot))
-		return -errno;
-	pthread_mutex_lock(&lock);
-	err = cut_locked(va, end);
-	for (size_t i = find_locked(va); !err && i < piece_count && pieces[i].va < end; i++)
-		pieces[i].prot = prot;
-	pthread_mutex_unlock(&lock);
-	return err;
+	return gmem_pieces_protect(&gmem_any_pieces, va, end, prot);
 }
 
 /* Reads zero afterwards. */
 static int drop_content(uintptr_t va, uintptr_t end)
 {
-	struct gmem_any_piece piece;
+	struct gmem_piece piece;
 	int err = 0;
 
 	while (!err && next_in(va, end, &piece)) {
@@ -315,7 +154,7 @@ static int drop_content(uintptr_t va, uintptr_t end)
 
 static bool has_heap(uintptr_t va, uintptr_t end)
 {
-	struct gmem_any_piece piece;
+	struct gmem_piece piece;
 
 	while (next_in(va, end, &piece)) {
 		if (piece.heap)
@@ -352,26 +191,15 @@ static int copy(uintptr_t to, uintptr_t from, size_t bytes)
 	return gmem_session_call(gmem_any.session, &sqe, NULL);
 }
 
-static int protect_like(uintptr_t to, uintptr_t from, uintptr_t end)
-{
-	struct gmem_any_piece piece;
-	int err = 0;
-
-	for (uintptr_t at = from; !err && next_in(at, end, &piece); at = piece.end)
-		if (piece.prot != USUAL)
-			err = set_prot(to + (piece.va - from), to + (piece.end - from), piece.prot);
-	return err;
-}
-
 static int move_larger(uintptr_t va, size_t bytes, size_t new_bytes, void **ret)
 {
-	struct gmem_any_piece larger;
+	struct gmem_piece larger;
 	int err = map(new_bytes, USUAL, &larger);
 
 	if (!err) {
 		err = copy(larger.va, va, bytes);
 		if (!err)
-			err = protect_like(larger.va, va, va + bytes);
+			err = gmem_pieces_protect_like(&gmem_any_pieces, larger.va, larger.end, va, va + bytes);
 		if (!err)
 			err = unmap_ours(va, va + bytes);
 		if (err)
@@ -423,7 +251,7 @@ int gmem_any_mremap(uintptr_t va, size_t bytes, size_t new_bytes, int flags, voi
 
 /* Pages of the heap are larger than those that the kernel protects, and have to be mapped as a whole: what is granted is
  * granted to all of a page, and what is withdrawn only from whole pages. */
-static void whole_pages(const struct gmem_any_piece *piece, int prot, uintptr_t *va, uintptr_t *end)
+static void whole_pages(const struct gmem_piece *piece, int prot, uintptr_t *va, uintptr_t *end)
 {
 	size_t mask = gmem_any.page_bytes - 1;
 
@@ -440,7 +268,7 @@ static void whole_pages(const struct gmem_any_piece *piece, int prot, uintptr_t 
 
 int gmem_any_mprotect(uintptr_t va, size_t bytes, int prot)
 {
-	struct gmem_any_piece piece;
+	struct gmem_piece piece;
 	uintptr_t end, at, stop;
 	int err = 0;
 
@@ -457,47 +285,17 @@ int gmem_any_mprotect(uintptr_t va, size_t bytes, int prot)
 	return err;
 }
 
-static void zero(uintptr_t va, uintptr_t end)
-{
-	if (va < end)
-		memset((void *)va, 0, end - va);
-}
-
 /* MADV_DONTNEED: reads zero; MADV_FREE may keep what it was, where it is not a page of ours. */
-static int discard(const struct gmem_any_piece *piece, bool zeroed)
+static int discard(const struct gmem_piece *piece, bool zeroed)
 {
-	size_t mask = piece->heap ? gmem_any.page_bytes - 1 : PAGE_MASK;
-	uintptr_t first = (piece->va + mask) & ~mask, last = piece->end & ~mask;
+	void *at = (void *)piece->va;
+	size_t bytes = piece->end - piece->va;
 
-	if (first >= last) {
-		if (zeroed)
-			zero(piece->va, piece->end);
-		return 0;
-	}
-	if (zeroed) {
-		zero(piece->va, first);
-		zero(last, piece->end);
-	}
-	return gmem_discard(gmem_any.session, (void *)first, last - first);
+	return zeroed ? gmem_hmadvise(gmem_any.session, GMEM_NO_HNID, at, bytes, GMEM_PEER_ZERO) :
+			gmem_discard(gmem_any.session, at, bytes);
 }
 
-static int mark(uintptr_t va, uintptr_t end, int advice)
-{
-	int err;
-
-	pthread_mutex_lock(&lock);
-	err = cut_locked(va, end);
-	for (size_t i = find_locked(va); !err && i < piece_count && pieces[i].va < end; i++) {
-		if (advice == MADV_DONTFORK || advice == MADV_DOFORK)
-			pieces[i].withheld = advice == MADV_DONTFORK;
-		else
-			pieces[i].wiped = advice == MADV_WIPEONFORK;
-	}
-	pthread_mutex_unlock(&lock);
-	return err;
-}
-
-static int advise_piece(const struct gmem_any_piece *piece, int advice)
+static int advise_piece(const struct gmem_piece *piece, int advice)
 {
 	switch (advice) {
 	case MADV_DONTNEED:
@@ -511,7 +309,7 @@ static int advise_piece(const struct gmem_any_piece *piece, int advice)
 	case MADV_DOFORK:
 	case MADV_WIPEONFORK:
 	case MADV_KEEPONFORK:
-		return piece->heap ? -EINVAL : mark(piece->va, piece->end, advice);
+		return piece->heap ? -EINVAL : gmem_pieces_mark(&gmem_any_pieces, piece->va, piece->end, advice);
 	default:
 		return 0;
 	}
@@ -519,7 +317,7 @@ static int advise_piece(const struct gmem_any_piece *piece, int advice)
 
 int gmem_any_madvise(uintptr_t va, size_t bytes, int advice)
 {
-	struct gmem_any_piece piece;
+	struct gmem_piece piece;
 	uintptr_t end;
 	int err = 0;
 

@@ -521,6 +521,8 @@ static const char *advice_word(int advice)
 		return "freeze";
 	case GMEM_PEER_THAW:
 		return "thaw";
+	case GMEM_PEER_ZERO:
+		return "zero";
 	default:
 		return NULL;
 	}

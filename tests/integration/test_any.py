@@ -196,6 +196,16 @@ def test_program(tmp_path: Path, folder: Path, name: str, page_size: str) -> Non
     assert done.used["host_peak_bytes"] <= limit * MIB
 
 
+@pytest.mark.parametrize("page_size", ["4K", "64K"])
+def test_an_allocator_of_its_own(tmp_path: Path, folder: Path, page_size: str) -> None:
+    """jemalloc, linked in under other names: it maps, drops and forks by itself."""
+    program = built("any_jemalloc.c", folder, "gcc", str(ROOT / "build/client/allocator.a"), "-lm", "-ldl")
+    options = ("--require", "--limit", "12M", "--page-size", page_size)
+    done = gmem_run(*options, command=[program], tmp_path=tmp_path)
+    assert (done.status, done.out) == (0, b"ok\n"), done.err
+    assert done.used["to_tiers_bytes"] > 0
+
+
 def test_full_descriptor_table(tmp_path: Path, folder: Path) -> None:
     done = gmem_run("--require", command=[built("any_fork.c", folder), "exhausted"], tmp_path=tmp_path)
     assert (done.status, done.out) == (0, b"ok\n"), done.err

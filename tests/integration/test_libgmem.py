@@ -45,6 +45,17 @@ def test_program(builder: Builder, daemon: Daemon, name: str, device: str) -> No
     assert '"level": "error"' not in daemon.log()
 
 
+@pytest.mark.skipif(not os.access("/dev/userfaultfd", os.R_OK | os.W_OK), reason="forks need it to wait for")
+def test_each_call_fails_in_turn(builder: Builder, daemon: Daemon) -> None:
+    """Of an adoption, and of a fork with adopted memory: threads go on, no byte is lost."""
+    command = [builder.program(SOURCES / "adopt_fails.c"), "simgpu0", "-"]
+    done = subprocess.run(command, env=daemon.environment, capture_output=True, text=True, timeout=TIMEOUT_S)
+    if done.returncode == 77:
+        pytest.skip(done.stdout)
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}"
+    assert daemon.process.poll() is None, daemon.log()
+
+
 def test_acquire_without_a_ring(builder: Builder, daemon: Daemon) -> None:
     kernels, environment = builder.kernels(SOURCES / "kernels.c"), {**daemon.environment, "GMEM_RING": "0"}
     run_ok([builder.program(SOURCES / "acquire.c"), "simgpu1", kernels], env=environment)

@@ -61,6 +61,52 @@ static int device_side(struct client *client, void *arg)
 	return 0;
 }
 
+static bool is_mapped(const void *at)
+{
+	int fd = open("/proc/self/pagemap", O_RDONLY);
+	uint64_t word;
+
+	CHECK_EQ(pread(fd, &word, 8, (off_t)((uintptr_t)at / 4096 * 8)), 8);
+	close(fd);
+	return word >> 63;
+}
+
+/* A page that nobody has touched gets another's content in one step, and is mapped; what reads as zero is not copied. */
+static void copy_into_fresh(struct client *client, const char *from, char *to, uint64_t page)
+{
+	CHECK_EQ(client_discard(client, to, 2 * page), 0); /* it may have been fetched ahead */
+	expect(client, to, GMEM_NOMAP, 0, -1);
+	CHECK_EQ(client_hmemcpy(client, 0, to, from, page), 0);
+	CHECK(is_mapped(to) && is_mapped(to + page - 1));
+	expect(client, to, GMEM_RESIDENT, 1, 0);
+	CHECK(!memcmp(from, to, page));
+	to[5] ^= 1;
+	CHECK(from[5] != to[5]);
+	CHECK_EQ(client_discard(client, to, 2 * page), 0);
+	CHECK_EQ(client_hmemcpy(client, 0, to, to + page, page), 0); /* neither has been touched */
+	expect(client, to, GMEM_NOMAP, 0, -1);
+}
+
+/* Every byte of a range, wherever it begins and ends and its pages are. */
+static void zero(struct client *client, char *at, uint64_t page, int gpu)
+{
+	const uint64_t ranges[][2] = { { 1, 2 }, { 0, page }, { 7, page }, { page - 3, page + 5 }, { 100, 2 * page + 100 },
+				       { page, 3 * page }, { page / 2, 3 * page - 1 } };
+
+	for (size_t i = 0; i < sizeof(ranges) / sizeof(ranges[0]); i++) {
+		uint64_t from = ranges[i][0], to = ranges[i][1];
+
+		memset(at, 0x55, 3 * page);
+		CHECK_EQ(client_prefetch(client, i % 2 ? gpu : 0, at, 2 * page), 0);
+		CHECK_EQ(client_advise(client, -1, at + from, to - from, GMEM_ADVISE_ZERO), 0);
+		for (uint64_t k = 0; k < 3 * page; k++)
+			CHECK_EQ(at[k], k >= from && k < to ? 0 : 0x55);
+	}
+	CHECK_EQ(client_discard(client, at, 3 * page), 0);
+	CHECK_EQ(client_advise(client, -1, at + 5, 3 * page - 9, GMEM_ADVISE_ZERO), 0);
+	expect(client, at, GMEM_NOMAP, 0, -1); /* it read zero before */
+}
+
 static int host_side(struct client *client, void *arg)
 {
 	uint64_t page = shared->page_bytes, bytes = 8 * page;
@@ -127,6 +173,9 @@ static int host_side(struct client *client, void *arg)
 		CHECK_EQ(*(uint64_t *)((char *)p + 3 * page - 40 + 8 * i), 1001 + i);
 	CHECK_EQ(client_hmemcpy(client, 9, (void *)p, (char *)p + page, 8), -19);
 	CHECK_EQ(client_hmemcpy(client, 0, (void *)p, (char *)p + 4, 8), -22);
+	copy_into_fresh(client, (char *)p, (char *)p + 6 * page, page);
+	copy_into_fresh(client, (char *)p + 5 * page, (char *)p + 6 * page, page);
+	zero(client, (char *)p + 2 * page, page, gpu);
 	/* advice */
 	CHECK_EQ(client_advise(client, gpu, (char *)p + page, page, GMEM_ADVISE_PINNED), 0);
 	CHECK(client_query(client, (char *)p + page).flags & GMEM_PAGE_PINNED);

@@ -51,6 +51,9 @@ int gmem_page_give_back(struct gmem_page *page);
 void gmem_page_lose(struct gmem_page *page, struct gmem_hnode *from);
 /* Fills the page, which is allocated there and mapped nowhere, from its object's source, if it has one. */
 int gmem_page_pull(struct gmem_page *page, int hnid);
+/* A page that has no content anywhere gets all of it on the host, which owns it then, in one step: nobody zeroes it first. view: the
+ * host's that asks for it, where it is mapped at range on the way; NULL: nowhere. */
+int gmem_page_fill(struct gmem_page *page, struct gmem_view *view, struct gmem_range range, const uint8_t *src);
 /* Maps it in one view as the state allows: writable for the writer, else read-only. was_protected: the fault said that it was write-protected. */
 int gmem_page_map(struct gmem_page *page, struct gmem_view *view, struct gmem_range range, bool was_protected);
 void gmem_page_wake(struct gmem_page *page);
