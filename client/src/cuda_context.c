@@ -32,6 +32,7 @@
 struct frame {
 	CUmemhandle handle; /* 0: not imported */
 	uint64_t va;        /* 0: not mapped */
+	uint32_t writable;
 };
 
 struct waiting {
@@ -149,8 +150,10 @@ static CUresult do_step(struct gmem_cuda *cuda, struct run *run, const struct gm
 		if (r)
 			return r;
 		frame->va = step->va;
+		frame->writable = step->writable;
 		return extend(cuda, run, step);
 	case GMEM_CHANNEL_PROTECT:
+		frame->writable = step->writable;
 		return extend(cuda, run, step);
 	case GMEM_CHANNEL_UNMAP:
 		r = give_access(cuda, run);
@@ -163,12 +166,41 @@ static CUresult do_step(struct gmem_cuda *cuda, struct run *run, const struct gm
 	}
 }
 
+static bool send_list(struct gmem_cuda *cuda, struct gmem_channel_list *list)
+{
+	size_t bytes = offsetof(struct gmem_channel_list, frames) + list->count * sizeof(list->frames[0]);
+	bool sent = !list->count || send(cuda->context->channel, list, bytes, MSG_NOSIGNAL) == (ssize_t)bytes;
+
+	list->count = 0;
+	return sent;
+}
+
+/* For a gmemd that has taken over, and does not know what its predecessor has asked for. */
+static CUresult list_frames(struct gmem_cuda *cuda, uint64_t sequence)
+{
+	struct gmem_channel_list list = { .sequence = sequence };
+	bool sent = true;
+
+	for (uint32_t n = 0; sent && n < cuda->frame_count; n++) {
+		const struct frame *frame = &cuda->frames[n];
+
+		if (!frame->handle)
+			continue;
+		list.frames[list.count++] = (struct gmem_channel_frame){ n, frame->writable, frame->va };
+		if (list.count == GMEM_CHANNEL_STEPS)
+			sent = send_list(cuda, &list);
+	}
+	return sent && send_list(cuda, &list) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+
 static CUresult do_batch(struct gmem_cuda *cuda, const struct gmem_channel_batch *batch, int *fds, size_t fd_count)
 {
 	struct run run = { 0, 0, 0 };
 	CUresult r = CUDA_SUCCESS, last;
 	size_t used = 0;
 
+	if (batch->count == 1 && batch->steps[0].op == GMEM_CHANNEL_LIST)
+		return list_frames(cuda, batch->sequence);
 	for (uint32_t i = 0; !r && i < batch->count; i++)
 		r = do_step(cuda, &run, &batch->steps[i], fds, fd_count, &used);
 	last = give_access(cuda, &run);

@@ -218,7 +218,9 @@ static bool count(long long change)
 
 	if (!counter_path[0])
 		return true;
-	fd = open(counter_path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+	fd = open(counter_path, O_RDWR | O_CLOEXEC);
+	if (fd < 0) /* only then: nobody creates what is another's in /tmp */
+		fd = open(counter_path, O_RDWR | O_CREAT | O_CLOEXEC, 0666);
 	if (fd < 0)
 		broken("%s: %s", counter_path, strerror(errno));
 	flock(fd, LOCK_EX);
