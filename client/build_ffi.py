@@ -6,7 +6,7 @@ from pathlib import Path
 from cffi import FFI
 
 SOURCES = (
-    "adopt.c", "agent.c", "copies.c", "cuda.c", "cuda_context.c", "files.c", "handshake.c", "link.c", "map.c", "ring.c",
+    "adopt.c", "agent.c", "beside.c", "copies.c", "cuda.c", "cuda_context.c", "files.c", "handshake.c", "link.c", "map.c", "ring.c",
     "uffd.c", "vma.c", "words.c",
 )  # fmt: skip
 
@@ -74,6 +74,8 @@ ffibuilder.cdef(
                               struct gmem_adoption *ret, char *message);
     int gmem_link_adopt_finish(struct gmem_link *link, struct gmem_adoption *adoption, char *message);
     void gmem_link_adopt_cancel(struct gmem_link *link, struct gmem_adoption *adoption);
+    int gmem_link_stays(struct gmem_link *link, uint64_t va, uint64_t bytes);
+    void gmem_link_disown(struct gmem_link *link, uint64_t va, uint64_t bytes, uint64_t dead, uint64_t dead_end);
     struct gmem_wire_region { uint64_t va, bytes, offset; ...; };
     int gmem_link_give_file(const struct gmem_link *link, int fd, uint64_t offset, uint64_t bytes, uint32_t page_bytes,
                             uint32_t flags, struct gmem_wire_region *ret, char *message);

@@ -243,6 +243,8 @@ int gmem_advise(struct gmem_core *core, uint64_t session, int hnid, uint64_t va,
 		return gmem_discard(core, session, va, bytes);
 	if (advice == GMEM_ADVISE_FREEZE || advice == GMEM_ADVISE_THAW)
 		return gmem_freeze(core, session, va, bytes, advice == GMEM_ADVISE_FREEZE);
+	if (advice == GMEM_ADVISE_ZERO)
+		return gmem_zero(core, session, va, bytes);
 	if (hnid < 0 && gmem_advice_is_local(advice))
 		return -EINVAL;
 	err = gmem_request_init(core, session, hnid, va, bytes, &request);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * Copying between managed ranges, wherever their pages are, at any alignment.
+ * Copying between managed ranges, wherever their pages are, at any alignment; and writing zeros.
  */
 #include <errno.h>
 #include <sched.h>
@@ -190,6 +190,98 @@ static int copy_touched(struct gmem_session *session, int hnid, uint64_t dst, ui
 	}
 	return err;
 }
+
+/* ---- zeros ---- */
+
+static int zero_locked(struct end *end, uint64_t bytes)
+{
+	const struct gmem_range nowhere = { 0, 0 };
+	struct gmem_page *page = &end->page;
+	uint8_t *alias;
+	bool mapped;
+	int err;
+
+	if (gmem_page_poisoned(page))
+		return -EIO;
+	if (!gmem_word_valid(page->word) && !atomic_load(&page->object->source))
+		return 0; /* it reads as zero */
+	err = gmem_page_fetch(page, GMEM_HOST, NULL, nowhere, GMEM_WHY_HMEMCPY, &mapped);
+	if (!err)
+		err = gmem_page_own(page, GMEM_HOST);
+	if (!err)
+		err = gmem_object_alias(page->object, GMEM_HOST, &alias);
+	return err ? err : copy_zeros(alias + page->offset + end->at, bytes);
+}
+
+/* Within one page. */
+static int zero_part(struct gmem_session *session, uint64_t va, uint64_t bytes)
+{
+	struct end end;
+	int err = bytes ? -EAGAIN : 0;
+
+	if (bytes && locate(session, va, &end))
+		return -EINVAL;
+	for (int tries = 0; err == -EAGAIN && tries < AGAIN_TRIES; tries++) {
+		gmem_page_lock(end.place.object, end.place.index, &end.page);
+		err = zero_locked(&end, bytes);
+		end.page.park = false; /* this thread does not wait for a wake-up */
+		gmem_page_unlock(&end.page);
+	}
+	if (bytes)
+		gmem_object_unref(end.place.object);
+	return err;
+}
+
+/* Of one region. */
+static int zero_range(struct gmem_session *session, const struct gmem_place *place, uint64_t va, uint64_t end)
+{
+	uint64_t mask = (1ull << place->object->shift) - 1, offset = place->region_offset + (va - place->region_va);
+	uint64_t first = va + (-offset & mask), last = end - ((offset + (end - va)) & mask);
+	int err;
+
+	if (first >= last) {
+		uint64_t middle = first < end ? first : end; /* its last byte may lie in a page of its own */
+
+		err = zero_part(session, va, middle - va);
+		return err ? err : zero_part(session, middle, end - middle);
+	}
+	err = zero_part(session, va, first - va);
+	if (!err)
+		err = gmem_discard(session->core, session->id, first, last - first);
+	return err ? err : zero_part(session, last, end - last);
+}
+
+int gmem_zero(struct gmem_core *core, uint64_t id, uint64_t va, uint64_t bytes)
+{
+	struct gmem_session *session = gmem_session_get(core, id);
+	uint64_t end = va + bytes;
+	int err;
+
+	if (!session)
+		return -ENOENT;
+	err = gmem_range_check(session, va, bytes);
+	if (!err)
+		err = gmem_range_check_write(session, va, bytes);
+	if (!err)
+		gmem_stream_cancel(core, &session->as, -1, va, bytes);
+	while (!err && va < end) {
+		struct gmem_place place;
+		uint64_t stop;
+
+		if (gmem_as_lookup(&session->as, va, &place)) {
+			err = -EINVAL;
+			break;
+		}
+		stop = place.region_va + place.region_bytes < end ? place.region_va + place.region_bytes : end;
+		err = zero_range(session, &place, va, stop);
+		gmem_object_unref(place.object);
+		va = stop;
+	}
+	gmem_session_unref(session);
+	return err;
+}
+
+/* ---- copies ---- */
 
 int gmem_hmemcpy(struct gmem_core *core, uint64_t id, int hnid, uint64_t dst, uint64_t src, uint64_t bytes, bool touched)
 {

@@ -474,7 +474,7 @@ void gmem_page_lose(struct gmem_page *page, struct gmem_hnode *from)
 {
 	uint32_t rest = gmem_word_valid(page->word) & ~(1u << from->hnid);
 
-	gmem_count(&from->errors, 1);
+	gmem_count(&from->errors, !gmem_hnode_is_peer(from)); /* a peer's pull has been counted */
 	if (!rest)
 		page->word = gmem_word_set_why(page->word, GMEM_WHY_LOST); /* a successor, too, must not make it zeros */
 	if (drop_all_but(page, rest, rest ? GMEM_DIR_UPGRADE : GMEM_DIR_DISCARD, rest ? __builtin_ctz(rest) : 0) || rest)

@@ -149,7 +149,7 @@ static struct gmem_stream *begin_stream(struct gmem_view *view, const struct gme
 	atomic_store_explicit(&stream->stride, 0, memory_order_relaxed);
 	atomic_thread_fence(memory_order_release);
 	store(&stream->window, 0);
-	atomic_store_explicit(&stream->quick, false, memory_order_relaxed);
+	atomic_store_explicit(&stream->quick, true, memory_order_relaxed);
 	atomic_store_explicit(&stream->hand, atomic_load_explicit(&view->recent_hand, memory_order_relaxed), memory_order_relaxed);
 	atomic_store_explicit(&stream->write, write, memory_order_relaxed);
 	store(&stream->begin, behind);

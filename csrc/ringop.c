@@ -5,6 +5,7 @@
  */
 #include <errno.h>
 
+#include <gmem/freeze.h>
 #include <gmem/internal.h>
 #include <gmem/pages.h>
 #include <gmem/ring.h>
@@ -113,6 +114,10 @@ static enum gmem_ring_blame check_range(struct gmem_session *session, const stru
 		if (sqe->bytes && in_reach(session, sqe->va, sqe->bytes))
 			return GMEM_RING_BLAME_NONE;
 		return GMEM_RING_BLAME_RANGES;
+	case GMEM_RING_ADVISE: /* a thaw passes over what is not mapped any more */
+		if (sqe->arg == GMEM_ADVISE_THAW && sqe->va + sqe->bytes > sqe->va)
+			return GMEM_RING_BLAME_NONE;
+		break;
 	default:
 		break;
 	}
@@ -144,6 +149,7 @@ static enum gmem_ring_blame check_advice(const struct gmem_ring_sqe *sqe)
 	case GMEM_ADVISE_NOT_ACCESSED_BY:
 	case GMEM_ADVISE_FREEZE:
 	case GMEM_ADVISE_THAW:
+	case GMEM_ADVISE_ZERO:
 		return GMEM_RING_BLAME_NONE;
 	default:
 		return GMEM_RING_BLAME_ADVICE;
@@ -209,10 +215,16 @@ static bool do_munmap(struct gmem_session *session, struct gmem_ring_job *job)
 
 static bool do_region(struct gmem_session *session, struct gmem_ring_job *job)
 {
-	uint64_t va = job->sqe.va, next = job->sqe.flags & GMEM_RING_NEXT ? gmem_as_next(&session->as, va) : va;
+	uint64_t va = job->sqe.va, next = va;
 	struct gmem_place place;
+	int err;
 
-	if (gmem_as_lookup(&session->as, next > va ? next : va, &place))
+	do {
+		if (job->sqe.flags & GMEM_RING_NEXT)
+			next = gmem_as_next(&session->as, va);
+		err = gmem_as_lookup(&session->as, next > va ? next : va, &place);
+	} while (err && job->sqe.flags & GMEM_RING_NEXT && next != UINT64_MAX); /* it has gone just now */
+	if (err)
 		return finish_op(job, -EINVAL);
 	job->cqe.values[GMEM_RING_VA] = place.region_va;
 	job->cqe.values[GMEM_RING_LENGTH] = place.region_bytes;
@@ -332,12 +344,24 @@ static uint64_t slice_end(struct gmem_session *session, const struct gmem_ring_j
 	return next < end ? next : end;
 }
 
+/* Pages of the slices before have been frozen by then, and have waiters. */
+static int freeze_slice(struct gmem_session *session, const struct gmem_ring_sqe *sqe, uint64_t at, uint64_t bytes)
+{
+	int err = gmem_freeze(session->core, session->id, at, bytes, true);
+
+	if (err)
+		gmem_freeze(session->core, session->id, sqe->va, at + bytes - sqe->va, false);
+	return err;
+}
+
 static int do_slice(struct gmem_session *session, const struct gmem_ring_sqe *sqe, uint64_t at, uint64_t bytes)
 {
 	struct gmem_core *core = session->core;
 
 	switch (sqe->op) {
 	case GMEM_RING_ADVISE:
+		if (sqe->arg == GMEM_ADVISE_FREEZE)
+			return freeze_slice(session, sqe, at, bytes);
 		return gmem_advise(core, session->id, sqe->hnid, at, bytes, (enum gmem_advice)sqe->arg);
 	case GMEM_RING_PREFETCH:
 		return gmem_prefetch(core, session->id, sqe->hnid, at, bytes);

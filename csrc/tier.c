@@ -68,6 +68,13 @@ int gmem_tier_rank(struct gmem_core *core, int hnid, uint32_t rank)
 	return 0;
 }
 
+/* That a tier is full, or that the memory beside it has gone, is no failure of its own. */
+static void count_failures(struct gmem_hnode *peer, const struct gmem_peer_io *io, size_t count)
+{
+	for (size_t i = 0; i < count; i++)
+		gmem_count(&peer->errors, io[i].result && io[i].result != -ENOSPC && io[i].result != -EFAULT);
+}
+
 void gmem_tier_push(struct gmem_hnode *peer, struct gmem_peer_io *io, size_t count)
 {
 	int err;
@@ -82,6 +89,7 @@ void gmem_tier_push(struct gmem_hnode *peer, struct gmem_peer_io *io, size_t cou
 		if (io[i].result == -ENOSPC)
 			gmem_hnode_full(peer, io[i].bytes);
 	}
+	count_failures(peer, io, count);
 	gmem_duty_driver(peer->hnid, NULL);
 }
 
@@ -97,6 +105,7 @@ void gmem_tier_pull(struct gmem_hnode *peer, struct gmem_peer_io *io, size_t cou
 		else if (!peer->ops->peer_unmap_batch)
 			io[i].result = peer->ops->peer_unmap(peer->device, io[i].key, io[i].memory, io[i].bytes);
 	}
+	count_failures(peer, io, count);
 	gmem_duty_driver(peer->hnid, NULL);
 }
 

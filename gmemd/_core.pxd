@@ -35,6 +35,7 @@ cdef extern from "gmem/types.h" nogil:
         GMEM_ADVISE_NOT_ACCESSED_BY
         GMEM_ADVISE_FREEZE
         GMEM_ADVISE_THAW
+        GMEM_ADVISE_ZERO
     enum gmem_class:
         pass
     enum gmem_fork:

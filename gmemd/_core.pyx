@@ -28,7 +28,7 @@ _ADVICE = {
     "unpinned": GMEM_ADVISE_UNPINNED, "read_mostly": GMEM_ADVISE_READ_MOSTLY,
     "no_read_mostly": GMEM_ADVISE_NO_READ_MOSTLY, "preferred": GMEM_ADVISE_PREFERRED, "cold": GMEM_ADVISE_COLD,
     "accessed_by": GMEM_ADVISE_ACCESSED_BY, "not_accessed_by": GMEM_ADVISE_NOT_ACCESSED_BY,
-    "freeze": GMEM_ADVISE_FREEZE, "thaw": GMEM_ADVISE_THAW,
+    "freeze": GMEM_ADVISE_FREEZE, "thaw": GMEM_ADVISE_THAW, "zero": GMEM_ADVISE_ZERO,
 }
 _FORK = {"share": GMEM_FORK_SHARE, "none": GMEM_FORK_NONE, "copy": GMEM_FORK_COPY}
 _FORK_NAMES = {number: name for name, number in _FORK.items()}

@@ -6,8 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from gmemd import __version__, schema
@@ -95,21 +94,14 @@ _MEANING_OF_ANY: dict[int, str] = {
 }
 
 
-@contextmanager
-def _blaming(op: str) -> Iterator[None]:
+def _refusal(op: str, error: OSError) -> RequestError:
     """The core's error as a refusal that names the argument."""
-    try:
-        yield
-    except RequestError:
-        raise
-    except OSError as error:
-        number = error.errno or errno.EIO
-        argument = _BLAME.get(op, {}).get(number)
-        meaning = _MEANING.get((op, number)) or _MEANING_OF_ANY.get(number)
-        head = f"{argument}: " if argument else f"{op}: "
-        if meaning and op in _BLAME:
-            raise RequestError(number, head + meaning, argument) from None
-        raise as_request_error(error, op, argument) from None
+    number = error.errno or errno.EIO
+    argument = _BLAME.get(op, {}).get(number)
+    meaning = _MEANING.get((op, number)) or _MEANING_OF_ANY.get(number)
+    if meaning and op in _BLAME:
+        return RequestError(number, f"{argument or op}: {meaning}", argument)
+    return as_request_error(error, op, argument)
 
 
 class Operations:
@@ -143,8 +135,12 @@ class Operations:
     def execute(self, session: Session, request: schema.Request) -> Reply:
         """(blocks, unless the op is inline)"""
         args = {**schema.check_args(request), "request_id": request.id}
-        with _blaming(request.name):
+        try:
             return self._methods[request.name](session, args)
+        except RequestError:
+            raise
+        except OSError as error:
+            raise _refusal(request.name, error) from None
 
     def _check_window(self, session: Session, name: str, va: int, size: int) -> None:
         """In the window, or in a region that has moved out of it."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import re
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,7 @@ ANY, SESSION, ADMIN = "any", "session", "admin"
 
 ADVICE = (
     "discard", "prefetch", "pinned", "unpinned", "read_mostly", "no_read_mostly", "preferred", "cold", "accessed_by",
-    "not_accessed_by", "freeze", "thaw",
+    "not_accessed_by", "freeze", "thaw", "zero",
 )  # fmt: skip
 
 FORK = ("share", "none", "copy")
@@ -285,7 +286,7 @@ OPS: dict[str, Op] = {
 _ENVELOPE = frozenset(("v", "id", "op", "token"))
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Request:
     """A message whose envelope is sound; its arguments are not checked yet."""
 
@@ -393,8 +394,19 @@ def _check_ends(args: Mapping[str, Any]) -> None:
             raise _refuse("bytes", f"{name} + {size} is beyond the address space")
 
 
+class _Packer(threading.local):
+    """One a thread: to make one for each reply takes longer than the reply."""
+
+    def __init__(self) -> None:
+        self.pack = msgpack.Packer().pack
+
+
+_packer = _Packer()
+
+
 def encode_reply(request_id: int, reply: Mapping[str, Any]) -> bytes:
-    return msgpack.packb({"id": request_id, "ok": True, **reply})
+    packed: bytes = _packer.pack({"id": request_id, "ok": True, **reply})
+    return packed
 
 
 def encode_error(request_id: int, error: RequestError) -> bytes:

@@ -52,6 +52,7 @@ log = structlog.get_logger("gmemd.service")
 HANDSHAKE, CONTROL, EVENTS = "gmemd.sock", "control.sock", "events.sock"
 _IDLE_CHECK_S = 0.05
 _REAP_S = 5.0
+_DESCRIPTORS_LEAST = 64
 _WAITERS = 4
 _START_S = 10.0
 _M_MMAP_THRESHOLD = -3  # of malloc.h
@@ -132,10 +133,14 @@ def _listen(runtime: RuntimeDir, keep: Keep) -> tuple[socket.socket, bool]:
 
 
 def _raise_file_limit() -> None:
-    """Every session is some descriptors; the soft limit is meant for programs that use select()."""
+    """Every session is some descriptors; the soft limit is meant for programs that use select(). OSError if there are not
+    even those that gmemd itself needs: libzmq ends the process, or never ends, where it gets none."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if hard < _DESCRIPTORS_LEAST:
+        why = f"{os.strerror(errno.EMFILE)}: RLIMIT_NOFILE allows {hard}, and gmemd needs {_DESCRIPTORS_LEAST}"
+        raise OSError(errno.EMFILE, why)
 
 
 def _give_memory_back() -> None:

@@ -23,6 +23,14 @@ def _owner(array: np.ndarray[Any, Any]) -> Any:
     return owner.obj if isinstance(owner, memoryview) else owner
 
 
+def _gone(session: weakref.ref[Session], va: int, *dead: int) -> None:
+    """The owner is about to free its memory. An allocator may drop it later by madvise(MADV_DONTNEED), and count on
+    zeros, which adopted memory would not give it: so it is ordinary memory again by then."""
+    known = session()
+    if known is not None:
+        known.disown(va, *dead)
+
+
 def adopt(
     array: np.ndarray[Any, Any], *, page_size: str | int | None = None, edges: bool = False,
     session: Session | None = None,
@@ -52,8 +60,12 @@ def adopt(
     va, nbytes = session.adopt(low, high - low, page_bytes_of(page_size), edges)
     if nbytes:
         session.adopted[va] = nbytes
+        owned = isinstance(owner, np.ndarray) and owner.flags.owndata
+        if owned:  # nobody but NumPy frees it, and NumPy calls what weakrefs have first
+            session.stays(va, nbytes)
+        gone = (weakref.ref(session), va, nbytes, low, high) if owned else (weakref.ref(session), va)
         try:
-            weakref.finalize(owner, session.adopted.pop, va, None).atexit = False
+            weakref.finalize(owner, _gone, *gone).atexit = False
         except TypeError:
             _kept.append(owner)
     return va, nbytes

@@ -257,6 +257,16 @@ class Session:
             _refuse(lib.gmem_link_adopt_finish(self._link, adoption, message), message)
         return adoption.va, adoption.bytes
 
+    def stays(self, va: int, nbytes: int) -> None:
+        """Adopted memory that nobody unmaps or moves before disown(): so idle pages of it can be told from used ones."""
+        lib.gmem_link_stays(self._link, va, nbytes)
+
+    def disown(self, va: int, nbytes: int = 0, low: int = 0, high: int = 0) -> None:
+        """Forgets what was adopted at va. nbytes: it is ordinary memory from now on; [low, high): without its content."""
+        with _ending:
+            if self.adopted.pop(va, None) is not None and nbytes and not self.closed:
+                lib.gmem_link_disown(self._link, va, nbytes, low, high)
+
     def process_contexts(self) -> list[Any]:
         """Contexts that are processes of their own, and have to hear of what is mapped beside the window."""
         return [context for context in self.contexts if not context.device.in_process]
@@ -305,10 +315,10 @@ class Session:
             context.close()
         for va in list(self.changed_files):
             self.write_back(va)
-        with _adopting:
+        with _adopting, _ending:
             lib.gmem_link_give_back(self._link)
             self.adopted.clear()
-        self.closed = True
+            self.closed = True
         self._requests.close()
         self._ring.close()
         lib.gmem_link_close(self._link)
@@ -335,6 +345,7 @@ class Session:
 lib.gmem_cuda_enable()
 _lock = threading.RLock()
 _adopting = threading.RLock()  # held over a fork: a child must not get half of what is adopted
+_ending = threading.RLock()  # taken by finalizers, so nothing is waited for while it is held
 _default: Session | None = None
 _sessions: weakref.WeakSet[Session] = weakref.WeakSet()
 
@@ -357,8 +368,9 @@ def _refuse(err: int, message: Any) -> None:
 
 def _in_child() -> None:
     """Locks may have been held by threads that a forked child does not have."""
-    global _lock, _adopting
+    global _lock, _adopting, _ending
     _lock = threading.RLock()
+    _ending = threading.RLock()
     _adopting = threading.RLock()
     for session in _sessions:
         session._layout = threading.RLock()

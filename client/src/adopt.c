@@ -15,6 +15,7 @@
 #include <unistd.h>
 
 #include "adopt.h"
+#include "beside.h"
 #include "copies.h"
 #include "link.h"
 #include "ring.h"
@@ -488,19 +489,29 @@ static int give_back_piece(struct gmem_link *link, int uffd, const struct piece 
 struct back {
 	struct gmem_link *link;
 	int uffd;
+	uint64_t va, end;        /* of one range only */
+	uint64_t dead, dead_end; /* there nobody wants the content any more */
 };
+
+/* False: what lies there is none of ours. */
+static bool is_adopted(const struct gmem_link *link, const struct gmem_vma *vma, int *ret_file)
+{
+	uint64_t base = link->hello.window_base;
+
+	*ret_file = -1;
+	for (int i = 0; i < GMEM_FILES; i++)
+		if (vma->inode && vma->inode == link->inodes[i])
+			*ret_file = link->files[i];
+	return *ret_file >= 0 && (vma->va >= base + link->hello.window_bytes || vma->end <= base);
+}
 
 static int give_back_vma(const struct gmem_vma *vma, void *arg)
 {
 	const struct back *back = arg;
-	uint64_t base = back->link->hello.window_base;
 	struct piece piece = { vma->va, 0, vma->offset, -1 };
 	int err = 0;
 
-	for (int i = 0; i < GMEM_FILES; i++)
-		if (vma->inode && vma->inode == back->link->inodes[i])
-			piece.file = back->link->files[i];
-	if (piece.file < 0 || (vma->va < base + back->link->hello.window_bytes && vma->end > base))
+	if (!is_adopted(back->link, vma, &piece.file))
 		return 0;
 	for (; !err && piece.va < vma->end; piece.va += piece.bytes, piece.offset += piece.bytes) {
 		piece.bytes = PIECE_BYTES - piece.va % PIECE_BYTES;
@@ -513,11 +524,12 @@ static int give_back_vma(const struct gmem_vma *vma, void *arg)
 
 void gmem_link_give_back(struct gmem_link *link)
 {
-	struct back back = { link, -1 };
+	struct back back = { .link = link, .uffd = -1 };
 	int err;
 
 	if (!link->copies)
 		return;
+	gmem_beside_remove(link->beside, 0, UINT64_MAX);
 	back.uffd = link->ring && !gmem_link_is_lost(link) ? gmem_link_new_uffd(link) : -ENOTCONN;
 	err = back.uffd < 0 ? back.uffd : gmem_uffd_begin_shared(back.uffd);
 	while (!err && (err = gmem_vma_each(0, UINT64_MAX, give_back_vma, &back)) > 0)
@@ -527,4 +539,59 @@ void gmem_link_give_back(struct gmem_link *link)
 	if (err < 0)
 		gmem_copies_unmap(link);
 	link->copies = false;
+}
+
+/* ---- what its owner frees ---- */
+
+int gmem_link_stays(struct gmem_link *link, uint64_t va, uint64_t bytes)
+{
+	return gmem_beside_add(link->beside, va, bytes);
+}
+
+/* To the kernel this is munmap(2) and mmap(2) in one step. */
+static int renew(uint64_t va, uint64_t end)
+{
+	void *at = gmem_sys_mmap((void *)(uintptr_t)va, end - va, PROT_READ | PROT_WRITE,
+				 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+
+	return at == MAP_FAILED ? -errno : 1;
+}
+
+static int disown_vma(const struct gmem_vma *vma, void *arg)
+{
+	const struct back *back = arg;
+	uint64_t va = vma->va > back->va ? vma->va : back->va, end = vma->end < back->end ? vma->end : back->end;
+	struct piece piece = { va, 0, vma->offset + (va - vma->va), -1 };
+	int err;
+
+	if (!is_adopted(back->link, vma, &piece.file))
+		return 0;
+	if (va < back->dead_end && end > back->dead)
+		return renew(va > back->dead ? va : back->dead, end < back->dead_end ? end : back->dead_end);
+	piece.bytes = end - va; /* an edge: less than a page is dead, and the rest somebody else's */
+	err = back->uffd < 0 ? back->uffd : give_back_piece(back->link, back->uffd, &piece);
+	return err ? err : 1;
+}
+
+void gmem_link_disown(struct gmem_link *link, uint64_t va, uint64_t bytes, uint64_t dead, uint64_t dead_end)
+{
+	struct back back = { link, -1, va, va + bytes, (dead + PAGE - 1) & ~(PAGE - 1), dead_end & ~(PAGE - 1) };
+	int err = 0;
+
+	gmem_beside_remove(link->beside, va, bytes);
+	if (link->status || !link->ring || gmem_link_is_lost(link))
+		return;
+	pthread_mutex_lock(&link->lock); /* a child must not get half of an edge */
+	if (back.dead > va || back.dead_end < va + bytes)
+		back.uffd = gmem_link_new_uffd(link);
+	if (back.uffd >= 0 && gmem_uffd_begin_shared(back.uffd)) {
+		close(back.uffd);
+		back.uffd = -1;
+	}
+	do {
+		err = gmem_vma_each(va, va + bytes, disown_vma, &back);
+	} while (err > 0);
+	if (back.uffd >= 0)
+		close(back.uffd);
+	pthread_mutex_unlock(&link->lock);
 }

@@ -35,5 +35,11 @@ void gmem_link_adopt_cancel(struct gmem_link *link, struct gmem_adoption *adopti
 /* All that was adopted becomes private memory again, as the session is about to end and no contexts are open any more. What
  * can't be had any more is unmapped: it must not read zero. */
 void gmem_link_give_back(struct gmem_link *link);
+/* The range stays mapped until it is disowned, and nobody else unmaps or moves any of it: so it can be aged like the window
+ * (beside.h). 0 or -ENOMEM. */
+int gmem_link_stays(struct gmem_link *link, uint64_t va, uint64_t bytes);
+/* Before its owner frees it: whole pages in [dead, dead_end) become fresh private memory, that beside them private memory with
+ * its content. What can't be had stays managed. */
+void gmem_link_disown(struct gmem_link *link, uint64_t va, uint64_t bytes, uint64_t dead, uint64_t dead_end);
 
 #endif

@@ -21,6 +21,8 @@
 struct gmem_agent {
 	struct gmem_agent_shared *shared;
 	uint64_t window_base, window_bytes;
+	gmem_agent_fn beside;
+	void *arg; /* beside's */
 	bool stop; /* atomic */
 	pthread_t thread;
 };
@@ -31,8 +33,11 @@ static void drop(const struct gmem_agent *agent, struct gmem_agent_entry entry)
 
 	/* What is in the window is in files: of private memory DONTNEED would drop the content, and of a pool that is mapped to
 	 * read only there is none. */
-	if (entry.va < agent->window_base || offset >= agent->window_bytes || entry.bytes > agent->window_bytes - offset)
+	if (entry.va < agent->window_base || offset >= agent->window_bytes || entry.bytes > agent->window_bytes - offset) {
+		if (agent->beside)
+			agent->beside(agent->arg, entry.va, entry.bytes);
 		return;
+	}
 	gmem_sys_madvise((void *)(uintptr_t)entry.va, entry.bytes, MADV_DONTNEED); /* unmapped meanwhile: ENOMEM, and no harm */
 }
 
@@ -85,7 +90,8 @@ static int map(struct gmem_agent *agent, int fd)
 	return agent->shared->magic == GMEM_AGENT_MAGIC ? 0 : -EPROTO;
 }
 
-int gmem_agent_start(int fd, uint64_t window_base, uint64_t window_bytes, struct gmem_agent **ret)
+int gmem_agent_start(int fd, uint64_t window_base, uint64_t window_bytes, gmem_agent_fn beside, void *arg,
+		     struct gmem_agent **ret)
 {
 	struct gmem_agent *agent = calloc(1, sizeof(*agent));
 	int err = agent ? map(agent, fd) : -ENOMEM;
@@ -94,6 +100,8 @@ int gmem_agent_start(int fd, uint64_t window_base, uint64_t window_bytes, struct
 	if (!err) {
 		agent->window_base = window_base;
 		agent->window_bytes = window_bytes;
+		agent->beside = beside;
+		agent->arg = arg;
 		err = start_thread(agent);
 	}
 	if (!err) {

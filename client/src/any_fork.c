@@ -56,6 +56,16 @@ static int set_frozen(int advice)
 	return err;
 }
 
+/* Of nothing, if not of all. */
+static int freeze(void)
+{
+	int err = set_frozen(GMEM_PEER_FREEZE);
+
+	if (err)
+		set_frozen(GMEM_PEER_THAW);
+	return err;
+}
+
 static void reserve(void)
 {
 	if (spare.fds[0] < 0)
@@ -88,7 +98,7 @@ static void before_fork(void)
 	spare = (struct gmem_fork_pipe)GMEM_NO_FORK_PIPE;
 	if (copied.fds[0] < 0)
 		gmem_any_die("a program can't fork: no descriptors are left");
-	torn = set_frozen(GMEM_PEER_FREEZE);
+	torn = freeze();
 }
 
 static void after_fork_parent(void)

@@ -5,6 +5,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "beside.h"
 #include "copies.h"
 #include "link.h"
 #include "ring.h"
@@ -12,8 +13,10 @@
 #include "vma.h"
 
 #define NO_HNID (-1)
+#define ADVISE_DISCARD 4
 #define ADVISE_FREEZE 0x1020 /* of gmemd's enum gmem_advice */
 #define ADVISE_THAW 0x1021
+#define ADVISE_ZERO 0x1022
 
 struct region {
 	uint64_t va, bytes, page_bytes;
@@ -27,28 +30,27 @@ static int call(struct gmem_link *link, struct gmem_ring_sqe sqe, struct gmem_ri
 	return err ? err : ret->result;
 }
 
-/* The region at va, or the next one behind it. */
-static bool next_region(struct gmem_link *link, uint64_t va, struct region *ret)
+/* The region at va, or the next one behind it. -ENOENT: there is none. */
+static int next_region(struct gmem_link *link, uint64_t va, struct region *ret)
 {
 	struct gmem_ring_cqe cqe;
+	int err = call(link, (struct gmem_ring_sqe){ .op = GMEM_RING_REGION, .flags = GMEM_RING_NEXT, .va = va }, &cqe);
 
-	if (call(link, (struct gmem_ring_sqe){ .op = GMEM_RING_REGION, .flags = GMEM_RING_NEXT, .va = va }, &cqe))
-		return false;
+	if (err)
+		return err == -EINVAL ? -ENOENT : err;
 	*ret = (struct region){ cqe.values[GMEM_RING_VA], cqe.values[GMEM_RING_LENGTH], cqe.values[GMEM_RING_PAGE_BYTES],
 				cqe.values[GMEM_RING_HUGE], cqe.values[GMEM_RING_COPIED] };
-	return ret->va + ret->bytes > va;
+	return ret->va + ret->bytes > va ? 0 : -ENOENT;
 }
 
-int gmem_copies_freeze(struct gmem_link *link, bool frozen)
+static int advise_all(struct gmem_link *link, uint64_t advice)
 {
-	struct gmem_ring_sqe sqe = { .op = GMEM_RING_ADVISE, .hnid = NO_HNID, .arg = frozen ? ADVISE_FREEZE : ADVISE_THAW };
+	struct gmem_ring_sqe sqe = { .op = GMEM_RING_ADVISE, .hnid = NO_HNID, .arg = advice };
 	struct gmem_ring_cqe cqe;
 	struct region region;
-	int err = 0;
+	int err = 0, next;
 
-	if (!link->copies || !link->ring)
-		return 0;
-	for (uint64_t va = 0; next_region(link, va, &region); va = region.va + region.bytes) {
+	for (uint64_t va = 0; !(next = next_region(link, va, &region)); va = region.va + region.bytes) {
 		int here;
 
 		sqe.va = region.va;
@@ -56,7 +58,23 @@ int gmem_copies_freeze(struct gmem_link *link, bool frozen)
 		here = region.copied ? call(link, sqe, &cqe) : 0;
 		err = err ? err : here;
 	}
+	return err || next == -ENOENT ? err : next;
+}
+
+int gmem_copies_freeze(struct gmem_link *link)
+{
+	int err = link->copies && link->ring ? advise_all(link, ADVISE_FREEZE) : 0;
+
+	if (err)
+		gmem_copies_thaw(link);
 	return err;
+}
+
+/* The only way in which it fails is that the session has ended, and then nothing of it is frozen. */
+void gmem_copies_thaw(struct gmem_link *link)
+{
+	if (link->copies && link->ring)
+		advise_all(link, ADVISE_THAW);
 }
 
 /* ---- in the child ---- */
@@ -114,6 +132,7 @@ static int replace(struct gmem_link *link, const struct region *region)
 void gmem_copies_take(struct gmem_link *link)
 {
 	struct region region;
+	int next;
 
 	if (!link->copies)
 		return;
@@ -121,7 +140,7 @@ void gmem_copies_take(struct gmem_link *link)
 		gmem_copies_unmap(link);
 		return;
 	}
-	for (uint64_t va = 0; next_region(link, va, &region); va = region.va + region.bytes) {
+	for (uint64_t va = 0; !(next = next_region(link, va, &region)); va = region.va + region.bytes) {
 		int err = !region.copied ? 0 : link->torn ? link->torn : replace(link, &region);
 
 		if (!err)
@@ -130,6 +149,10 @@ void gmem_copies_take(struct gmem_link *link)
 			(unsigned long long)region.va, (unsigned long long)(region.va + region.bytes), strerror(-err));
 		gmem_link_unmap(link, region.va, region.bytes);
 	}
+	if (next == -ENOENT)
+		return;
+	dprintf(STDERR_FILENO, "gmem: memory could not be copied for a forked child, and is not mapped there: %s\n", strerror(-next));
+	gmem_copies_unmap(link); /* what is its own by now, too: which that is nobody can tell any more */
 }
 
 /* ---- beside the window ---- */
@@ -161,6 +184,31 @@ static int withhold_one(const struct gmem_vma *vma, void *arg)
 	return 0;
 }
 
+/* What has been unmapped meanwhile is no error. */
+int gmem_copies_drop(struct gmem_link *link, uint64_t va, uint64_t bytes, bool zeroed)
+{
+	uint64_t base = link->hello.window_base, end = va + bytes;
+	struct region region;
+	int err = 0;
+
+	if (!link->copies || !link->ring)
+		return 0;
+	for (; !err && va < end && !(err = next_region(link, va, &region)) && region.va < end; va = region.va + region.bytes) {
+		uint64_t from = region.va > va ? region.va : va, stop = region.va + region.bytes;
+		struct gmem_ring_sqe sqe = { .op = GMEM_RING_ADVISE, .hnid = NO_HNID, .va = from,
+					     .bytes = (stop < end ? stop : end) - from,
+					     .arg = zeroed ? ADVISE_ZERO : ADVISE_DISCARD };
+		struct gmem_ring_cqe cqe;
+
+		if (region.va < base + link->hello.window_bytes && stop > base)
+			continue;
+		err = call(link, sqe, &cqe);
+		if (err == -EINVAL)
+			err = 0;
+	}
+	return err == -ENOENT ? 0 : err;
+}
+
 struct cover {
 	const struct gmem_link *link;
 	uint64_t at;
@@ -185,6 +233,7 @@ bool gmem_copies_cover(struct gmem_link *link, uint64_t va, uint64_t bytes)
 
 void gmem_copies_unmap(struct gmem_link *link)
 {
+	gmem_beside_remove(link->beside, 0, UINT64_MAX);
 	while (link->copies && gmem_vma_each(0, UINT64_MAX, unmap_one, link) > 0)
 		;
 }

@@ -12,13 +12,16 @@
 
 struct gmem_link;
 
-/* In the parent, around a fork: nobody writes to them. 0 or -errno. */
-int gmem_copies_freeze(struct gmem_link *link, bool frozen);
+/* In the parent, around a fork: between the two nobody writes to them. -errno: nothing is frozen. */
+int gmem_copies_freeze(struct gmem_link *link);
+void gmem_copies_thaw(struct gmem_link *link);
 /* In the child, once it has joined. What can't be copied is unmapped there, and said on stderr. */
 void gmem_copies_take(struct gmem_link *link);
 /* Unmaps, or keeps from children, what is mapped of the session's files beside the window. */
 void gmem_copies_unmap(struct gmem_link *link);
 void gmem_copies_withhold(struct gmem_link *link);
+/* Drops the content of what is mapped of them in a range beside the window; zeroed: every byte of it reads zero. */
+int gmem_copies_drop(struct gmem_link *link, uint64_t va, uint64_t bytes, bool zeroed);
 /* Whether all of a range beside the window is mapped from them. */
 bool gmem_copies_cover(struct gmem_link *link, uint64_t va, uint64_t bytes);
 

@@ -116,7 +116,7 @@ static void map(struct gmem_link *link, const struct gmem_launch_run *run)
 		said.value = run->args[1] ? gmem_link_uncover(link, run->args[0], run->args[1]) :
 					    gmem_link_overlay(link, run->args[0]);
 	else
-		munmap((void *)(uintptr_t)run->args[0], run->args[1]);
+		gmem_link_unmap(link, run->args[0], run->args[1]);
 	put(&said, sizeof(said));
 }
 

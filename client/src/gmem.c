@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "adopt.h"
+#include "adopted.h"
 #include "context.h"
 #include "copies.h"
 #include "error.h"
@@ -480,6 +481,7 @@ int gmem_adopt(struct gmem *session, void *va, size_t bytes, const struct gmem_a
 		if (err) {
 			gmem_link_adopt_cancel(session->link, &adoption);
 		} else {
+			gmem_adopted_some();
 			err = gmem_link_adopt_finish(session->link, &adoption, message);
 			*ret = (struct gmem_range){ (void *)(uintptr_t)adoption.va, adoption.done };
 			if (err)

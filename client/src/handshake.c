@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "agent.h"
+#include "beside.h"
 #include "cuda.h"
 #include "link.h"
 #include "ring.h"
@@ -189,7 +190,8 @@ static int get_ready(struct gmem_link *link)
 
 	err = get(link, GMEM_WIRE_READY, &ready, sizeof(ready), fds, &count);
 	if (!err && !ready.status && count && (ready.flags & GMEM_WIRE_HAS_AGENT)) {
-		err = gmem_agent_start(fds[--count], link->hello.window_base, link->hello.window_bytes, &link->agent);
+		err = gmem_agent_start(fds[--count], link->hello.window_base, link->hello.window_bytes, gmem_beside_age,
+				       link, &link->agent);
 		if (err)
 			failed(link, err, "agent");
 	}
@@ -288,9 +290,7 @@ void gmem_link_hang_up(struct gmem_link *link)
 	if (link->ring)
 		gmem_ring_destroy(link->ring);
 	link->ring = NULL;
-	if (link->agent)
-		gmem_agent_stop(link->agent);
-	link->agent = NULL;
+	gmem_link_stop_agent(link);
 	for (size_t i = 0; i < sizeof(fds) / sizeof(fds[0]); i++) {
 		if (*fds[i] >= 0)
 			close(*fds[i]);

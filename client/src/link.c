@@ -14,6 +14,7 @@
 
 #include "agent.h"
 #include "atfork.h"
+#include "beside.h"
 #include "copies.h"
 #include "cuda.h"
 #include "forkpipe.h"
@@ -35,8 +36,9 @@ static void before_fork(void)
 		err = gmem_fork_pipe_open(&joined);
 	for (struct gmem_link *link = links; link; link = link->next) {
 		/* a child that nobody waits for can't take a copy: it would be of no one moment */
-		link->torn = err ? err : gmem_copies_freeze(link, true);
+		link->torn = err ? err : gmem_copies_freeze(link);
 		pthread_mutex_lock(&link->lock);
+		gmem_beside_lock(link->beside);
 		if (link->ring)
 			gmem_ring_lock(link->ring);
 		/* fork() waits until gmemd has read its event for each mapping that the child gets. */
@@ -58,8 +60,10 @@ static bool any_copies(void)
 
 static void unlock_links(void)
 {
-	for (struct gmem_link *link = links; link; link = link->next)
+	for (struct gmem_link *link = links; link; link = link->next) {
+		gmem_beside_unlock(link->beside);
 		pthread_mutex_unlock(&link->lock);
+	}
 }
 
 static void after_fork_parent(void)
@@ -71,7 +75,7 @@ static void after_fork_parent(void)
 			gmem_ring_unlock(link->ring);
 	unlock_links();
 	for (struct gmem_link *link = links; link; link = link->next)
-		gmem_copies_freeze(link, false);
+		gmem_copies_thaw(link);
 	pthread_mutex_unlock(&links_lock);
 }
 
@@ -102,6 +106,7 @@ static void rejoin(struct gmem_link *link)
 			link->regions[i] = link->regions[--link->region_count];
 	}
 	link->status = gmem_link_handshake(link, GMEM_WIRE_FORK_CHILD, token, NULL);
+	gmem_beside_unlock(link->beside);
 	pthread_mutex_unlock(&link->lock);
 	if (link->status) {
 		gmem_link_unmap_all(link);
@@ -110,6 +115,7 @@ static void rejoin(struct gmem_link *link)
 		gmem_copies_take(link);
 	}
 	pthread_mutex_lock(&link->lock);
+	gmem_beside_lock(link->beside);
 }
 
 static void after_fork_child(void)
@@ -145,6 +151,11 @@ static int open_link(const char *path, uint32_t kind, const uint8_t *token, cons
 	pthread_mutex_init(&link->lock, NULL);
 	link->pid = getpid();
 	link->context = kind == GMEM_WIRE_CONTEXT;
+	err = gmem_beside_create(&link->beside);
+	if (err) {
+		free(link);
+		return err;
+	}
 	pthread_once(&once, install_handlers);
 	/* A fork in the middle of the handshake waits for its end. */
 	pthread_mutex_lock(&links_lock);
@@ -156,6 +167,7 @@ static int open_link(const char *path, uint32_t kind, const uint8_t *token, cons
 	pthread_mutex_unlock(&links_lock);
 	if (err) {
 		snprintf(message, GMEM_WIRE_MESSAGE_BYTES, "%s", link->message);
+		gmem_beside_destroy(link->beside);
 		pthread_mutex_destroy(&link->lock);
 		free(link);
 		return err;
@@ -175,6 +187,13 @@ int gmem_link_open_context(const char *path, const uint8_t token[GMEM_WIRE_TOKEN
 	return open_link(path, GMEM_WIRE_CONTEXT, token, device, ret, message);
 }
 
+void gmem_link_stop_agent(struct gmem_link *link)
+{
+	if (link->agent)
+		gmem_agent_stop(link->agent);
+	link->agent = NULL;
+}
+
 void gmem_link_close(struct gmem_link *link)
 {
 	struct gmem_link **at;
@@ -188,9 +207,7 @@ void gmem_link_close(struct gmem_link *link)
 	if (link->ring)
 		gmem_ring_destroy(link->ring);
 	link->ring = NULL;
-	if (link->agent)
-		gmem_agent_stop(link->agent);
-	link->agent = NULL;
+	gmem_link_stop_agent(link);
 	/* If gmemd is gone, ours is the last: munmap would wait for it to read an event. */
 	if (link->uffd >= 0)
 		close(link->uffd);
@@ -198,6 +215,7 @@ void gmem_link_close(struct gmem_link *link)
 	gmem_link_unmap_all(link);
 	gmem_link_hang_up(link);
 	pthread_mutex_destroy(&link->lock);
+	gmem_beside_destroy(link->beside);
 	free(link->regions);
 	free(link);
 }

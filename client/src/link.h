@@ -21,6 +21,7 @@
 #define GMEM_LINK_KEPT 12 /* fewer than gmemd allows, so that it need not refuse */
 
 struct gmem_agent;
+struct gmem_beside;
 struct gmem_ring;
 
 struct gmem_link_region {
@@ -41,6 +42,7 @@ struct gmem_link {
 	int channel;                    /* a context in this process (cuda.h); -1: it is no such */
 	struct gmem_ring *ring;         /* NULL: requests go over the control plane only */
 	struct gmem_agent *agent;       /* NULL: gmemd has not asked for one */
+	struct gmem_beside *beside;     /* what of adopted memory stays mapped */
 	struct gmem_wire_welcome hello; /* what the daemon said */
 	char path[GMEM_WIRE_PATH_BYTES];
 	char message[GMEM_WIRE_MESSAGE_BYTES]; /* why the last handshake failed */
@@ -66,6 +68,9 @@ int gmem_link_open_context(const char *path, const uint8_t token[GMEM_WIRE_TOKEN
 			   struct gmem_link **ret, char *message);
 /* Unmaps what is still mapped and ends the session. */
 void gmem_link_close(struct gmem_link *link);
+
+/* Before its userfaultfd is closed, which it uses. */
+void gmem_link_stop_agent(struct gmem_link *link);
 
 /* Accessors, for callers that do not know the struct (cffi). */
 const uint8_t *gmem_link_token(const struct gmem_link *link);

@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "beside.h"
 #include "cuda.h"
 #include "link.h"
 #include "syscalls.h"
@@ -137,8 +138,10 @@ int gmem_link_forget(struct gmem_link *link, uint64_t va, uint64_t bytes)
 
 int gmem_link_unmap(struct gmem_link *link, uint64_t va, uint64_t bytes)
 {
-	int err = unmap_at(va, bytes); /* without the lock: it waits for the daemon to read its event */
+	int err;
 
+	gmem_beside_remove(link->beside, va, bytes);
+	err = unmap_at(va, bytes); /* without the lock: it waits for the daemon to read its event */
 	if (err)
 		return err;
 	return gmem_link_forget(link, va, bytes);
@@ -247,6 +250,10 @@ static int map_beside(struct gmem_link *link, uint64_t va, uint64_t bytes, int f
 
 	if (err == -EEXIST && !gmem_vma_each(va, va + bytes, check_ours, link))
 		err = map_at(va, bytes, fd, offset, MAP_FIXED, false, false);
+	if (!err) { /* nobody else unmaps anything here */
+		gmem_beside_remove(link->beside, va, bytes);
+		gmem_beside_add(link->beside, va, bytes);
+	}
 	return err;
 }
 

@@ -248,6 +248,16 @@ static int set_frozen(int advice)
 	return err;
 }
 
+/* Of nothing, if not of all. */
+static int freeze(void)
+{
+	int err = set_frozen(GMEM_PEER_FREEZE);
+
+	if (err)
+		set_frozen(GMEM_PEER_THAW);
+	return err;
+}
+
 /* A child that nobody waits for can't take a copy: it would be of no one moment. */
 static void before_fork(void)
 {
@@ -256,7 +266,7 @@ static void before_fork(void)
 	if (torn)
 		gmem_fail(torn, "%s", strerror(-torn));
 	else
-		torn = set_frozen(GMEM_PEER_FREEZE);
+		torn = freeze();
 }
 
 static void after_fork_parent(void)

@@ -57,13 +57,13 @@ int gmem_session_check(const struct gmem *session)
 
 /* ---- fork ---- */
 
-static pthread_mutex_t all_lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_rwlock_t all_lock = PTHREAD_RWLOCK_INITIALIZER; /* write-held over a fork */
 static struct gmem *all; /* all_lock */
 
 /* Runs before the handlers of rpc.c and link.c, which were registered earlier: what is under way needs their locks. */
 static void before_fork(void)
 {
-	pthread_mutex_lock(&all_lock);
+	pthread_rwlock_wrlock(&all_lock);
 	for (struct gmem *session = all; session; session = session->next) {
 		pthread_rwlock_wrlock(&session->mapping);
 		pthread_mutex_lock(&session->lock);
@@ -76,7 +76,7 @@ static void after_fork(void)
 		pthread_mutex_unlock(&session->lock);
 		pthread_rwlock_unlock(&session->mapping);
 	}
-	pthread_mutex_unlock(&all_lock);
+	pthread_rwlock_unlock(&all_lock);
 }
 
 static void after_fork_child(void)
@@ -86,7 +86,7 @@ static void after_fork_child(void)
 		/* A write lock knows its owner by thread id, which is another one here. */
 		pthread_rwlock_init(&session->mapping, NULL);
 	}
-	pthread_mutex_unlock(&all_lock);
+	pthread_rwlock_init(&all_lock, NULL);
 }
 
 static void install_handlers(void)
@@ -99,21 +99,33 @@ static void enlist(struct gmem *session)
 	static pthread_once_t once = PTHREAD_ONCE_INIT;
 
 	pthread_once(&once, install_handlers);
-	pthread_mutex_lock(&all_lock);
+	pthread_rwlock_wrlock(&all_lock);
 	session->next = all;
 	all = session;
-	pthread_mutex_unlock(&all_lock);
+	pthread_rwlock_unlock(&all_lock);
 }
 
 static void delist(struct gmem *session)
 {
 	struct gmem **at;
 
-	pthread_mutex_lock(&all_lock);
+	pthread_rwlock_wrlock(&all_lock);
 	for (at = &all; *at != session; at = &(*at)->next)
 		;
 	*at = session->next;
-	pthread_mutex_unlock(&all_lock);
+	pthread_rwlock_unlock(&all_lock);
+}
+
+int gmem_session_each(int (*fn)(struct gmem *session, void *arg), void *arg)
+{
+	int err = pthread_rwlock_tryrdlock(&all_lock) ? -EAGAIN : 0;
+
+	if (err)
+		return err;
+	for (struct gmem *session = all; session && !err; session = session->next)
+		err = fn(session, arg);
+	pthread_rwlock_unlock(&all_lock);
+	return err;
 }
 
 /* ---- open, close ---- */
@@ -225,11 +237,12 @@ int gmem_close(struct gmem *session)
 	gmem_session_count_contexts(session, 0);
 	if (session->context_count)
 		return gmem_fail(-EBUSY, "session: %zu of its contexts are open", session->context_count);
-	delist(session);
 	if (session->heap.heap)
 		session->heap.destroy(session->heap.heap);
 	gmem_link_give_back(session->link);
+	delist(session);
 	gmem_rpc_destroy(session->rpc);
+	gmem_link_stop_agent(session->link);
 	/* munmap(2) waits until the userfaultfd's reader has heard of it. If gmemd is dead, that would be for ever, unless
 	 * its last descriptor is closed; if it lives, it has one of its own. */
 	if (session->link->uffd >= 0)

@@ -46,6 +46,9 @@ int gmem_check_bytes(size_t bytes);
 int gmem_check_options(size_t size, size_t least, const char *what);
 /* -ECONNRESET if gmemd is gone. */
 int gmem_session_check(const struct gmem *session);
+/* fn for each session that is open, and stays so meanwhile, until it gives something other than 0. -EAGAIN: a fork is under
+ * way, or a session begins or ends. */
+int gmem_session_each(int (*fn)(struct gmem *session, void *arg), void *arg);
 /* The region at va has been mapped: gmemd registers it. */
 int gmem_session_commit(struct gmem *session, uint64_t va);
 /* As gmem_munmap(); may_keep: the addresses may stay mapped (GMEM_RING_KEEP). A program's own munmap(2) leaves none. */

@@ -83,18 +83,23 @@ int gmem_uffd_begin_shared(int fd)
 	return ioctl(fd, IOC_API, &api) ? -errno : 0;
 }
 
+int gmem_uffd_protect(int fd, uint64_t va, uint64_t bytes)
+{
+	struct protection protection = { .range = { va, bytes }, .mode = WRITEPROTECT_WP };
+
+	return ioctl(fd, IOC_WRITEPROTECT, &protection) ? -errno : 0;
+}
+
 int gmem_uffd_watch(int fd, uint64_t va, uint64_t bytes)
 {
 	struct registration registration = { .range = { va, bytes }, .mode = REGISTER_MISSING | REGISTER_WP };
-	struct protection protection = { .range = { va, bytes }, .mode = WRITEPROTECT_WP };
 	int err;
 
 	if (ioctl(fd, IOC_REGISTER, &registration))
 		return -errno;
-	if (!ioctl(fd, IOC_WRITEPROTECT, &protection))
-		return 0;
-	err = -errno;
-	gmem_uffd_unwatch(fd, va, bytes);
+	err = gmem_uffd_protect(fd, va, bytes);
+	if (err)
+		gmem_uffd_unwatch(fd, va, bytes);
 	return err;
 }
 

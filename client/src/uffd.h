@@ -13,6 +13,8 @@ int gmem_uffd_begin(int fd);
 int gmem_uffd_begin_shared(int fd);
 /* From here on writers wait. Anonymous memory; -EBUSY: another userfaultfd watches it. */
 int gmem_uffd_watch(int fd, uint64_t va, uint64_t bytes);
+/* The next write to each page is a fault. -ENOENT: not all of it is watched. */
+int gmem_uffd_protect(int fd, uint64_t va, uint64_t bytes);
 /* Everybody goes on, on what was there. */
 void gmem_uffd_unwatch(int fd, uint64_t va, uint64_t bytes);
 /* Everybody goes on, on what is there now. */

@@ -25,6 +25,8 @@
 #define BACKOFF_NS 5000000ull
 #define BACKOFF_MAX_NS 250000000ull
 
+#define NOBODY GMEM_EXCHANGE_MAX /* in a lane's queue: who was there is to be asked for again, on this lane or another */
+
 enum { WAITING, ON_LANE, STORED, DONE };
 enum wait { NOT_WANTED, WANTED, ASKED };
 
@@ -279,6 +281,12 @@ static void answered(struct run *run, struct lane *lane, int result)
 	lane->answered++;
 }
 
+/* The request whose reply has been read is this lane's business no more. */
+static void leave(struct lane *lane)
+{
+	lane->queue[lane->answered++] = NOBODY;
+}
+
 static void redirected(struct run *run, struct lane *lane, struct gmem_request *request,
 		       const struct gmem_redirection *to, bool moved)
 {
@@ -302,14 +310,14 @@ static int refused(struct run *run, struct lane *lane, const struct gmem_resp *r
 
 	if (means == GMEM_RESP_MOVED || means == GMEM_RESP_ASK) {
 		redirected(run, lane, request, &to, means == GMEM_RESP_MOVED);
-		lane->answered++;
+		leave(lane);
 		return 0;
 	}
 	gmem_nodes_note(nodes, "%.60s: %.*s", nodes->nodes[lane->node]->address.name, text, reply->text);
 	if (means == GMEM_RESP_LATER || means == GMEM_RESP_STALE) {
 		gmem_nodes_stale(nodes);
 		again(request, false);
-		lane->answered++;
+		leave(lane);
 		return 0;
 	}
 	if (means == GMEM_RESP_FULL)
@@ -428,7 +436,7 @@ static int refused_to_wait(struct run *run, struct lane *lane, const struct gmem
 		return -EAGAIN;
 	gmem_nodes_note(run->x->nodes, "%.60s: %.*s", run->x->nodes->nodes[lane->node]->address.name, text, reply->text);
 	for (unsigned i = 0; i < lane->queued; i++)
-		if (run->requests[lane->queue[i]].state == STORED)
+		if (lane->queue[i] != NOBODY && run->requests[lane->queue[i]].state == STORED)
 			finish(&run->requests[lane->queue[i]], -EACCES);
 	lane->wait = NOT_WANTED;
 	return 0;
@@ -473,9 +481,12 @@ static int take_line(struct run *run, struct lane *lane, const struct gmem_resp 
 	return 0;
 }
 
-static bool expects(const struct lane *lane)
+/* The reply to ASKING may come before all of what follows it has gone. */
+static bool expects(const struct run *run, const struct lane *lane)
 {
-	return lane->answered < lane->sent || lane->wait == ASKED;
+	if (lane->answered < lane->sent || lane->wait == ASKED)
+		return true;
+	return lane->begun && run->requests[lane->queue[lane->sent]].asking && !lane->asking;
 }
 
 static bool is_over(const struct lane *lane)
@@ -502,7 +513,7 @@ static int take_some(struct run *run, struct lane *lane)
 			take_body(run, lane);
 			continue;
 		}
-		if (!expects(lane))
+		if (!expects(run, lane))
 			return -EPROTO; /* nobody has asked for that */
 		n = gmem_resp_parse((char *)wire->rx + wire->rx_begin, wire->rx_end - wire->rx_begin, &reply);
 		if (n <= 0)
@@ -534,6 +545,8 @@ static void end_lane(struct run *run, struct lane *lane, int err)
 	for (unsigned i = 0; i < lane->queued; i++) {
 		struct gmem_request *request = &run->requests[lane->queue[i]];
 
+		if (lane->queue[i] == NOBODY)
+			continue;
 		concerned |= request->state == ON_LANE || request->state == STORED;
 		if (request->state == STORED && durable)
 			finish(request, 0);
@@ -561,7 +574,7 @@ static int lane_to(struct run *run, unsigned node, struct lane **ret)
 	int err;
 
 	for (unsigned i = 0; i < run->lane_count; i++)
-		if (run->lanes[i].node == node && run->lanes[i].wait != ASKED) {
+		if (run->lanes[i].node == node && run->lanes[i].wait != ASKED && run->lanes[i].queued < GMEM_EXCHANGE_MAX) {
 			*ret = &run->lanes[i];
 			return 0;
 		}
@@ -659,7 +672,7 @@ static void wait_and_serve(struct run *run, uint64_t until_ns)
 		struct lane *lane = &run->lanes[l];
 
 		gmem_wire_expect(lane->wire, lane->in_body ? (size_t)lane->left : 0);
-		fds[l] = (struct pollfd){ .fd = lane->wire->fd, .events = gmem_wire_events(lane->wire, expects(lane)) };
+		fds[l] = (struct pollfd){ .fd = lane->wire->fd, .events = gmem_wire_events(lane->wire, expects(run, lane)) };
 	}
 	poll(fds, count, until_ns > now ? (int)((until_ns - now) / 1000000 + 1) : 0);
 	now = gmem_now_ns();

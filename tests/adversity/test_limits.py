@@ -101,11 +101,13 @@ def test_address_space(make_arena, spare_mib):
     assert again.ask("session") and again.ask("write_and_read") == 0
 
 
-def test_a_limit_that_is_too_low_to_start_is_said(tmp_path):
+@pytest.mark.parametrize("descriptors", [20, 24, 63])
+def test_a_limit_that_is_too_low_to_start_is_said(tmp_path, descriptors):
     done = subprocess.run(
-        ["prlimit", "--nofile=24:24", sys.executable, "-m", "gmemd", "run", "--runtime-dir", str(tmp_path / "r")],
+        ["prlimit", f"--nofile={descriptors}:{descriptors}", sys.executable, "-m", "gmemd", "run", "--runtime-dir", str(tmp_path / "r")],
         capture_output=True, text=True, timeout=30,
     )  # fmt: skip
     assert done.returncode == 1 and done.stderr.strip(), done
     assert "Traceback" not in done.stderr and os.strerror(errno.EMFILE) in done.stderr, done.stderr
+    assert "RLIMIT_NOFILE" in done.stderr, done.stderr
     assert HONEST and MALLORY

@@ -24,6 +24,12 @@ def run_ok(command: list[str | Path], **options) -> str:
     return done.stdout
 
 
+def jemalloc() -> str | None:
+    """The library of another allocator, if there is one."""
+    found = subprocess.run(["gcc", "-print-file-name=libjemalloc.so.2"], capture_output=True, text=True).stdout.strip()
+    return found if os.path.isabs(found) and os.path.exists(found) else None
+
+
 class Builder:
     """Compiles against the installed library: what pkg-config says, and nothing else."""
 

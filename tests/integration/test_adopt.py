@@ -19,6 +19,7 @@ import gmem
 import numpy as np
 import pytest
 from helpers import ROOT, eventually
+from programs import jemalloc
 
 MIB = 1 << 20
 PAGE = 4096
@@ -79,6 +80,54 @@ def test_freed_with_the_array(session: gmem.Session) -> None:
         until = time.monotonic() + 10
         while session.stats()["regions"] > before:
             assert time.monotonic() < until, "the region outlives the array"
+
+
+def mapped_from_gmem(va: int, nbytes: int) -> list[str]:
+    found = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, end = (int(part, 16) for part in line.split()[0].split("-"))
+        if start < va + nbytes and end > va and "memfd:gmem" in line:
+            found.append(line)
+    return found
+
+
+@pytest.mark.parametrize("edges", [False, True])
+def test_freed_memory_is_ordinary_again(session: gmem.Session, edges: bool) -> None:
+    """Also in malloc's heap, which keeps it. What shares pages with it stays as it was."""
+    before = session.stats()["regions"]
+    arrays = [np.full(MIB - 4096 + 100 * i, i, np.uint8) for i in range(6)]
+    ranges = [gmem.adopt(array, edges=edges) if i % 2 else None for i, array in enumerate(arrays)]
+    gmem.prefetch((ranges[3][0], 512 * 1024), "simgpu0")
+    assert mapped_from_gmem(*ranges[3])
+    arrays[3] = None
+    gc.collect()
+    assert not mapped_from_gmem(*ranges[3]) and ranges[3][0] not in session.adopted
+    assert all(array is None or (array == i).all() for i, array in enumerate(arrays))
+    arrays.clear()
+    gc.collect()
+    assert not session.adopted
+    eventually(lambda: session.stats()["regions"] == before, "regions outlive the arrays", 10)
+
+
+@pytest.mark.skipif(not jemalloc(), reason="no libjemalloc")
+def test_another_allocator_frees_it(session: gmem.Session) -> None:
+    code = """
+import gmem, numpy as np
+gmem.connect()
+for round in range(5):
+    arrays = [np.zeros((1 + i % 5) * (1 << 16)) for i in range(12)]
+    for i, array in enumerate(arrays):
+        assert not array.any(), "calloc() gave what was there before"
+        array[:] = i + 1
+        gmem.adopt(array, edges=bool(i % 2))
+    assert all((array == i + 1).all() for i, array in enumerate(arrays))
+    del arrays, array
+print("ok")
+"""
+    environment = {"LD_PRELOAD": jemalloc(), "MALLOC_CONF": "dirty_decay_ms:0,muzzy_decay_ms:0"}
+    environment = {**os.environ, **environment, "GMEM_SOCKET": str(session.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers import eventually
-from programs import EXAMPLES, SOURCES, TIMEOUT_S, Builder, Daemon, run_ok
+from programs import EXAMPLES, SOURCES, TIMEOUT_S, Builder, Daemon, jemalloc, run_ok
 
 
 def test_hello(builder: Builder, daemon: Daemon) -> None:
@@ -36,13 +36,22 @@ def test_list_on_a_device_that_can_not_fault(builder: Builder, daemon: Daemon) -
 
 @pytest.mark.parametrize(("name", "device"), [
     ("memory", "simgpu0"), ("contexts", "simgpu0"), ("acquire", "simgpu1"), ("heap", "simgpu0"), ("adopt", "simgpu0"),
-    ("pool", "simgpu0"),
+    ("adopted", "simgpu0"), ("pool", "simgpu0"),
 ])  # fmt: skip
 def test_program(builder: Builder, daemon: Daemon, name: str, device: str) -> None:
     kernels = builder.kernels(SOURCES / "kernels.c")
     run_ok([builder.program(SOURCES / f"{name}.c"), device, kernels], env=daemon.environment)
     assert daemon.process.poll() is None, daemon.log()
     assert '"level": "error"' not in daemon.log()
+
+
+@pytest.mark.skipif(not jemalloc(), reason="no libjemalloc")
+def test_an_allocator_that_counts_on_zeros(builder: Builder, daemon: Daemon) -> None:
+    """jemalloc drops what is free by MADV_DONTNEED, at once here, and calloc() does not clear it again."""
+    program = builder.program(SOURCES / "adopted.c")
+    environment = {**daemon.environment, "LD_PRELOAD": jemalloc(), "MALLOC_CONF": "dirty_decay_ms:0,muzzy_decay_ms:0"}
+    run_ok([program, "simgpu0", "-", "allocator"], env=environment)
+    assert daemon.process.poll() is None, daemon.log()
 
 
 @pytest.mark.parametrize("ring", ["1", "0"])
@@ -108,13 +117,14 @@ def test_exports_are_the_header(builder: Builder) -> None:
     """What the libraries export, their version scripts and the headers declare the same functions."""
     libraries = [builder.prefix / "lib" / name for name in ("libgmem.so.0", "libgmem-heap.so.0")]
     symbols = run_ok(["nm", "-D", "--defined-only", *libraries])
-    exported = [line.split()[2].split("@@") for line in symbols.splitlines() if " T " in line]
+    exported = [line.split()[2].partition("@@")[::2] for line in symbols.splitlines() if " T " in line]
     public = {name for name, version in exported if version == "GMEM_0"}
     headers = [(builder.prefix / "include" / name).read_text() for name in ("gmem.h", "libgmem.h")]
     assert public == {name for name in public if any(f"{name}(" in header for header in headers)}
     # less the macro's own definitions
     assert len(public) == sum(header.count("GMEM_API ") - header.count("define GMEM_API ") for header in headers)
-    private = {name for name, version in exported if version != "GMEM_0"}
+    assert {name for name, version in exported if not version} == {"madvise"}  # in the place of the C library's
+    private = {name for name, version in exported if version == "GMEM_PRIVATE"}
     assert private == {"gmem_fail", "gmem_peer_calls", "gmem_session_heap"}  # what one library has for the others
 
 

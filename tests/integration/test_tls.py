@@ -334,7 +334,7 @@ def test_what_never_gets_better_is_an_error_within_the_timeout(attach, certifica
         """
         done = run_python(code, session=session)
         assert done.returncode == -7 and done.stdout == "hung\n", "SIGBUS"
-        until(lambda: row(session)["health"] != 0 or row(session)["errors"] > 0, "the failure is seen in devices")
+        assert row(session)["errors"] > 0
     finally:
         lost.go_on()
         lost.kill()

@@ -13,6 +13,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include "../../csrc/drivers/resp.h"
 #include "harness.h"
 
 #define ARGUMENTS 8
@@ -117,7 +118,7 @@ static void set(struct connection *c, struct command *command)
 	server->count++;
 	pthread_mutex_unlock(&server->lock);
 	atomic_fetch_add(&server->sets, 1);
-	say(c->fd, "+OK\r\n");
+	send(c->fd, "+OK\r\n", 5, MSG_NOSIGNAL | (atomic_load(&server->corks) ? MSG_MORE : 0));
 }
 
 static bool take_one(_Atomic int *times)
@@ -188,6 +189,21 @@ static void authenticate(struct connection *c, const struct command *command)
 	say(c->fd, c->known ? "+OK\r\n" : "-WRONGPASS invalid username-password pair or user is disabled.\r\n");
 }
 
+/* "@" in it is the slot of the command's key. */
+static void misbehave(struct connection *c, const struct command *command)
+{
+	const char *answer = atomic_load(&c->server->answer), *at = strchr(answer, '@');
+	char text[128];
+
+	if (!at || command->count < 2) {
+		say(c->fd, answer);
+		return;
+	}
+	snprintf(text, sizeof(text), "%.*s%u%s", (int)(at - answer), answer,
+		 gmem_resp_slot(command->words[1], command->sizes[1]), at + 1);
+	say(c->fd, text);
+}
+
 static bool serve(struct connection *c, struct command *command)
 {
 	struct fake_server *server = c->server;
@@ -205,7 +221,7 @@ static bool serve(struct connection *c, struct command *command)
 	if (take_one(&server->hang))
 		return true;
 	if ((!only || !strcmp(only, word)) && take_one(&server->answer_times)) {
-		say(c->fd, atomic_load(&server->answer));
+		misbehave(c, command);
 		return true;
 	}
 	if (!strcmp(word, "SET") && command->count == 3)
@@ -249,7 +265,7 @@ static void *listener_thread(void *arg)
 {
 	struct fake_server *server = arg;
 	pthread_t thread;
-	int one = 1;
+	int one = 1, little = 32768;
 
 	while (!atomic_load(&server->stop)) {
 		struct pollfd p = { .fd = server->listener, .events = POLLIN };
@@ -267,6 +283,8 @@ static void *listener_thread(void *arg)
 			continue;
 		}
 		setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one));
+		if (atomic_load(&server->corks))
+			setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &little, sizeof(little));
 		atomic_fetch_add(&server->open, 1);
 		c = calloc(1, sizeof(*c));
 		c->server = server;

@@ -35,6 +35,7 @@ struct fake_server {
 	_Atomic int cut;              /* so many connections are closed in the middle of a value that is sent */
 	_Atomic int hang;             /* so many commands are never answered */
 	_Atomic bool refuses;         /* closes each new connection */
+	_Atomic bool corks;           /* the answer to a SET goes with the next one; new connections take little ahead */
 	_Atomic unsigned replicas;    /* what WAIT says */
 	_Atomic(const char *) password;
 	_Atomic bool stop;
@@ -42,7 +43,7 @@ struct fake_server {
 
 struct fake_server *fake_start(void);
 void fake_stop(struct fake_server *server); /* all connections have been closed */
-/* Misbehaves so many times. */
+/* Misbehaves so many times. "@" in answer: the slot of the key that was asked for. */
 void fake_answer(struct fake_server *server, const char *word, const char *answer, int times);
 /* Flips a byte of each value. */
 void fake_damage(struct fake_server *server);

@@ -21,6 +21,17 @@
 /* gmemd's end; the client's struct of the same name is known to agent.c of the client only. */
 static struct gmem_agent *ours;
 
+static _Atomic int beside_count;
+static _Atomic uint64_t beside_va;
+
+static void beside(void *arg, uint64_t va, uint64_t bytes)
+{
+	(void)arg;
+	(void)bytes;
+	if (!beside_count++)
+		beside_va = va;
+}
+
 static bool is_mapped(const void *at)
 {
 	int fd = open("/proc/self/pagemap", O_RDONLY);
@@ -72,6 +83,8 @@ static void leaves_the_rest_alone(uint8_t *window, uint8_t *outside)
 	put(window + 1, 4096);             /* the kernel refuses it */
 	gmem_agent_flush(ours);
 	wait_done();
+	CHECK_EQ(beside_va, (uintptr_t)outside); /* what lies elsewhere is not the agent's to judge */
+	CHECK(beside_count >= 5); /* some may lie side by side */
 	for (unsigned long i = 0; i < BYTES; i++)
 		CHECK_EQ(outside[i], 7);
 	CHECK(is_mapped(window));
@@ -107,9 +120,9 @@ int main(void)
 	window = mmap(NULL, BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
 	outside = mmap(NULL, BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	CHECK(window != MAP_FAILED && outside != MAP_FAILED);
-	CHECK_EQ(gmem_agent_start(open("/dev/zero", O_RDWR), (uintptr_t)window, BYTES, &theirs), -EPROTO);
+	CHECK_EQ(gmem_agent_start(open("/dev/zero", O_RDWR), (uintptr_t)window, BYTES, beside, NULL, &theirs), -EPROTO);
 	CHECK_EQ(gmem_agent_create(-1, &ours), 0);
-	CHECK_EQ(gmem_agent_start(dup(ours->file->fd), (uintptr_t)window, BYTES, &theirs), 0);
+	CHECK_EQ(gmem_agent_start(dup(ours->file->fd), (uintptr_t)window, BYTES, beside, NULL, &theirs), 0);
 	drops_what_it_is_asked_for(window);
 	leaves_the_rest_alone(window, outside);
 	overflows(window);
@@ -117,7 +130,7 @@ int main(void)
 	gmem_agent_destroy(ours);
 	for (int i = 0; i < 50; i++) { /* while it works */
 		CHECK_EQ(gmem_agent_create(-1, &ours), 0);
-		CHECK_EQ(gmem_agent_start(dup(ours->file->fd), (uintptr_t)window, BYTES, &theirs), 0);
+		CHECK_EQ(gmem_agent_start(dup(ours->file->fd), (uintptr_t)window, BYTES, beside, NULL, &theirs), 0);
 		for (int j = 0; j < PAGES; j += 2)
 			put(window + j * 4096, 4096);
 		gmem_agent_flush(ours);

@@ -22,6 +22,7 @@
 
 #define KEYS 65536
 #define BATCH 64
+#define EIGHT 8u
 #define FOR_EVER "timeout_ms=3600000" /* longer than a test may take */
 
 static uint8_t *memory; /* BATCH * 2 MiB */
@@ -426,6 +427,84 @@ static void test_errors_of_servers(void)
 	fake_stop(server);
 }
 
+/* A batch of EIGHT pages, whose first few are to end otherwise than the rest; what has come is what it was. */
+static void batch_ends(struct gmem_device *device, bool pushes, uint64_t first, size_t bytes, unsigned few, int expected)
+{
+	struct gmem_peer_io io[EIGHT];
+
+	for (unsigned i = 0; i < EIGHT; i++) {
+		io[i] = (struct gmem_peer_io){ first + i, memory + i * bytes, bytes, 99 };
+		tier_fill(io[i].memory, bytes, pushes ? io[i].key : 0, 1);
+	}
+	CHECK_EQ((pushes ? tier_ops->peer_map_batch : tier_ops->peer_unmap_batch)(device, io, EIGHT), 0);
+	for (unsigned i = 0; i < EIGHT; i++) {
+		CHECK_EQ(io[i].result, i < few ? expected : 0);
+		CHECK(pushes || io[i].result || tier_is_filled(io[i].memory, bytes, io[i].key, 1));
+	}
+}
+
+/* Each kind of reply to the first few of a batch: each page has the result of its own reply, whatever came before it, and
+ * the rest goes on over the same connection. What may be over soon is asked for again. */
+static void test_replies_in_batches(void)
+{
+	static const struct {
+		const char *answer;
+		int put, get;
+		bool breaks; /* it is no reply to that: the connection is closed, and all is asked for again */
+	} kinds[] = {
+		{ "-ERR something\r\n", -EIO, -EIO, false },
+		{ "-NOPERM no permissions\r\n", -EIO, -EIO, false },
+		{ "-NOAUTH Authentication required.\r\n", -EIO, -EIO, false },
+		{ "-OOM command not allowed when used memory > 'maxmemory'.\r\n", -ENOSPC, -EIO, false },
+		{ "-LOADING Valkey is loading the dataset in memory\r\n", 0, 0, false },
+		{ "-CLUSTERDOWN Hash slot not served\r\n", 0, 0, false },
+		{ "-TRYAGAIN Multiple keys request during rehashing of slot\r\n", 0, 0, false },
+		{ "-MASTERDOWN Link with MASTER is down\r\n", 0, 0, false },
+		{ "-READONLY You can't write against a read only replica.\r\n", 0, 0, false },
+		{ "-MOVED 1 127.0.0.1:1\r\n", 0, 0, false }, /* to nobody whom we know */
+		{ "-ASK 1 127.0.0.1:1\r\n", 0, 0, false },
+		{ "-MOVED nonsense\r\n", -EIO, -EIO, false },
+		{ "$-1\r\n", 0, -EIO, true },
+		{ "*-1\r\n", 0, 0, true },
+		{ "hello\r\n", 0, 0, true },
+	};
+	struct fake_server *server = fake_start();
+	struct gmem_device *device = attached(server, "capacity=64M timeout_ms=5000");
+	unsigned connections = 2; /* what has been replaced is dropped over another one, perhaps */
+
+	for (unsigned i = 0; i < sizeof(kinds) / sizeof(kinds[0]); i++) {
+		uint64_t first = 1000 * (i + 1);
+		bool get_breaks = kinds[i].breaks && !kinds[i].get;
+
+		fake_answer(server, "SET", kinds[i].answer, kinds[i].breaks ? 1 : 3);
+		batch_ends(device, true, first, KIB64, 3, kinds[i].put);
+		fake_answer(server, NULL, "", 0);
+		batch_ends(device, true, first, KIB64, 0, 0); /* what has failed is there now */
+		fake_answer(server, "GET", kinds[i].answer, get_breaks ? 1 : 3);
+		batch_ends(device, false, first, KIB64, 3, kinds[i].get);
+		fake_answer(server, NULL, "", 0);
+		batch_ends(device, false, first, KIB64, 0, 0);
+		connections += 2u * kinds[i].breaks + 2u * get_breaks;
+		CHECK(atomic_load(&server->connections) <= connections);
+	}
+	tier_ops->remove(device);
+	fake_stop(server);
+}
+
+/* Those that are asked for again come to a connection that is still at work, which has had as many requests as it takes. */
+static void test_a_full_batch_that_is_asked_for_again(void)
+{
+	struct fake_server *server = fake_start();
+	struct gmem_device *device = attached(server, "capacity=160M timeout_ms=20000");
+
+	fake_answer(server, "SET", "-LOADING Valkey is loading the dataset in memory\r\n", 20);
+	push_batch(device, 0, BATCH, 1, MIB2, 1, 0);
+	fake_answer(server, "GET", "-LOADING Valkey is loading the dataset in memory\r\n", 20);
+	pull_batch(device, 0, BATCH, 1, MIB2, 1);
+	tier_ops->remove(device);
+	fake_stop(server);
+}
+
 static void test_rubbish(void)
 {
 	static const char *const rubbish[] = {
@@ -582,6 +661,106 @@ static void *tell_when_asked(void *arg)
 	return NULL;
 }
 
+/* Tells the map, and pushes until something has gone to that server by it. */
+static void map_to(struct gmem_device *device, int control, const char *map, struct fake_server *server)
+{
+	unsigned before = atomic_load(&server->sets);
+
+	CHECK(send(control, map, strlen(map), 0) > 0);
+	for (int i = 0; i < 500 && atomic_load(&server->sets) == before; i++, usleep(10000))
+		CHECK_EQ(push(device, 1, KIB64, 2), 0);
+	CHECK(atomic_load(&server->sets) > before);
+}
+
+/* Half of a batch is somewhere else, this once; then all of it, for good. */
+static void redirected_batches(struct gmem_device *device, struct fake_server *one, struct fake_server *two, int control,
+			       uint64_t first, size_t bytes)
+{
+	unsigned sets, gets, askings = atomic_load(&two->askings), connections = atomic_load(&two->connections);
+	char map[256], moved[96];
+
+	snprintf(map, sizeof(map), "topology 2\nnode %s one\nnode %s two\nslots 0 16383 0\n", one->address, two->address);
+	map_to(device, control, map, one);
+	snprintf(moved, sizeof(moved), "-ASK @ %s\r\n", two->address);
+	sets = atomic_load(&two->sets);
+	gets = atomic_load(&two->gets);
+	fake_answer(one, "SET", moved, 4);
+	batch_ends(device, true, first, bytes, 0, 0);
+	CHECK_EQ(atomic_load(&two->sets), sets + 4);
+	fake_answer(one, "GET", moved, 4);
+	batch_ends(device, false, first, bytes, 0, 0);
+	CHECK_EQ(atomic_load(&two->gets), gets + 4);
+	CHECK_EQ(atomic_load(&two->askings), askings + 8);
+	CHECK_EQ(atomic_load(&two->connections), connections);
+	snprintf(moved, sizeof(moved), "-MOVED @ %s\r\n", two->address);
+	sets = atomic_load(&two->sets);
+	fake_answer(one, "SET", moved, -1);
+	batch_ends(device, true, first + EIGHT, bytes, 0, 0);
+	CHECK_EQ(atomic_load(&two->sets), sets + EIGHT);
+	fake_answer(one, NULL, "", 0);
+	map_to(device, control, map, one); /* the old one once more */
+	gets = atomic_load(&two->gets);
+	fake_answer(one, "GET", moved, -1);
+	batch_ends(device, false, first + EIGHT, bytes, 0, 0);
+	CHECK_EQ(atomic_load(&two->gets), gets + EIGHT);
+	fake_answer(one, NULL, "", 0);
+}
+
+/* Answers to one page and to the ASKING before the next come together, while that one is still on its way. */
+static void test_asking_that_is_answered_early(void)
+{
+	struct fake_server *one = fake_start(), *two = fake_start();
+	struct gmem_device *device;
+	char text[256], moved[96];
+	int pair[2];
+
+	CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pair));
+	snprintf(text, sizeof(text), "topology 2\nnode %s one\nnode %s two\nslots 0 16383 0\n", one->address, two->address);
+	CHECK(send(pair[1], text, strlen(text), 0) > 0);
+	snprintf(text, sizeof(text), "control=%d timeout_ms=10000 capacity=64M", pair[0]);
+	CHECK_EQ(attach(text, &device), 0);
+	close(pair[0]);
+	atomic_store(&two->corks, true);
+	snprintf(moved, sizeof(moved), "-ASK @ %s\r\n", two->address);
+	fake_answer(one, "SET", moved, 4);
+	batch_ends(device, true, 0, MIB2, 0, 0);
+	CHECK_EQ(atomic_load(&two->sets), 4);
+	CHECK_EQ(atomic_load(&two->connections), 1);
+	fake_answer(one, NULL, "", 0);
+	tier_ops->remove(device);
+	close(pair[1]);
+	fake_stop(one);
+	fake_stop(two);
+}
+
+/* What one server's replica has is no word for what another one has, whoever was asked first. */
+static void test_replicas_of_another_server(void)
+{
+	struct fake_server *one = fake_start(), *two = fake_start();
+	struct gmem_device *device;
+	char text[256], moved[96];
+	int pair[2];
+
+	CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pair));
+	snprintf(text, sizeof(text), "topology 2\nnode %s one\nnode %s two\nslots 0 16383 0\n", one->address, two->address);
+	CHECK(send(pair[1], text, strlen(text), 0) > 0);
+	atomic_store(&one->replicas, 1);
+	snprintf(text, sizeof(text), "control=%d timeout_ms=500 replicas=1 capacity=64M", pair[0]);
+	CHECK_EQ(attach(text, &device), 0);
+	close(pair[0]);
+	snprintf(moved, sizeof(moved), "-ASK @ %s\r\n", two->address);
+	fake_answer(one, "SET", moved, 4);
+	batch_ends(device, true, 0, KIB64, 4, -EIO);
+	says(device, "fewer than 1 replicas");
+	fake_answer(one, NULL, "", 0);
+	usleep(1100000); /* once a second it is tried */
+	batch_ends(device, true, 0, KIB64, 0, 0);
+	tier_ops->remove(device);
+	close(pair[1]);
+	fake_stop(one);
+	fake_stop(two);
+}
+
 /* Two servers, and a map that is told by somebody who is asked for it. */
 static void test_redirections(void)
 {
@@ -595,7 +774,7 @@ static void test_redirections(void)
 	CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pair));
 	snprintf(text, sizeof(text), "topology 2\nnode %s one\nnode %s two\nslots 0 16383 0\n", one->address, two->address);
 	CHECK(send(pair[1], text, strlen(text), 0) > 0);
-	snprintf(text, sizeof(text), "control=%d timeout_ms=3000", pair[0]);
+	snprintf(text, sizeof(text), "control=%d timeout_ms=3000 capacity=256M", pair[0]);
 	CHECK_EQ(attach(text, &device), 0);
 	close(pair[0]);
 	CHECK_EQ(push(device, 1, KIB64, 1), 0);
@@ -619,6 +798,8 @@ static void test_redirections(void)
 	fake_answer(one, "SET", "", 0);
 	CHECK_EQ(fake_count(two), 5);
 	pull_batch(device, 1000, 64, 1, KIB4, 1);
+	redirected_batches(device, one, two, pair[1], 6400, KIB64);
+	redirected_batches(device, one, two, pair[1], 12800, MIB2);
 	/* a server that nobody has named is not believed */
 	fake_answer(two, "GET", "-MOVED 1 127.0.0.1:1\r\n", 2);
 	CHECK_EQ(push(device, 3, KIB64, 1), 0);
@@ -789,12 +970,16 @@ int main(void)
 	RUN(test_batches_of_all_sizes);
 	RUN(test_memory_that_has_gone);
 	RUN(test_errors_of_servers);
+	RUN(test_replies_in_batches);
+	RUN(test_a_full_batch_that_is_asked_for_again);
 	RUN(test_rubbish);
 	RUN(test_damage);
 	RUN(test_connections_that_break);
 	RUN(test_replicas);
 	RUN(test_passwords);
 	RUN(test_redirections);
+	RUN(test_asking_that_is_answered_early);
+	RUN(test_replicas_of_another_server);
 	RUN(test_hammer);
 	puts("ok");
 	return 0;

@@ -156,13 +156,16 @@ static void less_room_than_said(void)
 	struct shelf far = { .capacity = DATA };
 	struct gmem_core *core;
 	struct client *client;
+	int first;
 
 	shared->page_bytes = 65536;
 	step_to(0);
 	core = core_start((struct gmem_core_config){ .host_limit_bytes = BUDGET });
-	CHECK(shelf_attach(core, &near, "near") > 0 && shelf_attach(core, &far, "far") > 0);
+	first = shelf_attach(core, &near, "near");
+	CHECK(first > 0 && shelf_attach(core, &far, "far") > 0);
 	client = client_start(core, write_and_wait, NULL);
 	wait_step(1);
+	CHECK_EQ(stats_of(core, first).errors, 0); /* full is no error */
 	CHECK(near.stored <= 4 * MIB && near.pushes > 0 && far.pushes > 0);
 	step_to(2);
 	CHECK_EQ(client_wait(client), 0);
@@ -261,18 +264,22 @@ static void damage(int error, int state_behind)
 	struct gmem_core *core;
 	struct client *client;
 	siginfo_t end;
+	int tier;
 
 	shared->page_bytes = 65536;
 	step_to(0);
 	core = core_start((struct gmem_core_config){ .host_limit_bytes = BUDGET });
-	CHECK(shelf_attach(core, &near, "near") > 0);
+	tier = shelf_attach(core, &near, "near");
+	CHECK(tier > 0);
 	client = client_start(core, touch_damaged, NULL);
 	wait_step(1);
+	CHECK_EQ(stats_of(core, tier).errors, 0);
 	near.pull_error = error;
 	step_to(2);
 	CHECK(!waitid(P_PID, (id_t)client->pid, &end, WEXITED | WNOWAIT));
 	CHECK_EQ(end.si_status, SIGBUS);
 	CHECK_EQ(page_state(core, client), state_behind);
+	CHECK_EQ(stats_of(core, tier).errors, 1); /* the tier's, whatever becomes of the page */
 	gmem_core_stats(core, &stats);
 	CHECK(stats.poisoned_pages > 0);
 	near.pull_error = 0;

@@ -167,6 +167,8 @@ int gmem_advise(struct gmem_core *core, uint64_t session, int hnid, uint64_t va,
 		enum gmem_advice advice); /* (blocks) */
 int gmem_prefetch(struct gmem_core *core, uint64_t session, int hnid, uint64_t va, uint64_t bytes); /* (blocks) */
 int gmem_discard(struct gmem_core *core, uint64_t session, uint64_t va, uint64_t bytes);            /* (blocks) */
+/* Reads zero afterwards, parts of pages as well. (blocks) */
+int gmem_zero(struct gmem_core *core, uint64_t session, uint64_t va, uint64_t bytes);
 /* hnid: where dst shall be afterwards. touched: pages of src that nobody has touched leave dst as it is. (blocks) */
 int gmem_hmemcpy(struct gmem_core *core, uint64_t session, int hnid, uint64_t dst, uint64_t src, uint64_t bytes,
 		 bool touched);

@@ -10,7 +10,8 @@
 
 #include <gmem/pages.h>
 
-/* The objects of the regions in the range, as wholes. -EBUSY: another session has frozen one. (blocks) */
+/* The objects of the regions in the range, as wholes. -EBUSY: another session has frozen one. A freeze that fails leaves
+ * nothing frozen, and a thaw can't fail while there is the session: what is not mapped is passed over. (blocks) */
 int gmem_freeze(struct gmem_core *core, uint64_t session, uint64_t va, uint64_t bytes, bool frozen);
 /* Without waking anybody: that session ends. */
 void gmem_object_thaw(struct gmem_object *object, uint64_t session);

@@ -63,6 +63,7 @@ enum gmem_advice {
 	GMEM_ADVISE_NOT_ACCESSED_BY = 0x1015,
 	GMEM_ADVISE_FREEZE = 0x1020,      /* see freeze.h */
 	GMEM_ADVISE_THAW = 0x1021,
+	GMEM_ADVISE_ZERO = 0x1022,        /* every byte reads zero: whole pages are discarded, parts of pages written */
 };
 
 /* Which of a context's holds on a range is meant, over the daemon's death too. */
