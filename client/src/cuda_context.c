@@ -20,6 +20,7 @@
 #include <gmem_cuda_api.h>
 
 #include "cuda.h"
+#include "cuda_maps.h"
 #include "link.h"
 #include "ring.h"
 
@@ -114,7 +115,7 @@ static CUresult extend(struct gmem_cuda *cuda, struct run *run, const struct gme
 
 static CUresult take_away(struct gmem_cuda *cuda, struct frame *frame)
 {
-	CUresult r = cuda->cu->unmap(frame->va, cuda->frame_bytes);
+	CUresult r = gmem_cuda_maps_remove(cuda->cu, cuda->device, frame->va, cuda->frame_bytes, frame->writable);
 
 	frame->va = 0;
 	return r;
@@ -135,6 +136,7 @@ static CUresult do_step(struct gmem_cuda *cuda, struct run *run, const struct gm
 {
 	const struct gmem_cuda_api *cu = cuda->cu;
 	struct frame *frame = step->frame < cuda->frame_count ? &cuda->frames[step->frame] : NULL;
+	bool access;
 	CUresult r;
 
 	if (!frame)
@@ -146,15 +148,16 @@ static CUresult do_step(struct gmem_cuda *cuda, struct run *run, const struct gm
 		return cu->import_fd(&frame->handle, (void *)(intptr_t)fds[(*fds_used)++],
 				     CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
 	case GMEM_CHANNEL_MAP:
-		r = cu->map(step->va, cuda->frame_bytes, 0, frame->handle, 0);
+		r = gmem_cuda_maps_add(cu, cuda->device, step->va, cuda->frame_bytes, frame->handle, step->writable, &access);
 		if (r)
 			return r;
 		frame->va = step->va;
 		frame->writable = step->writable;
-		return extend(cuda, run, step);
+		return access ? extend(cuda, run, step) : CUDA_SUCCESS;
 	case GMEM_CHANNEL_PROTECT:
+		access = gmem_cuda_maps_change(cuda->device, step->va, frame->writable, step->writable);
 		frame->writable = step->writable;
-		return extend(cuda, run, step);
+		return access ? extend(cuda, run, step) : CUDA_SUCCESS;
 	case GMEM_CHANNEL_UNMAP:
 		r = give_access(cuda, run);
 		return r || frame->va != step->va ? (r ? r : CUDA_ERROR_INVALID_VALUE) : take_away(cuda, frame);
@@ -201,9 +204,11 @@ static CUresult do_batch(struct gmem_cuda *cuda, const struct gmem_channel_batch
 
 	if (batch->count == 1 && batch->steps[0].op == GMEM_CHANNEL_LIST)
 		return list_frames(cuda, batch->sequence);
+	gmem_cuda_maps_lock();
 	for (uint32_t i = 0; !r && i < batch->count; i++)
 		r = do_step(cuda, &run, &batch->steps[i], fds, fd_count, &used);
 	last = give_access(cuda, &run);
+	gmem_cuda_maps_unlock();
 	return r ? r : last;
 }
 
@@ -238,9 +243,11 @@ static bool receive(struct gmem_cuda *cuda, struct gmem_channel_batch *batch, in
 /* Whatever a kernel touches from here on is a fault, and not what was there once. */
 static void unmap_everything(struct gmem_cuda *cuda)
 {
+	gmem_cuda_maps_lock();
 	for (uint32_t i = 0; i < cuda->frame_count; i++)
 		if (cuda->frames[i].handle)
 			let_go(cuda, &cuda->frames[i]);
+	gmem_cuda_maps_unlock();
 }
 
 static void *mapper_thread(void *arg)

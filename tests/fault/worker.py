@@ -186,7 +186,10 @@ class Gpu:
     def sum(self, n):
         self.total[0] = 0
         stream = self.streams[n % 2]
-        with self.acquired(self.managed[n], mode="r", stream=stream) as view, self.acquired(self.total, stream=stream) as out:
+        with (
+            self.acquired(self.managed[n], mode="r", stream=stream) as view,
+            self.acquired(self.total, stream=stream) as out,
+        ):
             self.cuda.launch("sum", view, GPU_WORDS, out.ptr, stream)
         got, expected = int(self.book.step("read a sum", lambda: self.total[0])), int(self.known[n].sum())
         if got != expected:

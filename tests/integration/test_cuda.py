@@ -548,7 +548,8 @@ def test_what_the_gpu_alone_had_is_sigbus_if_it_is_lost(program):
     """A frame that can't be had again: SIGBUS, never zeros, and nothing else is hurt."""
     program(SUPERVISED + """
 words = os.environ["GMEM_CUDA_DOUBLE"]
-os.environ["GMEM_CUDA_DOUBLE"] = words + " once=cuMemImportFromShareableHandle:1:1"  # the daemon imports in later lives alone
+# the daemon imports in later lives alone
+os.environ["GMEM_CUDA_DOUBLE"] = words + " once=cuMemImportFromShareableHandle:1:1"
 with supervised("--device", "cuda0:driver=cuda,capacity=16M,reserve=0") as (parent, path):
     os.environ["GMEM_CUDA_DOUBLE"] = words
     session = gmem.connect(path)
@@ -580,6 +581,68 @@ with supervised("--device", "cuda0:driver=cuda,capacity=16M,reserve=0") as (pare
             assert (a == np.arange(MIB // 4) + 100 * n + 1).all()
 print("ok")
 """)
+
+
+def test_contexts_of_one_process_share_its_address_space(program):
+    """Two on one GPU: what both map is mapped once, written by whoever may, and there until the last one lets go."""
+    program("""
+        session = connect()
+        cuda = Cuda()
+        device = gmem.device("cuda0")
+        one, two = device.context(), device.context()
+        a, b = gmem.zeros(MIB // 4, np.int64), gmem.zeros(MIB // 4, np.int64)
+        a[:] = 1
+        with gmem.acquire(one, a) as x, gmem.acquire(two, a) as y:
+            assert x.ptr == y.ptr
+            cuda.bump(x, 1)
+            cuda.bump(y, 1)
+        assert (a == 3).all()
+        with gmem.acquire(one, a, mode="r"), gmem.acquire(two, a) as y:  # the reader does not keep the other from writing
+            cuda.bump(y, 1)
+        with gmem.acquire(two, a, mode="r"):
+            with gmem.acquire(one, a) as x:
+                cuda.bump(x, 1)
+        assert (a == 5).all()
+        with gmem.acquire(one, a, b), gmem.acquire(two, a, b) as (y, z):
+            one.close()
+            cuda.bump(y, 1)
+            cuda.fill(z, 7)
+        two.synchronize()
+        assert (a == 6).all() and (b == np.arange(MIB // 4) + 7).all()
+        more = [gmem.zeros(MIB // 4, np.int64) for _ in range(10)]
+        with device.context() as three:
+            for turn in range(1, 4):
+                for n, m in enumerate(more):
+                    (two, three)[(n + turn) % 2].launch(lambda v: cuda.bump(v, turn), m)
+            for m in more:
+                assert (m == 6).all()
+        two.close()
+        assert hnode(session)["contexts"] == 0 or time.sleep(1) or hnode(session)["contexts"] == 0
+        print("ok")
+    """)
+
+
+@double_only
+def test_access_is_given_to_runs_of_pages(program):
+    """Calls of cuMemSetAccess in the client for 256 MiB: not one for each page."""
+    program("""
+        import ctypes
+        session = connect("capacity=264M,reserve=0")
+        cuda = Cuda()
+        calls = cuda.api.gmem_double_calls
+        calls.restype = ctypes.c_ulong
+        a = gmem.zeros(256 * MIB // 8, np.int64)
+        for turn in range(2):
+            a[::512] = turn
+            before = calls(b"cuMemSetAccess"), calls(b"cuMemMap")
+            with gmem.acquire("cuda0", a):
+                pass
+            gmem.device("cuda0")
+            print(turn, calls(b"cuMemSetAccess") - before[0], calls(b"cuMemMap") - before[1])
+            assert calls(b"cuMemMap") - before[1] == 128
+            assert calls(b"cuMemSetAccess") - before[0] <= 16
+        print("ok")
+    """)
 
 
 @double_only
