@@ -603,7 +603,9 @@ def test_contexts_of_one_process_share_its_address_space(program):
             with gmem.acquire(one, a) as x:
                 cuda.bump(x, 1)
         assert (a == 5).all()
-        with gmem.acquire(one, a, b), gmem.acquire(two, a, b) as (y, z):
+        with gmem.acquire(two, a, b) as (y, z):
+            with gmem.acquire(one, a, b):
+                pass
             one.close()
             cuda.bump(y, 1)
             cuda.fill(z, 7)
@@ -618,6 +620,44 @@ def test_contexts_of_one_process_share_its_address_space(program):
                 assert (m == 6).all()
         two.close()
         assert hnode(session)["contexts"] == 0 or time.sleep(1) or hnode(session)["contexts"] == 0
+        print("ok")
+    """)
+
+
+def test_what_a_gpu_does_not_take_is_refused_and_stays(program):
+    """Small pages, pools, files and adopted memory: each is said, naming the array, and is as it was; so is what lies beside."""
+    program("""
+        session = connect()
+        cuda = Cuda()
+        device = gmem.device("cuda0")
+        file = tempfile.NamedTemporaryFile()
+        file.write(np.arange(4 * MIB // 8).tobytes())
+        file.flush()
+        plain = np.arange(4 * MIB // 8)
+        arrays = {
+            "4K": gmem.empty(4 * MIB // 8, np.int64, page_size="4K"),
+            "64K": gmem.empty(4 * MIB // 8, np.int64, page_size="64K"),
+            "pool": gmem.pool("table", size=4 * MIB).array(np.int64),
+            "file": gmem.from_file(file.name, np.int64),
+        }
+        gmem.adopt(plain)
+        arrays["adopted"] = plain
+        for name, a in arrays.items():
+            if name not in ("file", "adopted"):
+                a[:] = np.arange(a.size)
+            text = refused(gmem.NotSupported, errno.EOPNOTSUPP, lambda: gmem.acquire(device, a).__enter__())
+            assert text.startswith("array: a CUDA device takes"), text
+            text = refused(gmem.NotSupported, errno.EOPNOTSUPP, lambda: gmem.prefetch(a, device))
+            assert "the device does not take such memory" in text, text
+            assert all(page == 1 for page in on(a)), (name, on(a))
+            gmem.advise(a, "preferred", device)  # where it would be best; nothing goes there that can't
+            assert (a == np.arange(a.size)).all(), name
+        good = gmem.zeros(MIB // 4, np.int64)
+        refused(gmem.NotSupported, errno.EOPNOTSUPP, lambda: gmem.acquire(device, good, arrays["4K"]).__enter__())
+        good[:] = 3  # it is not held
+        with gmem.acquire(device, good) as view:
+            cuda.bump(view, 1)
+        assert (good == 4).all() and hnode(session)["used_bytes"] <= 2 * MIB
         print("ok")
     """)
 
