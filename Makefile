@@ -127,7 +127,7 @@ asan: $(VENV)/.test c-asan ## the C tests under AddressSanitizer and UndefinedBe
 	GMEM_C_FLAVOURS=asan $(BIN)/python -m pytest tests/unit_c $(PYTEST_FLAGS)
 
 tsan: $(VENV)/.test c-tsan ## the C tests under ThreadSanitizer
-	GMEM_C_FLAVOURS=tsan $(BIN)/python -m pytest tests/unit_c $(PYTEST_FLAGS)
+	GMEM_C_FLAVOURS=tsan $(BIN)/python -m pytest --timeout 420 -o faulthandler_timeout=500 tests/unit_c $(PYTEST_FLAGS)
 
 coverage: $(VENV)/.dev c-cov ## which lines and branches of csrc the C tests run; at least 85 % of the lines
 	find build/cov -name '*.gcda' -delete

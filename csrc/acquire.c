@@ -7,6 +7,7 @@
 #include <errno.h>
 #include <stdlib.h>
 
+#include <gmem/crash.h>
 #include <gmem/internal.h>
 #include <gmem/pages.h>
 
@@ -155,8 +156,10 @@ static int add_hold(struct gmem_view *view, struct gmem_range range, struct gmem
 	record.hold.va = range.va;
 	record.hold.bytes = range.bytes;
 	record.hold.asked = name.asked;
+	record.hold.index = name.index;
 	if (!err) {
-		*hold = (struct gmem_hold){ .range = range, .record = name.record, .asked = name.asked };
+		*hold = (struct gmem_hold){ .range = range, .record = name.record, .asked = name.asked,
+					     .index = name.index };
 		err = name.record ? 0 : gmem_record_put(&view->session->core->keep, &record, &hold->record);
 	}
 	if (err) {
@@ -178,7 +181,8 @@ static struct gmem_hold **find_hold_locked(struct gmem_view *view, const struct 
 
 	for (at = &view->holds; *at; at = &(*at)->next)
 		if ((!range || ((*at)->range.va == range->va && (*at)->range.bytes == range->bytes)) &&
-		    (!name || ((*at)->record == name->record && (*at)->asked == name->asked)))
+		    (!name || ((*at)->asked == name->asked &&
+			       (name->record ? (*at)->record == name->record : (*at)->index == name->index))))
 			break;
 	return at;
 }
@@ -187,6 +191,7 @@ static void end_hold(struct gmem_view *view, struct gmem_hold *hold)
 {
 	gmem_record_drop(&view->session->core->keep, &hold->record);
 	free(hold);
+	gmem_crash(GMEM_CRASH_HOLD_ENDED);
 }
 
 /* Takes it off the view. */
@@ -256,7 +261,6 @@ static void release_range(struct gmem_request *request, struct gmem_range range)
 
 static int acquire_all(struct gmem_request *request, const struct gmem_range *ranges, size_t count, uint64_t asked)
 {
-	const struct gmem_hold_name name = { 0, asked };
 	struct gmem_range dropped;
 	uint64_t upto = 0;
 	int err = 0;
@@ -272,7 +276,7 @@ static int acquire_all(struct gmem_request *request, const struct gmem_range *ra
 			err = i + 1 == count ? gmem_view_flush(request->view) : 0;
 		}
 		if (!err)
-			err = add_hold(request->view, ranges[i], name);
+			err = add_hold(request->view, ranges[i], (struct gmem_hold_name){ 0, (uint32_t)i, asked });
 		if (err) {
 			undo_acquire(request, ranges, i, upto);
 			while (i--)
@@ -338,6 +342,29 @@ int gmem_release(struct gmem_core *core, uint64_t context, const struct gmem_ran
 	return err;
 }
 
+/* Of a name there is one, once: what is not there was released before. */
+static void release_named(struct gmem_view *view, const struct gmem_hold_name *names, size_t count)
+{
+	struct gmem_request request = { .core = view->session->core, .session = view->session, .view = view,
+					.hnid = view->hnid };
+	struct gmem_range range;
+
+	for (size_t i = 0; i < count; i++)
+		if (take_hold(view, NULL, &names[i], &range))
+			release_range(&request, range);
+}
+
+int gmem_release_named(struct gmem_core *core, uint64_t context, const struct gmem_hold_name *names, size_t count)
+{
+	struct gmem_view *view = gmem_context_find(core, context);
+
+	if (!view)
+		return -ENOENT;
+	release_named(view, names, count);
+	gmem_view_unref(view);
+	return 0;
+}
+
 static int hold_page(struct gmem_request *request, struct gmem_page *page, struct gmem_range range)
 {
 	struct gmem_frame *frame = gmem_hnode_frame(gmem_core_hnode(request->core, request->hnid), page->object, page->index);
@@ -380,7 +407,7 @@ int gmem_session_find_hold(struct gmem_session *session, uint64_t context, struc
 	gmem_mutex_lock(&view->as->views_lock);
 	hold = *find_hold_locked(view, &range, NULL);
 	if (hold)
-		*ret = (struct gmem_hold_name){ hold->record, hold->asked };
+		*ret = (struct gmem_hold_name){ hold->record, hold->index, hold->asked };
 	gmem_mutex_unlock(&view->as->views_lock);
 	gmem_view_unref(view);
 	return hold ? 0 : -EINVAL;
@@ -394,6 +421,17 @@ int gmem_session_release(struct gmem_session *session, uint64_t context, struct 
 
 	gmem_view_unref(view);
 	return err;
+}
+
+int gmem_session_release_named(struct gmem_session *session, uint64_t context, const struct gmem_hold_name *name)
+{
+	struct gmem_view *view = find_context(session, context);
+
+	if (!view)
+		return -ENOENT;
+	release_named(view, name, 1);
+	gmem_view_unref(view);
+	return 0;
 }
 
 void gmem_release_all(struct gmem_view *view)

@@ -241,6 +241,16 @@ void gmem_as_commit(struct gmem_as *as, uint64_t va)
 	gmem_rwlock_unlock(&as->lock);
 }
 
+void gmem_as_commit_all(struct gmem_as *as)
+{
+	gmem_rwlock_write(&as->lock);
+	for (size_t i = 0; i < as->count; i++) {
+		as->regions[i]->committed = true;
+		write_record_locked(as->regions[i]);
+	}
+	gmem_rwlock_unlock(&as->lock);
+}
+
 /* Changes what a region covers; the object's readers see it in one step. */
 static void resize(struct gmem_region *region, uint64_t va, uint64_t offset, uint64_t bytes)
 {

@@ -687,7 +687,8 @@ static int resume_holds(struct gmem_core *core)
 		struct gmem_view *view = gmem_context_find(core, all[i].record.id);
 		struct gmem_range range = { all[i].record.hold.va, all[i].record.hold.bytes };
 
-		if (!view || gmem_hold_adopt(view, range, (struct gmem_hold_name){ all[i].number, all[i].record.hold.asked }))
+		if (!view || gmem_hold_adopt(view, range, (struct gmem_hold_name){ all[i].number, all[i].record.hold.index,
+										     all[i].record.hold.asked }))
 			gmem_record_drop(&core->keep, &all[i].number);
 		gmem_view_unref(view);
 	}

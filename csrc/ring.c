@@ -438,7 +438,7 @@ static void redo(struct gmem_ring *ring)
 		memcpy(&ring->jobs[i].sqe, &ring->log->entries[i].sqe, sizeof(ring->jobs[i].sqe));
 		ring->jobs[i].again = true;
 		ring->jobs[i].hold = (struct gmem_hold_name){ atomic_load(&ring->log->entries[i].hold_record),
-							      ring->log->entries[i].hold_asked };
+							      0, ring->log->entries[i].hold_asked };
 		ring->jobs[i].sq_index = at;
 		if ((int32_t)(at + 1 - ring->sq_head) > 0)
 			ring->sq_head = at + 1;

@@ -73,6 +73,8 @@ static enum gmem_ring_blame check_form(const struct gmem_ring_sqe *sqe)
 		return GMEM_RING_BLAME_OP;
 	if (sqe->flags & ~allowed[sqe->op] || sqe->reserved[0] || sqe->reserved[1] || sqe->reserved[2])
 		return GMEM_RING_BLAME_FLAGS;
+	if (sqe->op != GMEM_RING_RELEASE && (sqe->hold || sqe->index))
+		return GMEM_RING_BLAME_FLAGS;
 	return GMEM_RING_BLAME_NONE;
 }
 
@@ -109,7 +111,7 @@ static enum gmem_ring_blame check_range(struct gmem_session *session, const stru
 			return GMEM_RING_BLAME_VA;
 		break;
 	case GMEM_RING_RELEASE: /* names what was acquired, wherever that is by now */
-		return sqe->bytes ? GMEM_RING_BLAME_NONE : GMEM_RING_BLAME_RANGES;
+		return sqe->bytes || sqe->hold ? GMEM_RING_BLAME_NONE : GMEM_RING_BLAME_RANGES;
 	case GMEM_RING_ACQUIRE:
 		if (sqe->bytes && in_reach(session, sqe->va, sqe->bytes))
 			return GMEM_RING_BLAME_NONE;
@@ -236,14 +238,18 @@ static bool do_region(struct gmem_session *session, struct gmem_ring_job *job)
 	return finish_op(job, 0);
 }
 
-/* Which hold it is to be is noted first: a context may hold a range several times, and a release that is done again by a
- * successor takes the same hold, or none. */
+/* By name it can be done again. Else which hold it is to be is noted first: a context may hold a range several times, and
+ * a release that is done again by a successor takes the same hold, or none. */
 static bool do_release(struct gmem_session *session, struct gmem_ring_job *job)
 {
 	const struct gmem_range range = { job->sqe.va, job->sqe.bytes };
 	struct gmem_hold_name name = job->hold;
 	int err = 0;
 
+	if (job->sqe.hold) {
+		name = (struct gmem_hold_name){ 0, job->sqe.index, job->sqe.hold };
+		return finish_op(job, gmem_session_release_named(session, job->sqe.arg, &name));
+	}
 	if (name.record) {
 		err = gmem_session_release(session, job->sqe.arg, range, &name);
 		return finish_op(job, err == -EINVAL ? 0 : err);
@@ -377,13 +383,14 @@ static int do_slice(struct gmem_session *session, const struct gmem_ring_sqe *sq
 static bool acquire_step(struct gmem_session *session, struct gmem_ring_job *job)
 {
 	const struct gmem_ring_sqe *sqe = &job->sqe;
-	uint64_t now = gmem_now_ns();
+	uint64_t now = gmem_now_ns(), asked = ASKED_BY_RING | job->sq_index;
 	int err;
 
 	if (now < job->retry_ns)
 		return false;
 	err = gmem_session_acquire(session, sqe->arg, (struct gmem_range){ sqe->va, sqe->bytes },
-				   sqe->flags & GMEM_RING_WRITE, ASKED_BY_RING | job->sq_index, job->again);
+				   sqe->flags & GMEM_RING_WRITE, asked, job->again);
+	job->cqe.values[GMEM_RING_HOLD] = asked;
 	if (!job->since_ns)
 		job->since_ns = now;
 	if (err != -EAGAIN || now - job->since_ns > ACQUIRE_PATIENCE_NS)

@@ -355,12 +355,12 @@ static int register_regions(struct gmem_session *session, int uffd)
 	struct gmem_as *as = &session->as;
 	int err = 0;
 
-	gmem_rwlock_write(&as->lock);
-	for (size_t i = 0; !err && i < as->count; i++) {
+	gmem_rwlock_read(&as->lock);
+	for (size_t i = 0; !err && i < as->count; i++)
 		err = gmem_uffd_register(uffd, as->regions[i]->va, as->regions[i]->bytes);
-		as->regions[i]->committed = !err;
-	}
 	gmem_rwlock_unlock(&as->lock);
+	if (!err)
+		gmem_as_commit_all(as);
 	return err;
 }
 

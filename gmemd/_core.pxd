@@ -166,6 +166,9 @@ cdef extern from "gmem/core.h" nogil:
         uint64_t base, bytes
         uint64_t part_base[2]
         uint64_t part_bytes[2]
+    struct gmem_hold_name:
+        uint32_t record, index
+        uint64_t asked
     struct gmem_region_info:
         uint64_t va, bytes, offset, page_bytes
         gmem_class class_
@@ -293,6 +296,7 @@ cdef extern from "gmem/core.h" nogil:
     int gmem_query(gmem_core *, uint64_t, uint64_t, uint64_t, gmem_page_info *, size_t, size_t *)
     int gmem_acquire(gmem_core *, uint64_t, const gmem_range *, size_t, c_bool, uint64_t)
     int gmem_release(gmem_core *, uint64_t, const gmem_range *, size_t)
+    int gmem_release_named(gmem_core *, uint64_t, const gmem_hold_name *, size_t)
     int gmem_device_attach(gmem_core *, const gmem_driver_ops *, const gmem_driver_config *, int *)
     int gmem_device_attach_at(gmem_core *, const gmem_driver_ops *, const gmem_driver_config *, int)
     int gmem_device_detach(gmem_core *, int, c_bool)

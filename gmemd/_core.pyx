@@ -698,6 +698,26 @@ cdef class Core:
         if err:
             _raise(err)
 
+    def release_named(self, uint64_t context, list holds):
+        """holds: pairs of an acquire's name, which is the number that it was asked with, and which of its ranges."""
+        cdef size_t count = len(holds)
+        cdef gmem_hold_name *names = <gmem_hold_name *>calloc(count or 1, sizeof(gmem_hold_name))
+        cdef gmem_core *core
+        cdef int err
+        if names == NULL:
+            raise MemoryError
+        try:
+            for i in range(count):
+                names[i].asked, names[i].index = holds[i]
+            core = self._enter()
+            with nogil:
+                err = gmem_release_named(core, context, names, count)
+            self._leave()
+        finally:
+            free(names)
+        if err:
+            _raise(err)
+
     def region_file(self, uint64_t session, uint64_t va, int hnid):
         """The region that begins at va, with a descriptor for whoever is to map it there: the caller's, to be closed."""
         cdef gmem_core *core = self._enter()

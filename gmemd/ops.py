@@ -224,11 +224,16 @@ class Operations:
     def _op_acquire(self, session: Session, args: Args) -> Reply:
         context = self._sessions.context(session, args["context"])
         self._core.acquire(context.id, args["ranges"], args["write"], args["request_id"])
-        return {}
+        return {"hold": args["request_id"]}
 
     def _op_release(self, session: Session, args: Args) -> Reply:
         context = self._sessions.context(session, args["context"])
-        self._core.release(context.id, args["ranges"])
+        if not args["holds"] and not args["ranges"]:
+            raise RequestError(errno.EINVAL, "ranges: nothing is named that is to be released", "ranges")
+        if args["holds"]:
+            self._core.release_named(context.id, args["holds"])
+        if args["ranges"]:
+            self._core.release(context.id, args["ranges"])
         return {}
 
     def _op_pool_create(self, session: Session, args: Args) -> Reply:

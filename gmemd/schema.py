@@ -156,6 +156,19 @@ def ranges(name: str, value: Any) -> list[tuple[int, int]]:
     return checked
 
 
+def holds(name: str, value: Any) -> list[tuple[int, int]]:
+    """Pairs of an acquire's name and which of its ranges is meant."""
+    if type(value) is not list:
+        raise _refuse(name, f"must be an array of pairs, not {_kind(value)}")
+    for index, item in enumerate(value):
+        if type(item) is not list or len(item) != 2:
+            raise _refuse(name, f"element {index} is not a pair of the name of an acquire and the number of a range")
+        hold, which = item
+        if type(hold) is not int or type(which) is not int or not 0 < hold <= _UINT64_MAX or not 0 <= which < 1 << 32:
+            raise _refuse(name, f"element {index} is not a pair of the name of an acquire and the number of a range")
+    return [(hold, which) for hold, which in value]
+
+
 def string_map(name: str, value: Any) -> dict[str, str]:
     if type(value) is not dict:
         raise _refuse(name, f"must be a map of strings, not {_kind(value)}")
@@ -225,7 +238,15 @@ OPS: dict[str, Op] = {
     "hmemcpy": Op(SESSION, {"hnid": _HNID, "dst": _VA, "src": _VA, "bytes": _BYTES}),
     "query": Op(SESSION, {"va": _VA, "bytes": _BYTES}),
     "acquire": Op(SESSION, {"context": _CONTEXT, "ranges": Field(ranges), "write": Field(boolean)}),
-    "release": Op(SESSION, {"context": _CONTEXT, "ranges": Field(ranges), "write": optional(boolean, False)}),
+    "release": Op(
+        SESSION,
+        {
+            "context": _CONTEXT,
+            "ranges": optional(ranges, []),
+            "holds": optional(holds, []),
+            "write": optional(boolean, False),
+        },
+    ),
     "pool_create": Op(
         SESSION,
         {

@@ -17,7 +17,8 @@ settings.load_profile("gmem")
 ROOT = Path(__file__).resolve().parent.parent
 FLAVOURS = {"plain": "c", "asan": "asan", "tsan": "tsan", "cov": "cov"}  # flavour: folder below build/
 SKIPPED = 77
-TIMEOUT_S = 110
+TIMEOUT_S = {"tsan": 400}  # so much slower under ThreadSanitizer
+TIMEOUT_OTHERS_S = 110
 SANITIZER_OPTIONS = {
     "ASAN_OPTIONS": "detect_leaks=1:detect_stack_use_after_return=1:allocator_may_return_null=1",
     "UBSAN_OPTIONS": "print_stacktrace=1",
@@ -33,6 +34,7 @@ class CProgram(pytest.Item):
     def __init__(self, *, flavour: str, **kwargs) -> None:
         super().__init__(name=flavour, **kwargs)
         self.binary = Path("build", FLAVOURS[flavour], self.path.stem)
+        self.timeout_s = TIMEOUT_S.get(flavour, TIMEOUT_OTHERS_S)
 
     def runtest(self) -> None:
         made = subprocess.run(["make", "-s", str(self.binary)], cwd=ROOT, capture_output=True, text=True)
@@ -51,11 +53,11 @@ class CProgram(pytest.Item):
             start_new_session=True,
         )
         try:
-            output, _ = process.communicate(timeout=TIMEOUT_S)
+            output, _ = process.communicate(timeout=self.timeout_s)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             output, _ = process.communicate()
-            raise CFailure(f"{self.binary} did not end within {TIMEOUT_S} s\n{output}") from None
+            raise CFailure(f"{self.binary} did not end within {self.timeout_s} s\n{output}") from None
         if process.returncode == SKIPPED:
             pytest.skip(output.strip().splitlines()[-1] if output.strip() else "exit 77")
         if process.returncode:

@@ -11,12 +11,11 @@ import signal
 import sys
 import threading
 import traceback
-from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
 from gmem._client import ffi, lib
-from gmem._errors import InvalidArgument, from_errno
+from gmem._errors import from_errno
 from gmem._launch import dumps, loads
 from gmem._requests import Requests
 
@@ -126,8 +125,7 @@ def serve(channel: Connection) -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         # Here and not in the client: its threads may be waiting for this memory, one of them with the interpreter lock.
         if held:
-            with suppress(InvalidArgument):  # a gmemd that was killed before it could say so has released it
-                requests.call("release", **held)
+            requests.call("release", **held)
         channel.send((number, *answer))
         del body, answer
 

@@ -93,6 +93,7 @@ class Context:
         self._lock = threading.Lock()
         self._pending: OrderedDict[int, _Launch] = OrderedDict()
         self._numbers = itertools.count(1)
+        self._held: dict[tuple[int, int], list[list[int]]] = {}  # by acquire(): range and names
         self._ended: GmemError | None = None
         self._idle = threading.Condition(self._lock)
         with session.sharing:  # pools that are opened from here on are mapped in it, too
@@ -230,34 +231,49 @@ class Context:
 
     def _hold(self, arrays: list[np.ndarray[Any, Any]]) -> dict[str, Any] | None:
         """Acquires what a kernel gets; the release request, which the device process makes when the kernel is done."""
-        held: list[tuple[int, int]] = []
+        held: list[list[int]] = []
         try:
             for write in (True, False):
                 ranges = [managed_extent(array, self._session) for array in arrays if array.flags.writeable is write]
                 if ranges:
-                    self.acquire(ranges, write)
-                    held += ranges
+                    held += self._acquire(ranges, write)
         except BaseException:
-            if held:
-                self.release(held)
+            for hold in held:
+                self._session.request("release", context=self.context_id, holds=[hold])
             raise
-        return {"context": self.context_id, "ranges": [list(r) for r in held]} if held else None
+        return {"context": self.context_id, "holds": held} if held else None
 
     def acquire(self, ranges: list[tuple[int, int]], write: bool) -> None:
         """Migrates and maps ranges, and holds them on the device; waits for launches that hold what is in the way."""
-        for attempt in itertools.count():
+        names = self._acquire(ranges, write)
+        with self._lock:
+            for r, name in zip(ranges, names, strict=True):
+                self._held.setdefault((r[0], r[1]), []).append(name)
+
+    def _acquire(self, ranges: list[tuple[int, int]], write: bool) -> list[list[int]]:
+        """The names of the holds: one is released once, however often gmemd is killed and asked again."""
+        wanted = [list(r) for r in ranges]
+        attempt = 0
+        while True:
             try:
-                self._session.request("acquire", context=self.context_id, ranges=[list(r) for r in ranges], write=write)
-                return
+                reply = self._session.request("acquire", context=self.context_id, ranges=wanted, write=write)
+                return [[reply["hold"], index] for index in range(len(ranges))]
             except (OutOfMemory, Busy):
                 with self._lock:
                     if not self._pending or attempt == _HELD_TRIES:
                         raise
                     self._idle.wait(1.0)  # until one of them is complete
+                attempt += 1
 
     def release(self, ranges: list[tuple[int, int]]) -> None:
-        for r in ranges:  # one at a time: the ring knows of each whether a gmemd that was killed had done it
-            self._session.request("release", context=self.context_id, ranges=[list(r)])
+        for r in ranges:
+            with self._lock:
+                names = self._held.get((r[0], r[1]), [])
+                name = names.pop() if names else None
+                if not names:
+                    self._held.pop((r[0], r[1]), None)
+            what = {"holds": [name]} if name else {"ranges": [list(r)]}  # of which gmemd says that nobody holds it
+            self._session.request("release", context=self.context_id, **what)
 
     # ---- answers ----
 

@@ -26,7 +26,7 @@ _FIELDS = {
     "munmap_keep": {"va", "bytes"},
     "prefetch": {"hnid", "va", "bytes"}, "discard": {"va", "bytes"}, "advise": {"hnid", "va", "bytes", "advice"},
     "hmemcpy": {"hnid", "dst", "src", "bytes"}, "acquire": {"context", "ranges", "write"},
-    "release": {"context", "ranges"},
+    "release": {"context", "holds"},
 }  # fmt: skip
 _LOOK_NS = 100_000_000  # how often a waiting thread handles signals
 _IDLE_NS = 1_000_000_000
@@ -37,10 +37,10 @@ class NotHere(Exception):
     """The ring does not do this; the control plane does, or knows what is wrong with it."""
 
 
-def _one_range(ranges: list[tuple[int, int]]) -> tuple[int, int]:
-    if len(ranges) != 1:
+def _one(pairs: list[tuple[int, int]]) -> tuple[int, int]:
+    if len(pairs) != 1:
         raise NotHere  # several are held together or not at all
-    return ranges[0][0], ranges[0][1]
+    return pairs[0][0], pairs[0][1]
 
 
 def _entry(op: str, args: Mapping[str, Any], stream: int = 0) -> Any:
@@ -68,17 +68,20 @@ def _entry(op: str, args: Mapping[str, Any], stream: int = 0) -> Any:
             fields = (lib.GMEM_RING_HMEMCPY, 0, args["hnid"], args["dst"], args["bytes"], args["src"])
         elif op == "acquire":
             flags = lib.GMEM_RING_WRITE if args["write"] else 0
-            fields = (lib.GMEM_RING_ACQUIRE, flags, 0, *_one_range(args["ranges"]), args["context"])
+            fields = (lib.GMEM_RING_ACQUIRE, flags, 0, *_one(args["ranges"]), args["context"])
         else:
-            fields = (lib.GMEM_RING_RELEASE, 0, 0, *_one_range(args["ranges"]), args["context"])
+            fields = (lib.GMEM_RING_RELEASE, 0, 0, 0, 0, args["context"])
         number, flags, hnid, va, size, arg = fields
-        return ffi.new("struct gmem_ring_sqe *", (0, number, flags, stream, hnid, va, size, arg))
+        hold, index = _one(args["holds"]) if op == "release" else (0, 0)
+        return ffi.new("struct gmem_ring_sqe *", (0, number, flags, stream, hnid, va, size, arg, hold, index))
     except (KeyError, TypeError, OverflowError):
         raise NotHere from None
 
 
 def _reply(sqe_op: int, cqe: Any) -> dict[str, Any]:
     values = cqe.values
+    if sqe_op == lib.GMEM_RING_ACQUIRE:
+        return {"hold": values[lib.GMEM_RING_HOLD]}
     if sqe_op != lib.GMEM_RING_MMAP:
         return {}
     return {

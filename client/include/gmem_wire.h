@@ -198,8 +198,8 @@ enum gmem_ring_op {
 	GMEM_RING_MMAP,        /* bytes; arg: page_bytes; va: not below; flags. Completion: values[] by enum gmem_ring_value */
 	GMEM_RING_MMAP_COMMIT, /* va */
 	GMEM_RING_MUNMAP,      /* va, bytes */
-	GMEM_RING_ACQUIRE,     /* va, bytes; arg: context; flags */
-	GMEM_RING_RELEASE,     /* va, bytes; arg: context */
+	GMEM_RING_ACQUIRE,     /* va, bytes; arg: context; flags. Completion: values[GMEM_RING_HOLD] is its name */
+	GMEM_RING_RELEASE,     /* va, bytes; arg: context; hold, index */
 	GMEM_RING_REGION,      /* va; flags. Completion: values[] of the region that it lies in */
 	GMEM_RING_ADOPT,       /* va: where the memory is, bytes; arg: page_bytes; flags. Completion: as of MMAP */
 	GMEM_RING_OP_COUNT,
@@ -233,6 +233,7 @@ enum gmem_ring_blame {
 
 enum gmem_ring_value {
 	GMEM_RING_VA = 0,
+	GMEM_RING_HOLD = 0,
 	GMEM_RING_LENGTH,
 	GMEM_RING_OFFSET,
 	GMEM_RING_PAGE_BYTES,
@@ -253,7 +254,9 @@ struct gmem_ring_sqe {
 	uint16_t stream;
 	int16_t hnid;
 	uint64_t va, bytes, arg;
-	uint64_t reserved[3];
+	uint64_t hold;  /* RELEASE: what the acquire was given as its name; 0: any hold of that range */
+	uint32_t index; /* RELEASE: which of that acquire's ranges */
+	uint32_t reserved[3];
 };
 
 struct gmem_ring_cqe {

@@ -205,6 +205,7 @@ static void free_context(struct gmem_context *context)
 	delist(context);
 	pthread_cond_destroy(&context->progress);
 	pthread_mutex_destroy(&context->lock);
+	free_held(context->held);
 	free(context);
 }
 
@@ -247,6 +248,16 @@ int gmem_context_open(struct gmem *session, const char *device, const struct gme
 	return 0;
 }
 
+static void free_held(struct gmem_held *held)
+{
+	while (held) {
+		struct gmem_held *next = held->next;
+
+		free(held);
+		held = next;
+	}
+}
+
 int gmem_context_close(struct gmem_context *context)
 {
 	if (!context)
@@ -264,6 +275,7 @@ int gmem_context_close(struct gmem_context *context)
 			close(context->channel);
 			close(context->child.pidfd);
 		}
+		free_held(context->held);
 		free(context);
 		return 0;
 	}
@@ -316,46 +328,125 @@ int gmem_check_ranges(const struct gmem_range *ranges, size_t count, const char 
 	return 0;
 }
 
-static int call_ring(struct gmem_context *context, uint16_t op, uint16_t flags, const struct gmem_range *range)
+/* One for each range; NULL: out of memory. */
+static struct gmem_held *make_held(const struct gmem_range *ranges, size_t count)
 {
-	struct gmem_ring_sqe sqe = { .op = op, .flags = flags, .va = (uintptr_t)range->va, .bytes = range->bytes,
-				     .arg = context->id };
+	struct gmem_held *first = NULL;
 
-	return gmem_session_call(context->session, &sqe, NULL);
+	for (size_t i = count; i--;) {
+		struct gmem_held *held = malloc(sizeof(*held));
+
+		if (!held) {
+			free_held(first);
+			return NULL;
+		}
+		*held = (struct gmem_held){ .next = first, .range = ranges[i], .index = (uint32_t)i };
+		first = held;
+	}
+	return first;
 }
 
-int gmem_context_hold(struct gmem_context *context, const struct gmem_range *ranges, size_t count, bool write)
+/* The last one first. NULL: it is not held. */
+static struct gmem_held *take_held(struct gmem_context *context, const struct gmem_range *range)
+{
+	struct gmem_held **at, *held;
+
+	pthread_mutex_lock(&context->lock);
+	for (at = &context->held; *at && ((*at)->range.va != range->va || (*at)->range.bytes != range->bytes);)
+		at = &(*at)->next;
+	held = *at;
+	if (held)
+		*at = held->next;
+	pthread_mutex_unlock(&context->lock);
+	return held;
+}
+
+void gmem_context_forget(struct gmem_context *context, const struct gmem_range *range)
+{
+	free(take_held(context, range));
+}
+
+/* The ring takes one range at a time; several are to be held together or not at all. */
+static int ask_to_hold(struct gmem_context *context, const struct gmem_range *ranges, size_t count, bool write,
+		       uint64_t *ret_hold)
 {
 	struct gmem_request request;
+	struct gmem_reply reply;
+	int err;
 
-	/* The ring takes one range at a time; several are to be held together or not at all. */
-	if (count == 1 && gmem_link_has_ring(context->session->link))
-		return call_ring(context, GMEM_RING_ACQUIRE, write ? GMEM_RING_WRITE : 0, ranges);
+	if (count == 1 && gmem_link_has_ring(context->session->link)) {
+		struct gmem_ring_sqe sqe = { .op = GMEM_RING_ACQUIRE, .flags = write ? GMEM_RING_WRITE : 0,
+					     .va = (uintptr_t)ranges->va, .bytes = ranges->bytes, .arg = context->id };
+		struct gmem_ring_cqe cqe;
+
+		err = gmem_session_call(context->session, &sqe, &cqe);
+		*ret_hold = err ? 0 : cqe.values[GMEM_RING_HOLD];
+		return err;
+	}
 	gmem_request_init(&request, "acquire", 3);
 	gmem_request_uint(&request, "context", context->id);
 	gmem_request_ranges(&request, "ranges", ranges, count);
 	gmem_request_bool(&request, "write", write);
+	err = gmem_rpc_call(context->session->rpc, &request, &reply);
+	if (err)
+		return err;
+	err = gmem_map_uint(gmem_reply_root(&reply), "hold", ret_hold);
+	gmem_reply_deinit(&reply);
+	return err ? gmem_fail(err, "acquire: gmemd's answer makes no sense") : 0;
+}
+
+int gmem_context_hold(struct gmem_context *context, const struct gmem_range *ranges, size_t count, bool write)
+{
+	struct gmem_held *held = make_held(ranges, count), **end = &held;
+	uint64_t hold = 0;
+	int err = count && !held ? gmem_fail(-ENOMEM, "acquire: out of memory") :
+				   ask_to_hold(context, ranges, count, write, &hold);
+
+	if (err) {
+		free_held(held);
+		return err;
+	}
+	for (; *end; end = &(*end)->next)
+		(*end)->hold = hold;
+	pthread_mutex_lock(&context->lock);
+	*end = context->held;
+	context->held = held;
+	pthread_mutex_unlock(&context->lock);
+	return 0;
+}
+
+/* held: NULL: gmemd says that nobody holds it. */
+static int ask_to_let_go(struct gmem_context *context, const struct gmem_range *range, const struct gmem_held *held)
+{
+	struct gmem_request request;
+
+	if (held && gmem_link_has_ring(context->session->link)) {
+		struct gmem_ring_sqe sqe = { .op = GMEM_RING_RELEASE, .arg = context->id, .hold = held->hold,
+					     .index = held->index };
+
+		return gmem_session_call(context->session, &sqe, NULL);
+	}
+	gmem_request_init(&request, "release", 2);
+	gmem_request_uint(&request, "context", context->id);
+	if (held)
+		gmem_request_pair(&request, "holds", held->hold, held->index);
+	else
+		gmem_request_ranges(&request, "ranges", range, 1);
 	return gmem_rpc_call(context->session->rpc, &request, NULL);
 }
 
 int gmem_context_let_go(struct gmem_context *context, const struct gmem_range *ranges, size_t count)
 {
-	struct gmem_request request;
 	int err = 0;
 
-	/* One at a time: of each, the ring knows whether a gmemd that was killed had done it. */
-	if (gmem_link_has_ring(context->session->link)) {
-		for (size_t i = 0; i < count; i++) {
-			int failed = call_ring(context, GMEM_RING_RELEASE, 0, &ranges[i]);
+	for (size_t i = 0; i < count; i++) {
+		struct gmem_held *held = take_held(context, &ranges[i]);
+		int failed = ask_to_let_go(context, &ranges[i], held);
 
-			err = err ? err : failed;
-		}
-		return err;
+		free(held);
+		err = err ? err : failed;
 	}
-	gmem_request_init(&request, "release", 2);
-	gmem_request_uint(&request, "context", context->id);
-	gmem_request_ranges(&request, "ranges", ranges, count);
-	return gmem_rpc_call(context->session->rpc, &request, NULL);
+	return err;
 }
 
 static int check_acquire(const struct gmem_context *context, const struct gmem_range *ranges, size_t count)
@@ -383,6 +474,8 @@ int gmem_release(struct gmem_context *context, const struct gmem_range *ranges, 
 {
 	int err = check_acquire(context, ranges, count);
 
+	if (!err && !count)
+		err = gmem_fail(-EINVAL, "ranges: is empty");
 	return err ? err : gmem_context_let_go(context, ranges, count);
 }
 

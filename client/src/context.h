@@ -26,6 +26,15 @@ struct gmem_launch {
 	struct gmem_launch_run run;
 };
 
+/* A range that is held, and the name by which it is let go of: under that once, however often a gmemd is killed and asked
+ * again. */
+struct gmem_held {
+	struct gmem_held *next;
+	struct gmem_range range;
+	uint64_t hold;
+	uint32_t index;
+};
+
 struct gmem_context {
 	struct gmem *session;
 	struct gmem_device_info device;
@@ -40,6 +49,7 @@ struct gmem_context {
 	size_t sent;                      /* so many of them, from the first */
 	uint64_t last_id;
 	uint64_t completed;
+	struct gmem_held *held;
 	struct gmem_context *next; /* session->lock; of all that are open */
 	struct gmem_cuda *gpu;     /* (C) one on a GPU, in this process: no child, no channel, no reader; NULL: it is none */
 	struct gmem_link *gpu_link; /* (C) */
@@ -62,6 +72,9 @@ int gmem_contexts_map(struct gmem *session, uint64_t va, uint64_t bytes, uint64_
 /* Every open context maps the pool at va over its window, or with bytes the window there again; the caller holds
  * session->mapping to write. Waits for the kernels that run. A context that can't has ended. */
 int gmem_contexts_cover(struct gmem *session, uint64_t va, uint64_t bytes);
+
+/* A range that is let go of elsewhere. */
+void gmem_context_forget(struct gmem_context *context, const struct gmem_range *range);
 
 /* ---- gpu.c ---- */
 

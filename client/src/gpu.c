@@ -143,6 +143,7 @@ int gmem_release_after(struct gmem_context *context, void *stream, const struct 
 	if (err)
 		return err;
 	for (size_t i = 0; i < count; i++) {
+		gmem_context_forget(context, &ranges[i]);
 		flat[2 * i] = (uintptr_t)ranges[i].va;
 		flat[2 * i + 1] = ranges[i].bytes;
 	}

@@ -208,6 +208,13 @@ void gmem_request_ranges(struct gmem_request *request, const char *key, const st
 	}
 }
 
+void gmem_request_pair(struct gmem_request *request, const char *key, uint64_t first, uint64_t second)
+{
+	const struct gmem_range pair = { (void *)(uintptr_t)first, second };
+
+	gmem_request_ranges(request, key, &pair, 1);
+}
+
 /* The envelope, then the arguments as they were packed. */
 static int compose(const struct gmem_rpc *rpc, const struct gmem_request *request, uint64_t id, msgpack_sbuffer *ret)
 {

@@ -45,6 +45,8 @@ void gmem_request_int(struct gmem_request *request, const char *key, int64_t val
 void gmem_request_bool(struct gmem_request *request, const char *key, bool value);
 void gmem_request_str(struct gmem_request *request, const char *key, const char *value);
 void gmem_request_ranges(struct gmem_request *request, const char *key, const struct gmem_range *ranges, size_t count);
+/* An array of one pair. */
+void gmem_request_pair(struct gmem_request *request, const char *key, uint64_t first, uint64_t second);
 
 /* Sends it and waits for its reply, for as long as gmemd lives. Takes the request in every case. ret: NULL if nothing in
  * the reply is of interest. An error reply is gmem_last_error() and its -errno. */

@@ -2,8 +2,9 @@
 """Kills a supervised gmemd under load, at random instants and at every crash point, and checks every word.
 
 usage: kill.py [--gpu] [--seconds S | --kills N] [--seed SEED]. --gpu: with a GPU's memory in the traffic, which is the
-double's of tests/gpu/double.c. Ends with one line, `kills=N lost=0 longest_stall_s=X`; exit
-status 1 if a word was lost, a client failed or something was blocked for too long.
+double's of tests/gpu/double.c. Ends with one line, `kills=N lost=0 longest_stall_s=X`; exit status 1 if a word was lost, a
+client failed or something was blocked for too long; also, if each crash point has had several turns, if one was never come
+by. As root it sees to it that there are huge pages, as long as it runs.
 """
 
 from __future__ import annotations
@@ -30,6 +31,11 @@ from gmemd.control import Control
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+sys.path.append(str(ROOT / "tests" / "bench"))
+from hugepages import overcommit  # noqa: E402
+
+HUGE_PAGES = 32
+TURNS = 4  # of each crash point, from which on a point that nobody came by is a point that is not tested
 POINTS_H = ROOT / "csrc" / "include" / "gmem" / "crash.h"
 KINDS = ("touch", "compute", "churn", "share")
 PATIENCE_S = 0.8  # a point that nobody comes by in this time is given up for a kill at a random instant
@@ -189,6 +195,8 @@ def run(seconds: float, most: int, seed: int, gpu: bool) -> int:
     rng = random.Random(seed)
     pace = Pace()
     with contextlib.ExitStack() as stack:  # whatever happens, nobody is left behind
+        if not stack.enter_context(overcommit(HUGE_PAGES)):
+            print("without huge pages: as root there are some")
         target = Target(Path(tempfile.mkdtemp(prefix="gmem-kill-")), gpu)
         stack.callback(target.kill)
         workers = []
@@ -216,7 +224,8 @@ def kill_often(
     results = [worker.finish() for worker in workers]
     results.append({"kind": "gmemd", "steps": kills, "slow": [], "wrong": target.left()})
     status = target.stop()
-    return report(results, where, kills, status, target, seed, max(STALL_MAX_S, STALL_IMPORTS * pace.worst()))
+    missed = [] if target.environ or kills < TURNS * len(points) * 4 // 3 else [point for point in points if not where[point]]
+    return report(results, where, missed, status, target, seed, max(STALL_MAX_S, STALL_IMPORTS * pace.worst()))
 
 
 class Pace:
@@ -254,14 +263,18 @@ def longest_stall(results: list[dict], starts: list[float]) -> tuple[float, str]
 
 
 def report(
-    results: list[dict], where: Counter[str], kills: int, status: int, target: Target, seed: int, stall_max: float
-) -> int:
+    results: list[dict], where: Counter[str], missed: list[str], status: int, target: Target, seed: int,
+    stall_max: float,
+) -> int:  # fmt: skip
+    kills = next(result["steps"] for result in results if result["kind"] == "gmemd")
     lost = sum(len(result["wrong"]) for result in results)
     stall, what = longest_stall(results, target.starts())
     for result in results:
         print(f"{result['kind']}: {result['steps']} steps", *result["wrong"][:5], sep="\n  ")
     print("killed at " + ", ".join(f"{name or 'start'} {count}" for name, count in sorted(where.items())))
-    bad = lost or stall > stall_max or status
+    if missed:
+        print("never came by " + ", ".join(missed))
+    bad = lost or stall > stall_max or status or missed
     if bad:
         print(f"seed {seed}; gmemd ended with {status}; longest: {what}, where {stall_max:.1f} s may be; its log:")
         print(target.log.read_text()[-3000:])

@@ -49,7 +49,7 @@ def dies_taking_over(target: Target, lives: int) -> bool:
     return target.lives() == lives
 
 
-def killed_at(point: str, code: str, check: str = "", gpu: bool = False) -> None:
+def killed_at(point: str, code: str, check: str = "", gpu: bool = False, **environ: str) -> None:
     """Runs code as a client. When it waits for its standard input, the daemon is ended; the next life dies at point,
     on what the client does then, or while it takes over; the client ends by itself at the end of its input. check: a
     program that runs meanwhile."""
@@ -57,7 +57,7 @@ def killed_at(point: str, code: str, check: str = "", gpu: bool = False) -> None
     lives = target.lives()
     client = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code), target.socket], text=True,
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                              env={**os.environ, **target.environ})  # fmt: skip
+                              env={**os.environ, **target.environ, **environ})  # fmt: skip
     try:
         assert client.stdout.readline() == "ready\n"
         target.spec.write_text(point)
@@ -219,10 +219,11 @@ def test_what_is_acquired_while_the_daemon_is_killed_is_held_once(point, count):
     killed_at(point, HOLDER.format(before="", then=f"context.acquire({ranges}, True)", after=after))
 
 
-def test_a_release_is_done_once_though_the_daemon_is_killed_before_it_says_so():
-    """Of two holds on one range; else a kernel would lose what it is using."""
+@pytest.mark.parametrize("point, ring", [("RING_COMPLETES:1", "1"), ("HOLD_ENDED:1", "1"), ("HOLD_ENDED:1", "0")])
+def test_a_release_is_done_once_though_the_daemon_is_killed_before_it_says_so(point, ring):
+    """Of two holds on one range; else a kernel would lose what it is using. Without a ring, it is sent again."""
     acquire, release = "context.acquire([(at, half)], True)", "context.release([(at, half)])"
-    killed_at("RING_COMPLETES:1", HOLDER.format(before=f"{acquire}; {acquire}", then=release, after=f"""touch.start()
+    killed_at(point, HOLDER.format(before=f"{acquire}; {acquire}", then=release, after=f"""touch.start()
     touch.join(0.5)
     assert touch.is_alive(), "nobody holds it any more"
     {release}
@@ -232,7 +233,36 @@ def test_a_release_is_done_once_though_the_daemon_is_killed_before_it_says_so():
     except gmem.InvalidArgument:
         pass
     else:
-        raise AssertionError("a third hold")"""))
+        raise AssertionError("a third hold")"""), GMEM_RING=ring)
+
+
+def test_what_a_kernel_held_is_released_once_though_the_daemon_is_killed_before_it_says_so():
+    """The device's process asks for that, without a ring; what the client holds itself stays."""
+    killed_at("HOLD_ENDED:1", """
+        import ctypes, sys, threading
+        import gmem, numpy as np
+        from gmemd.control import Control
+        session = gmem.connect(sys.argv[1])
+        with Control(sys.argv[1]) as control:
+            options = {"capacity": "4M", "replayable": "off"}
+            control.request("attach", driver="simgpu", name="strict", config=options)
+        numbers = gmem.zeros(64 * 512, np.int64, page_size="4K")
+        context = gmem.device("strict").context()
+        assert context.launch(lambda array: int(array.sum()), numbers).wait() == 0
+        context.acquire([(numbers.ctypes.data, numbers.nbytes)], True)
+        print("ready", flush=True)
+        sys.stdin.readline()
+        assert context.launch(lambda array: array.fill(3), numbers).wait() is None
+        touch = threading.Thread(target=ctypes.memset, args=(numbers.ctypes.data, 7, 1), daemon=True)
+        touch.start()
+        touch.join(0.5)
+        assert touch.is_alive(), "nobody holds it any more"
+        context.release([(numbers.ctypes.data, numbers.nbytes)])
+        touch.join()
+        assert numbers[-1] == 3
+        print("done", flush=True)
+        sys.stdin.read()
+        """)
 
 
 GPU_CLIENT = f"""

@@ -114,6 +114,10 @@ def compute(book, rng):
             managed, known = arrays.managed[size], arrays.known[size]
             total = book.step(f"launch {size}", launch, context, kernels.add, managed[part], add)
             known[part] += add
+            if rng.integers(0, 3) == 0:
+                held_launch(book, context, kernels.add, managed[part], add, size)
+                known[part] += add
+                total += add * (part.stop - part.start)
             expected = int(known[part].sum(dtype=np.int64))
             if total != expected:
                 book.wrong.append(f"launch {size}: the sum is {total}, not {expected}")
@@ -349,6 +353,17 @@ def increase(array, value):
 
 def launch(context, kernel, *args):
     return context.launch(kernel, *args).wait()
+
+
+def held_launch(book, context, kernel, array, add, size):
+    """As of a device that can't replay a fault; where there is no room for all of it at once, without."""
+    ranges = [(array.ctypes.data, array.nbytes)]
+    try:
+        book.step(f"acquire {size}", context.acquire, ranges, True)
+    except (gmem.OutOfMemory, gmem.Busy):
+        ranges = []
+    book.step(f"launch held {size}", launch, context, kernel, array, add)
+    book.step(f"release {size}", context.release, ranges)
 
 
 def make(page_size):

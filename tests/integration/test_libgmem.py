@@ -47,6 +47,12 @@ def test_program(builder: Builder, daemon: Daemon, name: str, device: str) -> No
     assert '"level": "error"' not in daemon.log()
 
 
+def test_acquire_without_a_ring(builder: Builder, daemon: Daemon) -> None:
+    kernels, environment = builder.kernels(SOURCES / "kernels.c"), {**daemon.environment, "GMEM_RING": "0"}
+    run_ok([builder.program(SOURCES / "acquire.c"), "simgpu1", kernels], env=environment)
+    assert daemon.process.poll() is None, daemon.log()
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
     """A gmemd with a GPU, the double of libcuda, which its clients have, too."""

@@ -206,17 +206,16 @@ class CoreMachine(RuleBasedStateMachine):
     def session(self, number):
         return self.sessions[number % len(self.sessions)]
 
-    def place(self, number, part=None):
+    def place(self, number, part=None, among=None):
         """(session, region, where): some of a region, if there is one with that much mapped and not lost."""
-        session = self.session(number)
-        regions = list(session.mapped)
-        if not regions:
-            return None
-        region = regions[number // 7 % len(regions)]
-        where = region.cut(part) if part else slice(0, region.size)
-        pages = region.pages_of(where)
-        usable = session.mapped[region][pages].all() and not region.lost[pages].any()
-        return (session, region, where) if usable else None
+        found = []
+        for session in self.sessions if among is None else among:
+            for region, mapped in session.mapped.items():
+                where = region.cut(part) if part else slice(0, region.size)
+                pages = region.pages_of(where)
+                if mapped[pages].all() and not region.lost[pages].any():
+                    found.append((session, region, where))
+        return found[number % len(found)] if found else None
 
     def regions(self):
         return {region for session in self.sessions for region in session.mapped}
@@ -230,7 +229,9 @@ class CoreMachine(RuleBasedStateMachine):
     @initialize()
     def first(self):
         self.join_session()
-        self.map_one(self.sessions[0], 65536, "share")
+        for page in SIZES:
+            self.map_one(self.sessions[0], page, "share")
+        self.open_one(self.sessions[0], GPUS[0])
 
     def join_session(self):
         """A handshake. A daemon that dies over it knows nothing of whom it had not answered: who asked comes again."""
@@ -263,8 +264,10 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(number=numbers, hnid=st.sampled_from(GPUS))
     def open_context(self, number, hnid):
         session = self.session(number)
-        if hnid in session.contexts or hnid not in self.daemon.devices or session.forked:
-            return
+        if hnid not in session.contexts and hnid in self.daemon.devices and not session.forked:
+            self.open_one(session, hnid)
+
+    def open_one(self, session, hnid):
         while True:
             party = Party(hnid).start()
             try:
@@ -395,29 +398,44 @@ class CoreMachine(RuleBasedStateMachine):
 
     # ---- touching ----
 
-    def party(self, session, hnid):
-        return session.cpu if hnid == 0 else session.contexts.get(hnid)
+    def party(self, session, number):
+        return [session.cpu, *session.contexts.values()][number % (1 + len(session.contexts))]
 
-    @rule(number=numbers, part=parts, value=values, hnid=st.sampled_from(PLACES))
-    def write(self, number, part, value, hnid):
+    @rule(number=numbers, part=parts, value=values, who=numbers)
+    def write(self, number, part, value, who):
         at = self.place(number, part)
-        party = at and self.party(at[0], hnid)
-        if party:
+        if at:
             session, region, where = at
             self.settle(region)
-            count = (where.stop - where.start - 8) // 24 + 1
-            self.act(party, "fill", region.va + where.start, count, 24, value)
-            words(region.data[where], count, 24)[:] = value
+            self.fill(self.party(session, who), region, where, value)
 
-    @rule(number=numbers, part=parts, value=values, hnid=st.sampled_from(PLACES))
-    def launch(self, number, part, value, hnid):
+    def fill(self, party, region, where, value):
+        count = (where.stop - where.start - 8) // 24 + 1
+        self.act(party, "fill", region.va + where.start, count, 24, value)
+        words(region.data[where], count, 24)[:] = value
+
+    @rule(number=numbers, part=parts, value=values, who=numbers, other=numbers, times=st.integers(2, 4))
+    def to_and_fro(self, number, part, value, who, other, times):
+        """One writes what another has read, over and over: whoever still may write, or read, is found out."""
+        at = self.place(number, part, [session for session in self.sessions if session.contexts])
+        if not at:
+            return
+        session, region, where = at
+        self.settle(region)
+        writer, reader = self.party(session, who), self.party(session, who + 1 + other % len(session.contexts))
+        for n in range(times):
+            self.fill(writer, region, where, value + n)
+            self.read(reader, region, where, [])
+
+    @rule(number=numbers, part=parts, value=values, who=numbers)
+    def launch(self, number, part, value, who):
         """It goes on while other things happen. Each writes words of its own, in pages that are everybody's."""
         at = self.place(number, part)
-        party = at and self.party(at[0], hnid)
+        party = at and self.party(at[0], who)
         if not party or any(launch.party is party for launch in self.launches):
             return
         session, region, where = at
-        if any(other.region is region and other.party.hnid == hnid for other in self.launches):
+        if any(other.region is region and other.party.hnid == party.hnid for other in self.launches):
             return
         launch = Launch(party, region, where, value)
         if launch.count > 0:
@@ -429,13 +447,13 @@ class CoreMachine(RuleBasedStateMachine):
     def wait_for_launches(self):
         self.join(list(self.launches))
 
-    @rule(number=numbers, part=parts, hnid=st.sampled_from(PLACES))
-    def look(self, number, part, hnid):
+    @rule(number=numbers, part=parts, who=numbers)
+    def look(self, number, part, who):
         at = self.place(number, part)
-        party = at and self.party(at[0], hnid)
-        if party:
+        if at:
             session, region, where = at
-            self.read(party, region, where, [launch for launch in self.launches if launch.region is region])
+            launches = [launch for launch in self.launches if launch.region is region]
+            self.read(self.party(session, who), region, where, launches)
 
     def read(self, party, region, where, launches):
         """What is there, and is either what it was or what is being written."""
@@ -529,13 +547,10 @@ class CoreMachine(RuleBasedStateMachine):
           size=st.integers(1, 150000), hnid=st.sampled_from(PLACES))  # fmt: skip
     def hmemcpy(self, dst, src, to, start, size, hnid):
         into = self.place(dst)
-        session = into and into[0]
-        sources = session and list(session.mapped)
-        if not into or (hnid and hnid not in self.daemon.devices):
+        out_of = into and self.place(src, None, [into[0]])
+        if not into or out_of[1] is into[1] or (hnid and hnid not in self.daemon.devices):
             return
-        target, source = into[1], sources[src % len(sources)]
-        if source is target or source.lost.any() or not session.mapped[source].all():
-            return
+        session, target, source = into[0], into[1], out_of[1]
         to, start = to % target.size, start % source.size
         size = min(size, target.size - to, source.size - start)
         self.settle(target)
@@ -550,14 +565,14 @@ class CoreMachine(RuleBasedStateMachine):
             return
         target.data[to : to + size] = source.data[start : start + size]
 
-    @rule(number=numbers, page=st.integers(0, PAGES - 2), value=values, hnid=st.sampled_from(GPUS))
-    def acquire(self, number, page, value, hnid):
+    @rule(number=numbers, page=st.integers(0, PAGES - 2), value=values, who=numbers)
+    def acquire(self, number, page, value, who):
         """As of a device that can't replay a fault: what is acquired is there, and writable, until the release."""
-        at = self.place(number, (page * 16, 32))
-        party = at and self.party(at[0], hnid)
-        if not party:
+        at = self.place(number, (page * 16, 32), [session for session in self.sessions if session.contexts])
+        if not at:
             return
         session, region, where = at
+        hnid, party = list(session.contexts.items())[who % len(session.contexts)]
         self.settle(region)
         self.join([launch for launch in self.launches if launch.party is party])
         ranges = [(region.va + page * region.page, 2 * region.page)]

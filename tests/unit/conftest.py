@@ -323,6 +323,9 @@ class FakeCore:
     def do_release(self, context: int, ranges: list[Any]) -> None:
         pass
 
+    def do_release_named(self, context: int, holds: list[Any]) -> None:
+        pass
+
     def do_device_attach(self, driver: str, name: str, config: dict[str, str], py: Any = None, at: int = 0) -> int:
         hnid = at or next(h for h in range(1, 16) if h not in self.devices)
         self.devices[hnid] = (name, driver)

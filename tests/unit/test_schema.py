@@ -31,7 +31,7 @@ GOOD = {
     "hmemcpy": {"hnid": -1, "dst": VA, "src": VA + 9, "bytes": 3},
     "query": {"va": VA, "bytes": 4096},
     "acquire": {"context": 3, "ranges": [[VA, 4096]], "write": True},
-    "release": {"context": 3, "ranges": [[VA, 4096], [VA + 8192, 1]]},
+    "release": {"context": 3, "ranges": [[VA, 4096], [VA + 8192, 1]], "holds": [[7, 0], [(1 << 64) - 1, 3]]},
     "pool_create": {"name": "table", "bytes": 1 << 30, "mode": 0o640, "page_bytes": 65536, "persistent": True},
     "pool_open": {"name": "table", "write": True, "uid": 1000},
     "pool_unlink": {"name": "table"},
@@ -87,7 +87,7 @@ def test_good_requests_pass_with_their_values(op):
     assert checked.keys() == schema.OPS[op].fields.keys()
     for name, value in GOOD[op].items():
         got = checked[name]
-        assert ([list(pair) for pair in got] if name == "ranges" else got) == value
+        assert ([list(pair) for pair in got] if name in ("ranges", "holds") else got) == value
 
 
 def test_defaults():

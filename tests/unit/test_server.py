@@ -103,10 +103,15 @@ def test_every_op_answers(rig):
     context = Context(rig.core.context_attach(admin.core_id, 1, *os.pipe(), 5), admin, 1, 5, lambda reason: None)
     rig.sessions.open_context(admin, context)
     assert rig.ask(admin, "contexts")["contexts"] == [{"context": context.id, "hnid": 1, "pid": 5}]
-    assert rig.ask(admin, "acquire", context=context.id, ranges=[[VA, 4096]], write=True) == {"ok": True}
+    acquired = rig.ask(admin, "acquire", context=context.id, ranges=[[VA, 4096]], write=True)
     *what, asked = rig.core.called("acquire")[0]
     assert what == [context.id, [(VA, 4096)], True] and asked > 0, "the request's id"
+    assert acquired == {"ok": True, "hold": asked}
     assert rig.ask(admin, "release", context=context.id, ranges=[[VA, 4096]]) == {"ok": True}
+    assert not rig.core.called("release_named")
+    assert rig.ask(admin, "release", context=context.id, holds=[[asked, 0]]) == {"ok": True}
+    assert rig.core.called("release_named") == [(context.id, [(asked, 0)])] and len(rig.core.called("release")) == 1
+    assert rig.ask(admin, "release", context=context.id)["error"]["argument"] == "ranges"
     assert rig.ask(admin, "context_close", context=context.id) == {"ok": True}
     assert [d["name"] for d in rig.ask(admin, "devices")["devices"]] == ["host", "g0"]
     assert {"name": "simgpu", "builtin": True, "origin": "gmemd"} in rig.ask(admin, "drivers")["drivers"]

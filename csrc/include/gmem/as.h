@@ -56,6 +56,8 @@ int gmem_as_adopt(struct gmem_as *as, struct gmem_object *object, const struct g
 uint64_t gmem_as_next(struct gmem_as *as, uint64_t va);
 /* The region at va is registered on the process's uffd now. */
 void gmem_as_commit(struct gmem_as *as, uint64_t va);
+/* All of them are, as of a process that came with its regions mapped. */
+void gmem_as_commit_all(struct gmem_as *as);
 /* Removes [va, va + bytes) from the as: regions inside go, others are cut. For each piece, fn is called without locks
  * (NULL: nothing). */
 typedef void (*gmem_piece_fn)(struct gmem_object *object, uint64_t offset, uint64_t bytes, void *arg);

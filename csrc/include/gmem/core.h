@@ -182,6 +182,9 @@ int gmem_query(struct gmem_core *core, uint64_t session, uint64_t va, uint64_t b
 int gmem_acquire(struct gmem_core *core, uint64_t context, const struct gmem_range *ranges, size_t count, bool write,
 		 uint64_t asked);
 int gmem_release(struct gmem_core *core, uint64_t context, const struct gmem_range *ranges, size_t count);
+/* By asked and index of each range. What is not held under that name has been released before, which is no error: so it
+ * can be done again. */
+int gmem_release_named(struct gmem_core *core, uint64_t context, const struct gmem_hold_name *names, size_t count);
 
 /* ---- pools: objects that several sessions map, at the same address, from files of their own. Who may do what with which
  * is for the caller to know; numbers of pools are never reused. ---- */

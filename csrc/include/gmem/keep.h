@@ -84,6 +84,7 @@ struct gmem_record {
 		} hint;
 		struct {
 			uint64_t va, bytes, asked;
+			uint32_t index;
 		} hold;
 		struct {
 			uint64_t object, other; /* first page number; other: one more than that of the one that is to take its place, or, when

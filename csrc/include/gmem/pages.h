@@ -61,6 +61,8 @@ int gmem_session_find_hold(struct gmem_session *session, uint64_t context, struc
 			   struct gmem_hold_name *ret);
 int gmem_session_release(struct gmem_session *session, uint64_t context, struct gmem_range range,
 			 const struct gmem_hold_name *name);
+/* gmem_release_named() of one. */
+int gmem_session_release_named(struct gmem_session *session, uint64_t context, const struct gmem_hold_name *name);
 /* Releases everything a context holds: it has ended. (acquire.c) */
 void gmem_release_all(struct gmem_view *view);
 /* A predecessor's hold on a range whose pages have their frames again. */

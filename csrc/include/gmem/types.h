@@ -68,7 +68,8 @@ enum gmem_advice {
 
 /* Which of a context's holds on a range is meant, over the daemon's death too. */
 struct gmem_hold_name {
-	uint32_t record; /* its record's number; 0: nothing is recorded */
+	uint32_t record; /* its record's number; 0: nothing is recorded, or whichever */
+	uint32_t index;  /* which of that request's ranges; of no account where record is known */
 	uint64_t asked;  /* number of the request that has acquired it */
 };
 

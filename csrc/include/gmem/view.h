@@ -22,6 +22,7 @@ struct gmem_hold {
 	struct gmem_range range;
 	uint32_t record;
 	uint64_t asked; /* number of the request that has acquired it, 0: none */
+	uint32_t index; /* which of its ranges */
 	struct gmem_hold *next;
 };
 

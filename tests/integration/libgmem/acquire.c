@@ -58,12 +58,21 @@ static void test_by_hand(void)
 	struct gmem_range range = { .bytes = MB };
 	size_t total = 32 * MB;
 	struct gmem_range whole = { .bytes = total };
+	struct gmem_range halves[2];
 
 	OK(gmem_mmap(session, MB, NULL, &range.va));
+	halves[0] = (struct gmem_range){ range.va, MB / 2 };
+	halves[1] = (struct gmem_range){ (uint8_t *)range.va + MB / 2, MB / 2 };
 	OK(gmem_acquire(context, &range, 1, GMEM_ACQUIRE_WRITE));
 	finish(add(range.va, MB, NULL));
 	finish(add(range.va, MB, NULL));
+	OK(gmem_acquire(context, halves, 2, GMEM_ACQUIRE_WRITE)); /* as well */
+	OK(gmem_release(context, &halves[1], 1));
 	OK(gmem_release(context, &range, 1));
+	OK(gmem_release(context, &halves[0], 1));
+	REFUSED(gmem_release(context, &halves[0], 1), EINVAL, "ranges");
+	REFUSED(gmem_release(context, &range, 1), EINVAL, "ranges");
+	REFUSED(gmem_release(context, &range, 0), EINVAL, "ranges");
 	CHECK(((uint64_t *)range.va)[0] == 2 && ((uint64_t *)range.va)[MB / 8 - 1] == 2);
 	OK(gmem_mmap(session, total, NULL, &whole.va));
 	CHECK(gmem_acquire(context, &whole, 1, GMEM_ACQUIRE_WRITE) < 0); /* four times what there is */
