@@ -200,6 +200,16 @@ static void delist(struct gmem_context *context)
 	gmem_session_count_contexts(session, -1);
 }
 
+static void free_held(struct gmem_held *held)
+{
+	while (held) {
+		struct gmem_held *next = held->next;
+
+		free(held);
+		held = next;
+	}
+}
+
 static void free_context(struct gmem_context *context)
 {
 	delist(context);
@@ -246,16 +256,6 @@ int gmem_context_open(struct gmem *session, const char *device, const struct gme
 	}
 	*ret = context;
 	return 0;
-}
-
-static void free_held(struct gmem_held *held)
-{
-	while (held) {
-		struct gmem_held *next = held->next;
-
-		free(held);
-		held = next;
-	}
 }
 
 int gmem_context_close(struct gmem_context *context)
