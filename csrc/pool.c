@@ -199,12 +199,12 @@ static int open_already(const struct gmem_place *place, struct gmem_object *obje
 
 static struct gmem_region_info info_of(const struct gmem_region *region)
 {
-	const struct gmem_object *object = region->object;
+	struct gmem_object *object = region->object;
 
 	return (struct gmem_region_info){ .va = region->va, .bytes = region->bytes,
 					  .offset = object->offset + region->offset, .page_bytes = 1ull << object->shift,
 					  .class_ = object->class_, .committed = region->committed,
-					  .read_only = region->read_only, .fd = -1 };
+					  .read_only = region->read_only, .sealed = gmem_object_sealed(object), .fd = -1 };
 }
 
 int gmem_pool_open(struct gmem_core *core, uint64_t id, uint64_t number, bool write, struct gmem_region_info *ret)

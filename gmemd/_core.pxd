@@ -173,7 +173,7 @@ cdef extern from "gmem/core.h" nogil:
         uint64_t va, bytes, offset, page_bytes
         gmem_class class_
         gmem_fork fork
-        c_bool committed, read_only
+        c_bool committed, read_only, sealed
         int fd
     struct gmem_mmap_args:
         uint64_t bytes, page_bytes

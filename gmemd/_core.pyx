@@ -53,7 +53,7 @@ cdef dict _region(const gmem_region_info *r):
     return {
         "va": r.va, "bytes": r.bytes, "offset": r.offset, "page_bytes": r.page_bytes,
         "huge": <int>r.class_ == GMEM_CLASS_HUGE, "fork": _FORK_NAMES[<int>r.fork], "fd": r.fd,
-        "read_only": bool(r.read_only), "committed": bool(r.committed),
+        "read_only": bool(r.read_only), "committed": bool(r.committed), "sealed": bool(r.sealed),
     }
 
 

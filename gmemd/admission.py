@@ -56,7 +56,8 @@ class Admission:
     ready: bool = True
     close: Close = _nothing
     find_agent: Callable[[], int] | None = None
-    answer: Callable[[wire.Ask], tuple[bytes, int]] | None = None  # (blocks) of FILES; the descriptor is the caller's
+    answer: Callable[[wire.Ask], tuple[bytes, int]] | None = None  # of FILES; the descriptor is the caller's
+    answers_at_once: bool = False  # else it blocks
     keep: Callable[[bool], tuple[int, int]] | None = None  # (blocks) SessionTable.note(), or note_context()
     map_file: Callable[[wire.File, int], bytes] | None = None  # (blocks) takes the descriptor; REGION
 
@@ -153,7 +154,8 @@ class Admissions:
             return wire.pack_answer(), -1
 
         welcome = self._welcome(session.core_id, 0, hello.token, 0, hnid)
-        return Admission(welcome, ready=False, answer=answer)
+        at_once = not context_id  # the host has each file already, and can be asked for nothing else
+        return Admission(welcome, ready=False, answer=answer, answers_at_once=at_once)
 
     def _owned(self, who: Claimant, hello: wire.Hello) -> Session:
         """The session of the token, if it is of the same user: a token alone does not carry memory across users."""

@@ -54,6 +54,7 @@ class Peer:
     pidfd: int
     gids: tuple[int, ...] = ()
     answer: Callable[[wire.Ask], tuple[bytes, int]] | None = None
+    answers_at_once: bool = False
     over: asyncio.Event = field(default_factory=asyncio.Event)
     reason: str = ""
     welcomed: bool = False
@@ -285,7 +286,7 @@ class HandshakeServer:
         try:
             await self._send(peer, wire.pack_welcome(admission.welcome), admission.welcome_fds)
             peer.welcomed = True
-            peer.answer = admission.answer
+            peer.answer, peer.answers_at_once = admission.answer, admission.answers_at_once
             for message, fd in admission.regions:
                 await self._send(peer, message, [fd])
             if admission.finish is not None:
@@ -334,7 +335,11 @@ class HandshakeServer:
             try:
                 if fds or cut:
                     raise RequestError(errno.EPROTO, "ASK is too long, or carries descriptors")
-                message, fd = await self._in_pool(peer, answer, wire.unpack_ask(data))
+                ask = wire.unpack_ask(data)
+                if peer.answers_at_once:
+                    message, fd = answer(ask)
+                else:
+                    message, fd = await self._in_pool(peer, answer, ask)
             except OSError as error:
                 refusal = as_request_error(error, "the file can't be had")
                 await self._send(peer, wire.pack_answer(-(refusal.errno or errno.EIO), refusal.message), [])

@@ -133,7 +133,7 @@ class Operations:
             raise RequestError(errno.EPERM, f"token: {request.name} needs a session with memory", "token")
 
     def execute(self, session: Session, request: schema.Request) -> Reply:
-        """(blocks, unless the op is inline)"""
+        """(blocks, unless the request is inline)"""
         args = {**schema.check_args(request), "request_id": request.id}
         try:
             return self._methods[request.name](session, args)

@@ -191,7 +191,7 @@ class PoolTable:
         return {**self._reply(one.id, region, sealed=True), "version": one.version}
 
     def open(self, session: Session, name: str, write: bool, uid: int | None) -> dict[str, Any]:
-        """(blocks)"""
+        """Its region in the session, which is to be mapped and committed."""
         pool = self._find(name)
         if uid is not None and pool.uid != uid:
             raise RequestError(errno.EACCES, f"uid: {name} is not a pool of uid {uid}", "uid")
@@ -211,7 +211,7 @@ class PoolTable:
             if number not in words:
                 raise
             raise RequestError(number, words[number], words[number].split(":")[0]) from None
-        return self._reply(pool.id, region, self._core.pool_info(pool.id)["sealed"])
+        return self._reply(pool.id, region, region["sealed"])
 
     @staticmethod
     def _reply(pool_id: int, region: dict[str, Any], sealed: bool) -> dict[str, Any]:

@@ -191,11 +191,13 @@ def optional(check: Check, default: Any = None) -> Field:
 
 @dataclass(frozen=True)
 class Op:
-    """inline: answered by the ROUTER thread itself, because it can't wait for anything."""
+    """inline: answered by the ROUTER thread itself, because it can't wait for anything; waits_with: unless this field
+    is there."""
 
     who: str
     fields: Mapping[str, Field]
     inline: bool = False
+    waits_with: str = ""
 
 
 _VA = Field(uint())
@@ -266,6 +268,8 @@ OPS: dict[str, Op] = {
             "uid": optional(uint((1 << 32) - 2)),
             "remote": optional(_DEVICE.check),
         },
+        inline=True,
+        waits_with="remote",
     ),
     "pool_unlink": Op(ANY, {"name": _POOL, "remote": optional(_DEVICE.check)}),
     "pool_publish": Op(ANY, {"name": _POOL, "remote": optional(_DEVICE.check)}),
@@ -316,6 +320,10 @@ class Request:
     op: Op
     token: bytes
     raw_args: dict[str, Any]
+
+    @property
+    def inline(self) -> bool:
+        return self.op.inline and self.op.waits_with not in self.raw_args
 
 
 class BadRequest(Exception):

@@ -209,7 +209,7 @@ class Server:
                 raise RequestError(errno.ESHUTDOWN, "gmemd is stopping")
             session = self._sessions.by_token(request.token)
             self._operations.allow(session, request)
-            if request.op.inline:
+            if request.inline:
                 return schema.encode_reply(request.id, self._operations.execute(session, request))
             asked = (identity, request.id, hash(body))
             known, answer = self._known(asked)

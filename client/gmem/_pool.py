@@ -96,10 +96,17 @@ class Pool:
         return self
 
     def _map(self, region: dict[str, Any]) -> None:
+        """In the contexts, which do it beside, and in this process."""
         with self.session.sharing:
-            self.session.map_pool(region["va"])
-            for context in self.session.process_contexts():
+            contexts = self.session.process_contexts()
+            for context in contexts:
                 context.map_pool(region["va"], 0)
+            try:
+                self.session.map_pool(region["va"])
+            except BaseException:
+                for context in contexts:
+                    context.map_pool(region["va"], region["bytes"])
+                raise
             self._mapping = self._adopt(region)
 
     def _adopt(self, region: dict[str, Any]) -> Mapping:

@@ -56,7 +56,8 @@ struct gmem_exchange {
 /* count: at most GMEM_EXCHANGE_MAX. */
 void gmem_exchange(const struct gmem_exchange *exchange, struct gmem_request *requests, unsigned count);
 
-/* Starts a request's name: its slot is that of the name. */
-void gmem_request_name(struct gmem_request *request, const char *format, ...) __attribute__((format(printf, 2, 3)));
+/* gmem:TENANT:{OBJECT:EXTENT}:PAGE:VERSION; what is in braces says which slot it is in. kind comes before the object. */
+void gmem_request_name(struct gmem_request *request, const char *tenant, const char *kind, const char *object,
+		       uint64_t extent, uint64_t page, uint64_t version);
 
 #endif

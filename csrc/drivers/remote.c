@@ -297,6 +297,8 @@ static int open_memory(const struct gmem_driver_config *config, struct gmem_devi
 
 	err = gmem_values_init(&tier->values, tier->capacity, values);
 	if (!err)
+		snprintf(tier->object, sizeof(tier->object), "%016llx", (unsigned long long)tier->values.header->object);
+	if (!err)
 		err = gmem_entries_create("gmem-remote-entries", config->key_count, &tier->quota, entries, &tier->entries);
 	if (!err && kept)
 		err = count_stored(tier);
@@ -320,8 +322,7 @@ static int probe_once(struct gmem_device *tier, enum gmem_request_kind kind, voi
 	struct gmem_request request = { .kind = kind, .part = part, .count = kind != GMEM_DROP, .pieces = &piece };
 	struct gmem_exchange x = { &tier->nodes, tier->replicas, gmem_now_ns() + tier->timeout_ns, true };
 
-	gmem_request_name(&request, "gmem:%s:{t%016llx:probe}:0:0", tier->tenant,
-			  (unsigned long long)tier->values.header->object);
+	gmem_request_name(&request, tier->tenant, "t", tier->object, UINT64_MAX, 0, 0); /* there is no such extent */
 	gmem_exchange(&x, &request, 1); /* who attaches is told why, and need not wait for what was refused */
 	return request.result; /* the checksum is not known here, and does not matter */
 }

@@ -60,10 +60,7 @@ static bool name_value(struct gmem_device *tier, uint32_t value, struct gmem_req
 
 	if (!version)
 		return false;
-	gmem_request_name(request, "gmem:%s:{t%016llx:%llx}:%llx:%llx", tier->tenant,
-			  (unsigned long long)tier->values.header->object,
-			  (unsigned long long)gmem_remote_extent(lead, record->page_bytes), (unsigned long long)lead,
-			  (unsigned long long)version);
+	gmem_request_name(request, tier->tenant, "t", tier->object, gmem_remote_extent(lead, record->page_bytes), lead, version);
 	return true;
 }
 

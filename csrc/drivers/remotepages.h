@@ -18,6 +18,7 @@
 /* An entry's word: bit 0 set, page size 1..2, slot 3..6, value from 8 on. Its check: the page's checksum. */
 struct gmem_device {
 	char tenant[GMEM_TENANT_MAX + 1];          /* (C) */
+	char object[17];                      /* (C) names this tier's values among those of others: values.header's, in hex */
 	unsigned replicas;                    /* (C) */
 	uint64_t timeout_ns, capacity, key_count; /* (C) */
 	uint64_t bandwidth, latency_ns;       /* (C) */

@@ -35,9 +35,8 @@ static uint64_t lead_of(const struct gmem_pool_version *version, uint64_t index)
 static void name_value(struct gmem_device *tier, const struct gmem_pool_version *version, uint64_t lead,
 		       struct gmem_request *request)
 {
-	gmem_request_name(request, "gmem:%s:{p.%s:%llx}:%llx:%llx", tier->tenant, version->name,
-			  (unsigned long long)gmem_remote_extent(lead, page_bytes_of(version)), (unsigned long long)lead,
-			  (unsigned long long)version->stamp);
+	gmem_request_name(request, tier->tenant, "p.", version->name, gmem_remote_extent(lead, page_bytes_of(version)), lead,
+			  version->stamp);
 }
 
 /* What a checksum is of, beside the content: a value under another's name is damaged. */

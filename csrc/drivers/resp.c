@@ -100,12 +100,15 @@ enum gmem_resp_error gmem_resp_error(const char *text, size_t bytes, struct gmem
 /* CRC-16/XMODEM. */
 static uint16_t crc16(const char *data, size_t bytes)
 {
+	static const uint16_t of_four_bits[16] = {
+		0x0000, 0x1021, 0x2042, 0x3063, 0x4084, 0x50a5, 0x60c6, 0x70e7, 0x8108, 0x9129, 0xa14a, 0xb16b, 0xc18c, 0xd1ad,
+		0xe1ce, 0xf1ef,
+	};
 	uint16_t crc = 0;
 
 	for (size_t i = 0; i < bytes; i++) {
-		crc ^= (uint16_t)((uint8_t)data[i] << 8);
-		for (int bit = 0; bit < 8; bit++)
-			crc = (uint16_t)(crc & 0x8000 ? crc << 1 ^ 0x1021 : crc << 1);
+		crc = (uint16_t)(crc << 4 ^ of_four_bits[crc >> 12 ^ (uint8_t)data[i] >> 4]);
+		crc = (uint16_t)(crc << 4 ^ of_four_bits[crc >> 12 ^ ((uint8_t)data[i] & 15)]);
 	}
 	return crc;
 }

@@ -98,8 +98,9 @@ void gmem_wire_bytes(struct gmem_wire *wire, const void *data, size_t bytes)
 	wire->tx_end += bytes;
 }
 
-void gmem_wire_page(struct gmem_wire *wire, const void *data, size_t bytes, bool ends_line)
+void gmem_wire_page(struct gmem_wire *wire, const void *data, size_t bytes, bool ends_line, bool goes_on)
 {
+	wire->goes_on = goes_on;
 	wire->page = data;
 	wire->page_bytes = bytes;
 	wire->end_bytes = ends_line ? 2 : 0;
@@ -150,6 +151,7 @@ static ssize_t send_some(struct gmem_wire *wire)
 		{ "\r\n" + 2 - wire->end_bytes, wire->end_bytes },
 	};
 	struct msghdr message = { .msg_iov = parts, .msg_iovlen = 3 };
+	bool goes_on = wire->goes_on && parts[1].iov_len + parts[2].iov_len;
 	ssize_t n;
 
 	if (wire->tls) {
@@ -157,7 +159,7 @@ static ssize_t send_some(struct gmem_wire *wire)
 		return gmem_tls_write(wire->tls, parts[0].iov_base, parts[0].iov_len, &wire->send_events);
 	}
 	do {
-		n = sendmsg(wire->fd, &message, MSG_NOSIGNAL);
+		n = sendmsg(wire->fd, &message, MSG_NOSIGNAL | (goes_on ? MSG_MORE : 0));
 	} while (n < 0 && errno == EINTR);
 	return n < 0 ? -errno : n;
 }

@@ -54,6 +54,7 @@ struct gmem_wire {
 	const uint8_t *page;        /* sent from where it is, behind what is in tx; plain wires only */
 	size_t page_bytes;          /* left of it */
 	size_t end_bytes;           /* left of the line's end behind it */
+	bool goes_on;               /* something follows the page at once: the kernel may wait for it */
 };
 
 /* Connects and authenticates. -EACCES: refused by name, password or certificate, theirs or ours; -ETIMEDOUT,
@@ -96,7 +97,7 @@ void gmem_wire_number(struct gmem_wire *wire, uint64_t number);
 void gmem_wire_head(struct gmem_wire *wire, size_t bytes);
 void gmem_wire_bytes(struct gmem_wire *wire, const void *data, size_t bytes);
 /* The same bytes of a page, which are sent from there, with an end of the line perhaps; nothing may follow before they have
- * been. */
-void gmem_wire_page(struct gmem_wire *wire, const void *data, size_t bytes, bool ends_line);
+ * been. goes_on: but will then, at once, and is to come to the server with them. */
+void gmem_wire_page(struct gmem_wire *wire, const void *data, size_t bytes, bool ends_line, bool goes_on);
 
 #endif

@@ -81,7 +81,7 @@ def _table() -> dict[str, tuple[str, str | None, str]]:
         for mebibytes in PREFETCHES_MIB:
             table[f"client_prefetch_{way}_{mebibytes}m"] = ("GB/s", "ratio >= 0.95", MEMCPY)
     table["client_pool_attach_1g"] = ("us", "value <= 1000", SHM_FLOOR)
-    table["client_pool_attach_context_1g"] = ("us", None, "a kernel that does nothing")
+    table["client_pool_attach_context_1g"] = ("us", "value <= 1000", "a kernel that does nothing")
     for size in POOL_SIZES:
         table[f"client_pool_first_touch_{size}_p50"] = ("us", "ratio <= 1.15", FAULT_FLOOR)
     return table

@@ -123,6 +123,7 @@ def test_the_range_is_busy_in_a_process(session):
         libc.mmap.restype = ctypes.c_void_p
         libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
         session = gmem.connect({session.path!r})
+        context = gmem.device("simgpu0").context()
         assert libc.mmap({pool.address}, 4096, 3, 0x100022, -1, 0) == {pool.address}
         try:
             gmem.pool("table", write=False)
@@ -130,6 +131,7 @@ def test_the_range_is_busy_in_a_process(session):
             print(error.argument)
         made = gmem.pool("mine", size=1 << 20)      # another range is found for what is new
         made.array()[:] = 1
+        assert context.launch(lambda array: int(array.sum()), made.array()).wait() == 1 << 20
         assert len(session.request("map")["regions"]) == 1
         """, session)  # fmt: skip
     assert said == "name"

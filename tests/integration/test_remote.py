@@ -4,6 +4,7 @@ three primaries with a replica each."""
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import time
 import gmem
 import numpy as np
 import pytest
-from helpers import eventually, run_python
+from helpers import ROOT, eventually, run_python
+from machines import Machine
 from valkeys import Cluster, Server, programs, until
 
 MIB = 1 << 20
@@ -129,6 +131,36 @@ def test_every_page_is_confirmed_by_a_replica(attach, cluster):
     assert row(session)["used_bytes"] > 0 and np.array_equal(a, data)
 
 
+@pytest.mark.parametrize("program", list(programs()), ids=os.path.basename)
+def test_the_configuration_that_servers_begin_with(attach, tmp_path, program):
+    """Each line of it is taken, and is in the operator's manual with a reason."""
+    path = ROOT / "systemd" / "gmem-valkey.conf"
+    manual = (ROOT / "docs" / "operator.md").read_text().split("**The servers.**")[1].split("\n**")[0]
+    settings = [line.split(maxsplit=1) for line in path.read_text().splitlines() if line and line[0] != "#"]
+    single = Server(tmp_path / "s", program, include=path).ready()
+    try:
+        client = single.client()
+        for name, value in settings:
+            assert f"`{name}" in manual, f"{name} has no reason"
+            assert in_bytes(value) in in_bytes(client.config_get(name)[name] or '""')
+        client.execute_command("CLUSTER ADDSLOTSRANGE", 0, 16383)
+        until(lambda: client.cluster("INFO")["cluster_state"] == "ok", "it serves all slots")
+        session = attach(single.endpoint)
+        data = numbers(16, 10)
+        a = spread(data, "64K")
+        assert np.array_equal(a, data) and client.dbsize() > 0 and row(session)["errors"] == 0
+        session.close()
+    finally:
+        single.kill()
+
+
+def in_bytes(value):
+    """As servers say it."""
+    units = {"gb": 1 << 30, "mb": 1 << 20}
+    value = value.replace("slave ", "replica ")
+    return re.sub(r"(\d+)(gb|mb)", lambda found: str(int(found[1]) * units[found[2]]), value)
+
+
 # ---- who may ----
 
 
@@ -191,6 +223,40 @@ def test_a_tenant_of_its_own(attach, refused, server, tmp_path):
     for pid in alone("gmemd"):
         with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
             assert b"geheim" not in file.read()
+
+
+def test_a_password_is_nowhere(server, tmp_path):
+    """On no command line, in no environment, in no log and no answer, whether it is right, wrong or changed."""
+    words = ("geheim-4711", "falsch-0815", "anders-1234")
+    rules = "~gmem:A:* +get +getrange +set +unlink +wait +ping +auth +asking +info +cluster|slots +command"
+    client = server.client()
+    client.execute_command("ACL SETUSER", "quiet", *f"reset on >{words[0]} {rules}".split())
+    path = secret(tmp_path, words[0])
+    machine = Machine(tmp_path / "m", server.endpoint, "daemon.log_level=debug", f"host.limit={HOST}", user="quiet",
+                      password_file=path, tenant="A", timeout=1)  # fmt: skip
+    try:
+        program = machine.program()
+        load = "a = gmem.full(3 << 20, 7, np.int64, page_size='64K'); answer = bool((a == 7).all())"
+        assert program.do(load) is True
+        client.execute_command("ACL SETUSER", "quiet", "resetpass", f">{words[2]}")
+        client.execute_command("CLIENT KILL USER quiet")
+        assert program.do("answer = bool((a == 7).all())") == -signal.SIGBUS
+        secret(tmp_path, words[1])
+        config = {"endpoints": server.endpoint, "user": "quiet", "password_file": path, "tenant": "A"}
+        with pytest.raises(OSError, match="password_file") as refused:
+            machine.ask("attach", driver="remote", name="near", config=config)
+        said = [str(refused.value), repr(machine.ask("devices")), machine.log.read_text()]
+        assert "WRONGPASS" in said[1], "it says why"
+        secret(tmp_path, words[2])
+        assert machine.program().do(load) is True
+        said += [repr(machine.ask("devices")), repr(machine.ask("stats")), machine.log.read_text()]
+        for pid in [machine.process.pid, *machine.daemons(), *alone("gmemd"), *alone("valkey-server")]:
+            for name in ("cmdline", "environ"):
+                with contextlib.suppress(OSError), open(f"/proc/{pid}/{name}", "rb") as file:
+                    said.append(file.read().decode(errors="replace"))
+        assert not [word for word in words for text in said if word in text]
+    finally:
+        machine.close()
 
 
 # ---- what goes wrong ----
@@ -275,6 +341,44 @@ def test_a_primary_that_is_killed(attach, cluster):
     assert victim.client().info()["role"] == "slave", "another has its place"
     assert np.array_equal(a, data)
     assert row(session)["health"] == 0 and row(session)["errors"] == 0
+
+
+@pytest.mark.parametrize("replicas", [1, 0])
+def test_a_replica_that_lags(cluster, tmp_path, replicas):
+    """It hangs while pages leave, and takes over from a primary that is killed: it has little of what that one had.
+    What it has not confirmed has not left. Without replicas asked for it has, and is lost: else this shows nothing."""
+    machine = Machine(tmp_path / "m", cluster.endpoints, f"host.limit={HOST}", replicas=replicas, capacity=192 * MIB,
+                      timeout=30 if replicas else 2)  # fmt: skip
+    primaries = {server.port for server in cluster.primaries()}
+    others = [server for server in cluster.alive() if server.port not in primaries]
+    victim = cluster.primaries()[0]
+    try:
+        program = machine.program()
+        program.do("a = gmem.full(12 << 20, 1, np.int64, page_size='64K')")
+        cluster.whole()
+        for server in others:
+            server.pause()
+        program.begin("a[:] = np.arange(12 << 20)")
+        if replicas:
+            time.sleep(1)
+            assert not program.has_said(), "nothing leaves that nobody confirms"
+        else:
+            program.end()
+        victim.kill()
+        for server in others:
+            server.go_on()
+        until(lambda: len(cluster.primaries()) == 3, "its replica has taken over")
+        victim.start()
+        if replicas:
+            assert program.end(60) is None
+        same = "answer = bool(np.array_equal(a, np.arange(12 << 20)))"
+        assert program.do(same, 60) == (True if replicas else -signal.SIGBUS)
+    finally:
+        for server in others:
+            server.go_on()
+        cluster.whole()
+        machine.close()
+        cluster.flush()  # what was dropped while the replica hung came back with it
 
 
 def test_a_server_that_hangs_and_comes_back(attach, tmp_path):

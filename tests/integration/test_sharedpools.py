@@ -162,6 +162,22 @@ def test_only_what_is_touched_comes(pair, common, told):
     assert reader.do("answer = int(array.sum(dtype=np.int64))") == 200_001
 
 
+def test_who_reads_in_order_is_read_ahead_for(pair, common, told):
+    """Each page once all the same, and far fewer waits than pages."""
+    one, other = pair
+    publish(told(one), "ordered", 1, 32)
+    reader = told(other)
+    opens(reader, "ordered")
+
+    def faults():
+        return next(s["host_faults"] for s in other.request("sessions")["sessions"] if s["pid"] == reader.process.pid)
+
+    before = faults()
+    assert equal(reader, 1, 32)
+    assert row(other, "ordered")["fetched_bytes"] == 32 * MIB
+    assert faults() - before < 32 * MIB // 65536 // 4
+
+
 def test_from_c(server, builder):
     daemon = programs.Daemon([f"name=far,driver=remote,capacity=64M,endpoints={server.endpoint}"])
     try:
@@ -212,9 +228,10 @@ def test_one_writer_at_a_time(pair, common, told):
     """Another machine's lease, which is renewed, and then is not."""
     writer = told(pair[0])
     client = common.client()
-    client.set("gmem:default:{p.busy}:lease", "1 another", px=1500)
+    client.set("gmem:default:{p.busy}:lease", "1 another", ex=100)
     assert "Busy: name: another machine is publishing busy" in publish(writer, "busy", 1, 1)
     writer.do("gmem.pool('busy').unlink(); del pool")
+    client.pexpire("gmem:default:{p.busy}:lease", 200)
     eventually(lambda: not client.exists("gmem:default:{p.busy}:lease"), "it expires")
     assert publish(writer, "busy", 1, 1) == 1
 

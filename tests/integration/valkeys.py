@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Servers for tests of the remote tier, on loopback: one, or a cluster of three primaries with a replica each. Ended by
-pid at the end, and by the kernel if the tests are killed."""
+pid at the end, and by the kernel if the tests are killed. The package's Valkey, or what GMEM_TEST_SERVER names."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import shutil
 import signal
@@ -57,7 +58,7 @@ class Server:
         self, folder: Path, program: str = "", host: str = "127.0.0.1", prefix: tuple[str, ...] = (),
         tls: Certificates | None = None, port: int = 0, **config: Any
     ) -> None:  # fmt: skip
-        self.program = program or find_server()
+        self.program = program or os.environ.get("GMEM_TEST_SERVER") or find_server()
         self.host, self.port = host, port or free_port()
         self.folder = folder
         self.prefix = prefix

@@ -238,10 +238,12 @@ class FakeCore:
             if region["va"] == va:
                 if write and region["read_only"]:
                     raise OSError(errno.EBUSY, "open to read only")
+                region["sealed"] = found["sealed"]
                 return region
         region = {
             "va": va, "bytes": found["bytes"], "offset": va - WINDOW, "page_bytes": found["page_bytes"], "huge": False,
             "fork": "share", "fd": known["files"][1], "read_only": not write, "committed": False,
+            "sealed": found["sealed"],
         }  # fmt: skip
         known["regions"].append(region)
         return region

@@ -308,3 +308,12 @@ def test_the_protocol_page_has_every_op_with_its_fields_and_who_may_ask(op):
     _, _, fields, _, who, _ = (cell.strip() for cell in rows[0].split("|"))
     assert re.findall(r"`(\w+)`", fields) == list(schema.OPS[op].fields)
     assert who == schema.OPS[op].who
+
+
+def test_who_waits_is_not_answered_by_the_thread_that_reads():
+    def inline(op, **args):
+        return decode(msgpack.packb(message(op, **args))).inline
+
+    assert inline("ping") and inline("pool_open", name="table", write=True)
+    assert not inline("pool_open", name="table", remote="far"), "servers are asked"
+    assert not inline("pool_publish", name="table") and not inline("munmap", va=VA, bytes=4096)

@@ -264,6 +264,7 @@ static void run(struct puppet *writer, struct puppet *reader, struct puppet *lat
 	open_pool(core, writer, pool, true);
 	open_pool(core, reader, pool, false);
 	CHECK_EQ(reader->region.va, writer->region.va);
+	CHECK(!reader->region.sealed);
 	CHECK_EQ(info(core, pool).writers, 1);
 	CHECK_EQ(info(core, pool).readers, 1);
 	CHECK_EQ(gmem_pool_open(core, reader->client->session, pool, true, &region), -EBUSY);
@@ -295,6 +296,7 @@ static void run(struct puppet *writer, struct puppet *reader, struct puppet *lat
 		CHECK_EQ(gmem_pool_publish(core, pool), 0);
 		CHECK_EQ(gmem_pool_open(core, late->client->session, pool, true, &region), -EPERM);
 		open_pool(core, late, pool, false);
+		CHECK(late->region.sealed);
 		/* it was stopped in the middle of one round: each page has that round's number or the one before */
 		CHECK(tell(late, SUM, 0) >= (counted ? counted - 1 : 0) * PAGES && late->result <= (counted + 1) * PAGES);
 		counted = late->result;

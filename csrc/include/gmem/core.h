@@ -93,6 +93,7 @@ struct gmem_region_info {
 	bool committed;
 	bool kept; /* the client has it mapped already, and need not commit */
 	bool read_only; /* to be mapped PROT_READ and MAP_PRIVATE */
+	bool sealed;    /* a pool that is published */
 	int fd; /* borrowed; open for as long as the session lives, also if the region goes */
 };
 /* Fills at most capacity entries, ret_count is the full count. */
