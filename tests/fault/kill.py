@@ -2,9 +2,9 @@
 """Kills a supervised gmemd under load, at random instants and at every crash point, and checks every word.
 
 usage: kill.py [--gpu] [--seconds S | --kills N] [--seed SEED]. --gpu: with a GPU's memory in the traffic, which is the
-double's of tests/gpu/double.c. Ends with one line, `kills=N lost=0 longest_stall_s=X`; exit status 1 if a word was lost, a
-client failed or something was blocked for too long; also, if each crash point has had several turns, if one was never come
-by. As root it sees to it that there are huge pages, as long as it runs.
+double's of tests/gpu/double.c. Ends with one line, `kills=N lost=0 longest_stall_s=X`; exit status 1 if a word was
+lost, a client failed or something was blocked for too long; also, if each crash point has had several turns, if one was
+never come by. As root it sees to it that there are huge pages, as long as it runs.
 """
 
 from __future__ import annotations
@@ -224,7 +224,8 @@ def kill_often(
     results = [worker.finish() for worker in workers]
     results.append({"kind": "gmemd", "steps": kills, "slow": [], "wrong": target.left()})
     status = target.stop()
-    missed = [] if target.environ or kills < TURNS * len(points) * 4 // 3 else [point for point in points if not where[point]]
+    few = target.environ or kills < TURNS * len(points) * 4 // 3  # or there is a GPU: not all of them are for that
+    missed = [] if few else [point for point in points if not where[point]]
     return report(results, where, missed, status, target, seed, max(STALL_MAX_S, STALL_IMPORTS * pace.worst()))
 
 

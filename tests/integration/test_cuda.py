@@ -597,7 +597,7 @@ def test_contexts_of_one_process_share_its_address_space(program):
             cuda.bump(x, 1)
             cuda.bump(y, 1)
         assert (a == 3).all()
-        with gmem.acquire(one, a, mode="r"), gmem.acquire(two, a) as y:  # the reader does not keep the other from writing
+        with gmem.acquire(one, a, mode="r"), gmem.acquire(two, a) as y:  # the reader does not keep it from writing
             cuda.bump(y, 1)
         with gmem.acquire(two, a, mode="r"):
             with gmem.acquire(one, a) as x:
@@ -625,7 +625,7 @@ def test_contexts_of_one_process_share_its_address_space(program):
 
 
 def test_what_a_gpu_does_not_take_is_refused_and_stays(program):
-    """Small pages, pools, files and adopted memory: each is said, naming the array, and is as it was; so is what lies beside."""
+    """Small pages, pools, files and adopted memory: each is said, and is as it was; so is what lies beside."""
     program("""
         session = connect()
         cuda = Cuda()
