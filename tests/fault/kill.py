@@ -175,14 +175,16 @@ def next_spec(rng: random.Random, points: list[str], kills: int) -> str:
     return f"{point}:{1 if point.startswith('RECOVER') else rng.choice((1, 2, 5, 20, 60))}"
 
 
-def kill_once(target: Target, rng: random.Random, points: list[str], kills: int, where: Counter[str]) -> None:
-    """Sees the life that runs now to its end; the next one gets its own point."""
+def kill_once(
+    target: Target, rng: random.Random, points: list[str], kills: int, where: Counter[str], start_s: float
+) -> None:
+    """Sees the life that runs now to its end; the next one gets its own point. start_s: what a start may take."""
     if not wait_for(target.child, 30):
         raise RuntimeError("gmemd was not started again")
     pid = target.child() or -1  # 0 would be ourselves
     spec = target.spec.read_text()
     target.spec.write_text(next_spec(rng, points, kills))
-    patience = PATIENCE_S if spec else rng.uniform(0, 0.4)
+    patience = start_s + PATIENCE_S if spec.startswith("RECOVER") else PATIENCE_S if spec else rng.uniform(0, 0.4)
     if wait_for(lambda: target.child() != pid, patience):
         where[spec.partition(":")[0]] += 1
     elif pid > 0:
@@ -215,10 +217,12 @@ def kill_often(
     failed = [worker.kind for worker in workers if not worker.ready]
     while not failed and kills < most and time.monotonic() < until:
         lives = target.lives()
-        kill_once(target, rng, points, kills, where)
+        start_s = max(0.5, STALL_IMPORTS * pace.last())
+        kill_once(target, rng, points, kills, where, start_s)
         kills += 1
         if not target.spec.read_text().startswith("RECOVER"):
-            wait_for(lambda lives=lives: target.lives() > lives, 0.5)  # or it comes by the point as it starts
+            # or it comes by the point as it starts
+            wait_for(lambda lives=lives: target.lives() > lives, start_s)
         failed = [worker.kind for worker in workers if worker.process.poll() is not None]
     target.spec.write_text("")
     results = [worker.finish() for worker in workers]
@@ -244,6 +248,9 @@ class Pace:
             subprocess.run([sys.executable, "-c", "import gmemd.service"], cwd=ROOT, check=True)
             self._seconds.append(time.monotonic() - began)
             self._stop.wait(3)
+
+    def last(self) -> float:
+        return self._seconds[-1] if self._seconds else 0.0
 
     def worst(self) -> float:
         self._stop.set()

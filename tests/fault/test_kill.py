@@ -22,12 +22,13 @@ def double():
     subprocess.run(["make", "-s", str(DOUBLE.relative_to(ROOT))], cwd=ROOT, check=True)
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(240)
 @pytest.mark.parametrize("flags", [[], ["--gpu"]], ids=["", "gpu"])
 def test_nothing_is_lost_whatever_kills_the_daemon(flags, double):
     seed = os.environ.get("GMEM_KILL_SEED", "1")
-    command = [sys.executable, str(HERE / "kill.py"), *flags, "--seconds", "20", "--seed", seed]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150)
+    # some 20 seconds; more, and fewer of them, on a machine that is busy
+    command = [sys.executable, str(HERE / "kill.py"), *flags, "--seconds", "80", "--kills", "40", "--seed", seed]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=220)
     last = done.stdout.splitlines()[-1:]
     found = re.fullmatch(r"kills=(\d+) lost=(\d+) longest_stall_s=([\d.]+)", last[0] if last else "")
     assert found, done.stdout + done.stderr
