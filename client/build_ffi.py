@@ -6,8 +6,8 @@ from pathlib import Path
 from cffi import FFI
 
 SOURCES = (
-    "adopt.c", "agent.c", "beside.c", "copies.c", "cuda.c", "cuda_context.c", "files.c", "handshake.c", "link.c", "map.c", "ring.c",
-    "uffd.c", "vma.c", "words.c",
+    "adopt.c", "agent.c", "beside.c", "copies.c", "cuda.c", "cuda_context.c", "cuda_maps.c", "files.c", "handshake.c",
+    "link.c", "map.c", "ring.c", "uffd.c", "vma.c", "words.c",
 )  # fmt: skip
 
 ffibuilder = FFI()

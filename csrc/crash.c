@@ -14,6 +14,7 @@ static atomic_int passes_left;
 static const char *const names[GMEM_CRASH_COUNT] = {
 #define GMEM_CRASH_TEXT(name) [GMEM_CRASH_##name] = #name,
 	GMEM_CRASH_POINTS(GMEM_CRASH_TEXT)
+	GMEM_CRASH_GPU_POINTS(GMEM_CRASH_TEXT)
 	GMEM_CRASH_FAR_POINTS(GMEM_CRASH_TEXT)
 #undef GMEM_CRASH_TEXT
 };

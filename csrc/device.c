@@ -124,8 +124,10 @@ static int attach(struct gmem_core *core, const struct gmem_driver_ops *ops, con
 	}
 	known.key_count = core->lpt.pages;
 	known.keep = keep = gmem_keeps(&core->keep) ? calloc(1, sizeof(*keep)) : NULL;
-	if (keep)
-		*keep = (struct gmem_driver_keep){ .keep = &core->keep, .hnid = hnid };
+	if (keep) {
+		gmem_driver_keep_init(keep, &core->keep, hnid);
+		keep->takes_over = core->recovering;
+	}
 	err = ops->probe(&known, &device);
 	if (err) {
 		refuse(config, err, "the driver's probe failed");
@@ -144,8 +146,10 @@ static int attach(struct gmem_core *core, const struct gmem_driver_ops *ops, con
 out:
 	if (err && keep && !core->recovering)
 		gmem_driver_forget(keep);
-	if (err)
+	if (err) {
+		gmem_driver_keep_deinit(keep);
 		free(keep);
+	}
 	gmem_mutex_unlock(&core->devices_lock);
 	return err;
 }
@@ -364,7 +368,7 @@ int gmem_context_channel(struct gmem_core *core, uint64_t id, int hnid, pid_t pi
 	if (!err) {
 		atomic_fetch_add(&core->context_count, 1);
 		atomic_fetch_add(&hnode->contexts, 1);
-		err = gmem_session_view_pmap(session, hnode, context, pmap, pid);
+		err = gmem_session_view_pmap(session, hnode, context, pmap, pair[0], pid, NULL);
 		if (err) {
 			hnode->ops->pmap_destroy(pmap);
 			atomic_fetch_sub(&core->context_count, 1);

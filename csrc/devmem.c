@@ -16,7 +16,7 @@ int gmem_devmem_create(struct gmem_hnode *hnode, enum gmem_class class_, uint64_
 		return -ENOMEM;
 	*file = (struct gmem_file){ .refs = 1, .fd = -1, .class_ = class_, .bytes = bytes, .owner = owner, .hnode = hnode,
 				    .lent = { -1, -1 } };
-	err = hnode->ops->mem_create(hnode->device, owner, bytes, &file->mem);
+	err = hnode->ops->mem_create(hnode->device, owner, class_, bytes, &file->mem);
 	if (err)
 		free(file);
 	else

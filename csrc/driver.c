@@ -64,6 +64,23 @@ static int parse_bool(const char *text, uint64_t *ret)
 	return -EINVAL;
 }
 
+static int add_name_locked(struct gmem_driver_keep *keep, const char *name)
+{
+	if (strlen(name) >= GMEM_DRIVER_NAME)
+		return -EINVAL;
+	if (keep->count == keep->capacity) {
+		size_t capacity = keep->capacity ? 2 * keep->capacity : 16;
+		void *grown = realloc(keep->names, capacity * sizeof(*keep->names));
+
+		if (!grown)
+			return -ENOMEM;
+		keep->names = grown;
+		keep->capacity = capacity;
+	}
+	strcpy(keep->names[keep->count++], name);
+	return 0;
+}
+
 int gmem_driver_keep_fd(const struct gmem_driver_config *config, const char *name, int fd)
 {
 	struct gmem_driver_keep *keep = config->keep;
@@ -71,11 +88,13 @@ int gmem_driver_keep_fd(const struct gmem_driver_config *config, const char *nam
 
 	if (!keep)
 		return 0;
-	if (strlen(name) >= sizeof(keep->names[0]) || keep->count == GMEM_DRIVER_FDS)
-		return -EINVAL;
-	err = gmem_keep_fd(keep->keep, fd, "driver.%d.%s", keep->hnid, name);
-	if (!err)
-		strcpy(keep->names[keep->count++], name);
+	gmem_mutex_lock(&keep->lock);
+	err = add_name_locked(keep, name);
+	if (!err) {
+		err = gmem_keep_fd(keep->keep, fd, "driver.%d.%s", keep->hnid, name);
+		keep->count -= err != 0;
+	}
+	gmem_mutex_unlock(&keep->lock);
 	return err;
 }
 
@@ -84,19 +103,53 @@ int gmem_driver_kept_fd(const struct gmem_driver_config *config, const char *nam
 	struct gmem_driver_keep *keep = config->keep;
 	int fd = -1;
 
-	if (keep && strlen(name) < sizeof(keep->names[0]) && keep->count < GMEM_DRIVER_FDS)
+	if (!keep)
+		return -1;
+	gmem_mutex_lock(&keep->lock);
+	if (!add_name_locked(keep, name)) {
 		fd = gmem_keep_take(keep->keep, "driver.%d.%s", keep->hnid, name);
-	if (fd >= 0) {
-		strcpy(keep->names[keep->count++], name);
-		keep->restored = true;
+		keep->restored |= fd >= 0;
+		keep->count -= fd < 0;
 	}
+	gmem_mutex_unlock(&keep->lock);
 	return fd;
+}
+
+void gmem_driver_drop_fd(const struct gmem_driver_config *config, const char *name)
+{
+	struct gmem_driver_keep *keep = config->keep;
+	size_t i = 0;
+
+	if (!keep)
+		return;
+	gmem_mutex_lock(&keep->lock);
+	while (i < keep->count && strcmp(keep->names[i], name))
+		i++;
+	if (i < keep->count) {
+		gmem_keep_forget(keep->keep, "driver.%d.%s", keep->hnid, name);
+		memmove(keep->names[i], keep->names[--keep->count], sizeof(*keep->names));
+	}
+	gmem_mutex_unlock(&keep->lock);
 }
 
 void gmem_driver_forget(struct gmem_driver_keep *keep)
 {
-	for (int i = 0; keep && i < keep->count; i++)
+	for (size_t i = 0; keep && i < keep->count; i++)
 		gmem_keep_forget(keep->keep, "driver.%d.%s", keep->hnid, keep->names[i]);
+}
+
+void gmem_driver_keep_init(struct gmem_driver_keep *driver, struct gmem_keep *keep, int hnid)
+{
+	*driver = (struct gmem_driver_keep){ .keep = keep, .hnid = hnid };
+	gmem_mutex_init(&driver->lock, GMEM_RANK_DRIVER_KEEP);
+}
+
+void gmem_driver_keep_deinit(struct gmem_driver_keep *keep)
+{
+	if (!keep)
+		return;
+	gmem_mutex_deinit(&keep->lock);
+	free(keep->names);
 }
 
 int gmem_driver_options(const struct gmem_driver_config *config, const struct gmem_driver_option *options, size_t count)

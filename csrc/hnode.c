@@ -58,6 +58,7 @@ void gmem_hnode_destroy(struct gmem_hnode *hnode)
 	gmem_sparse_unmap((void *)hnode->frame_of, hnode->core->lpt.pages * sizeof(*hnode->frame_of));
 	gmem_sparse_unmap(hnode->relay, GMEM_HUGE_BYTES);
 	gmem_account_unref(hnode->pressed);
+	gmem_driver_keep_deinit(hnode->keep);
 	free(hnode->keep);
 	gmem_mutex_deinit(&hnode->lock);
 	gmem_mutex_deinit(&hnode->relay_lock);

@@ -10,6 +10,7 @@
 
 #include <gmem/crash.h>
 #include <gmem/agent.h>
+#include <gmem/devmem.h>
 #include <gmem/internal.h>
 #include <gmem/migrate.h>
 #include <gmem/pages.h>
@@ -411,6 +412,35 @@ static struct gmem_view *resume_view(struct gmem_session *session, int hnid, uin
 	return view;
 }
 
+/* One whose process has what it had mapped, and says so to the driver. */
+static struct gmem_view *resume_channel(struct gmem_session *session, struct gmem_hnode *hnode, uint64_t context, pid_t pid)
+{
+	unsigned long long id = session->id, number = context;
+	int fd = gmem_keep_take(&session->core->keep, "chan.%llu.%llu", id, number);
+	struct gmem_pmap *pmap;
+	struct gmem_view *view = NULL;
+
+	if (fd < 0)
+		return NULL;
+	if (!hnode->ops->pmap_adopt || hnode->ops->pmap_adopt(hnode->device, session->id, fd, &pmap)) {
+		give_up(session->core, "chan", id, number, fd);
+	} else if (gmem_session_view_pmap(session, hnode, context, pmap, fd, pid, &view)) {
+		hnode->ops->pmap_destroy(pmap);
+		gmem_keep_forget(&session->core->keep, "chan.%llu.%llu", id, number);
+	}
+	return view;
+}
+
+static struct gmem_view *resume_context(struct gmem_session *session, const struct gmem_record *record)
+{
+	int hnid = record->context.hnid;
+	struct gmem_hnode *hnode = gmem_core_hnode(session->core, hnid);
+
+	return hnode && gmem_hnode_own_frames(hnode) ?
+		       resume_channel(session, hnode, record->id, record->context.pid) :
+		       resume_view(session, hnid, record->id, record->context.pid);
+}
+
 static int resume_contexts(struct gmem_core *core)
 {
 	struct numbered *all;
@@ -425,7 +455,7 @@ static int resume_contexts(struct gmem_core *core)
 		struct gmem_view *view = NULL;
 
 		if (session)
-			view = resume_view(session, hnid, all[i].record.id, all[i].record.context.pid);
+			view = resume_context(session, &all[i].record);
 		if (view) {
 			view->record = all[i].number;
 			atomic_fetch_add(&core->context_count, 1);
@@ -458,6 +488,35 @@ static int resume_overlays(struct gmem_core *core)
 	return 0;
 }
 
+/* Memory that a device has of each object, before it is asked for what it has of nobody. */
+static int resume_mems(struct gmem_core *core, int hnid)
+{
+	struct gmem_recovery *recovery = core->recovery;
+	struct gmem_file *file;
+	int err = 0;
+
+	for (size_t i = 0; !err && i < recovery->object_count; i++)
+		if (recovery->objects[i]->shift == GMEM_SHIFT_2M)
+			err = gmem_object_file(recovery->objects[i], hnid, &file);
+	return err;
+}
+
+static int resume_devices(struct gmem_core *core)
+{
+	int err = 0;
+
+	for (int h = 1; !err && h < GMEM_HNODE_MAX; h++) {
+		struct gmem_hnode *hnode = gmem_core_hnode(core, h);
+
+		if (!hnode || !gmem_hnode_own_frames(hnode))
+			continue;
+		err = resume_mems(core, h);
+		if (!err && hnode->ops->settle)
+			hnode->ops->settle(hnode->device);
+	}
+	return err;
+}
+
 typedef void (*session_fn)(struct gmem_session *session, struct gmem_recovery *recovery);
 
 static void for_sessions(struct gmem_core *core, session_fn fn)
@@ -482,10 +541,20 @@ static int protect_view(struct gmem_view *view, struct gmem_range range, void *a
 	return 0;
 }
 
+/* NULL: it has nothing there. */
+static struct gmem_file *file_on(struct gmem_object *object, struct gmem_hnode *hnode, int hnid)
+{
+	struct gmem_file *file = NULL;
+
+	if (hnode && gmem_hnode_own_frames(hnode))
+		return gmem_object_file(object, hnid, &file) ? NULL : file;
+	return atomic_load(&object->files->files[hnid][object->class_]);
+}
+
 static void drop_copy(struct gmem_object *object, uint64_t index, int hnid)
 {
 	struct gmem_hnode *hnode = gmem_core_hnode(object->core, hnid);
-	struct gmem_file *file = atomic_load(&object->files->files[hnid][object->class_]);
+	struct gmem_file *file = file_on(object, hnode, hnid);
 	uint64_t bytes = 1ull << object->shift;
 
 	if (hnode && gmem_hnode_is_peer(hnode)) {
@@ -495,14 +564,20 @@ static void drop_copy(struct gmem_object *object, uint64_t index, int hnid)
 	}
 }
 
-/* The device is there, and so are its pages. */
-static bool has_pages(struct gmem_core *core, int hnid)
+/* The device is there, and so is the page. */
+static bool has_page(struct gmem_object *object, uint64_t index, int hnid)
 {
-	struct gmem_hnode *hnode = gmem_core_hnode(core, hnid);
+	struct gmem_hnode *hnode = gmem_core_hnode(object->core, hnid);
+	struct gmem_file *file;
 
-	if (hnode && gmem_hnode_own_frames(hnode))
-		return false; /* its frames went with the process that had made them */
-	return hnode && (!gmem_hnode_is_peer(hnode) || (hnode->keep && hnode->keep->restored));
+	if (!hnode)
+		return false;
+	if (gmem_hnode_is_peer(hnode))
+		return hnode->keep && hnode->keep->restored;
+	if (!gmem_hnode_own_frames(hnode))
+		return true;
+	file = file_on(object, hnode, hnid);
+	return file && gmem_devmem_at(file, object->offset + (index << object->shift));
 }
 
 /* The rule of lpt.h, by the direction alone. Who could write may have gone on doing so: now he can't, until he faults. */
@@ -533,7 +608,7 @@ static gmem_word_t without_lost_devices(struct gmem_object *object, uint64_t ind
 	uint32_t valid = gmem_word_valid(word);
 
 	for (int h = 0; h < GMEM_HNODE_MAX; h++)
-		if ((valid >> h & 1) && !has_pages(object->core, h)) {
+		if ((valid >> h & 1) && !has_page(object, index, h)) {
 			valid &= ~(1u << h);
 			drop_copy(object, index, h);
 		}
@@ -646,9 +721,12 @@ static void go_on(struct gmem_session *session, struct gmem_recovery *recovery)
 {
 	if (session->id >= recovery->next_id)
 		return;
-	for (struct gmem_view *view = session->as.views; view; view = view->next)
-		if (!gmem_faults_watch(session->core, view))
+	for (struct gmem_view *view = session->as.views; view; view = view->next) {
+		if (view->pmap)
+			gmem_view_flush(view); /* one that did not answer is told of */
+		else if (!gmem_faults_watch(session->core, view))
 			wake_all(session->core, view);
+	}
 	gmem_ring_resume(session);
 }
 
@@ -679,6 +757,8 @@ int gmem_core_resume(struct gmem_core *core)
 		return 0;
 	for_sessions(core, resume_process);
 	err = resume_contexts(core);
+	if (!err)
+		err = resume_devices(core);
 	if (!err)
 		err = resume_overlays(core);
 	for (size_t i = 0; !err && i < core->recovery->object_count; i++)

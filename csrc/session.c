@@ -185,19 +185,19 @@ static void forget_view(struct gmem_view *view)
 	struct gmem_keep *keep = &view->session->core->keep;
 
 	gmem_record_drop(keep, &view->record);
-	gmem_keep_forget(keep, "uffd.%llu.%llu", VIEW_NAME(view));
+	gmem_keep_forget(keep, view->pmap ? "chan.%llu.%llu" : "uffd.%llu.%llu", VIEW_NAME(view));
 	if (view->pidfd >= 0)
 		gmem_keep_forget(keep, "pid.%llu.%llu", VIEW_NAME(view));
 	if (atomic_load(&view->agent))
 		gmem_keep_forget(keep, "agent.%llu.%llu", VIEW_NAME(view));
 }
 
-/* Before it is watched: what is served now must be served by a successor. */
-static int keep_view(struct gmem_view *view)
+/* Before it is watched: what is served now must be served by a successor. fd: its userfaultfd, or its channel. */
+static int keep_view(struct gmem_view *view, int fd)
 {
 	struct gmem_record record = { .kind = GMEM_RECORD_CONTEXT, .id = view->id };
 	struct gmem_keep *keep = &view->session->core->keep;
-	int err = gmem_keep_fd(keep, view->uffd, "uffd.%llu.%llu", VIEW_NAME(view));
+	int err = gmem_keep_fd(keep, fd, view->pmap ? "chan.%llu.%llu" : "uffd.%llu.%llu", VIEW_NAME(view));
 
 	if (!err && view->pidfd >= 0)
 		err = gmem_keep_fd(keep, view->pidfd, "pid.%llu.%llu", VIEW_NAME(view));
@@ -224,7 +224,7 @@ int gmem_session_view(struct gmem_session *session, int hnid, uint64_t context, 
 				    .as = &session->as, .session = gmem_session_ref(session) };
 	if (hnid != GMEM_HOST)
 		view->replayable = gmem_core_hnode(session->core, hnid)->info.caps & GMEM_CAP_REPLAYABLE;
-	err = session->core->recovering ? 0 : keep_view(view);
+	err = session->core->recovering ? 0 : keep_view(view, uffd);
 	if (err) {
 		gmem_session_unref(session);
 		free(view);
@@ -256,18 +256,27 @@ int gmem_session_watch(struct gmem_session *session, int hnid, uint64_t context,
 	return 0;
 }
 
-/* A successor would not find its frames any more, so nothing of it is kept. */
 int gmem_session_view_pmap(struct gmem_session *session, struct gmem_hnode *hnode, uint64_t context, struct gmem_pmap *pmap,
-			   pid_t pid)
+			   int channel, pid_t pid, struct gmem_view **ret)
 {
 	struct gmem_view *view = calloc(1, sizeof(*view));
+	int err = 0;
 
 	if (!view)
 		return -ENOMEM;
 	*view = (struct gmem_view){ .refs = 1, .id = context, .hnid = hnode->hnid, .uffd = -1, .pidfd = -1, .pid = pid,
 				    .hnode = hnode, .pmap = pmap, .session_id = session->id, .as = &session->as,
 				    .session = gmem_session_ref(session) };
+	if (hnode->ops->pmap_adopt && !session->core->recovering)
+		err = keep_view(view, channel);
+	if (err) {
+		gmem_session_unref(session);
+		free(view);
+		return err;
+	}
 	gmem_as_add_view(&session->as, view);
+	if (ret)
+		*ret = view;
 	return 0;
 }
 

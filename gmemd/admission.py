@@ -240,8 +240,7 @@ class Admissions:
         return admission
 
     def _own_context(self, who: Claimant, hello: wire.Hello, session: Session, hnid: int) -> Admission:
-        """A context in the client's own process: a channel, and neither memory to map nor a userfaultfd. Nothing of it
-        is kept for a successor, which could not go on with it."""
+        """A context in the client's own process: a channel, and neither memory to map nor a userfaultfd."""
         if who.pid != session.pid:
             text = f"device: a context on {hello.device} is the session's own process"
             raise RequestError(errno.EPERM, text, "device")
@@ -255,6 +254,7 @@ class Admissions:
                 self._core.context_detach(context_id)
             raise
         admission = Admission(wire.Welcome(), close=lambda reason: self._sessions.end_context(context, reason))
+        admission.keep = lambda told: self._sessions.note_context(context, told)
         admission.welcome_fds, admission.lent = [channel], {channel: channel}
         admission.welcome = self._welcome(session.core_id, wire.HAS_CHANNEL, hello.token, 0, hnid)
         return admission

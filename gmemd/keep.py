@@ -22,7 +22,7 @@ from gmemd.systemd import Notifier, listening_socket
 log = structlog.get_logger("gmemd.keep")
 
 _OURS = ("listen", "notes", "conn.")
-_CORES = ("state", "lpt", "file.", "uffd.", "pid.", "agent.", "ring.", "bell.", "jobs.", "driver.", "source.")
+_CORES = ("state", "lpt", "file.", "uffd.", "pid.", "agent.", "chan.", "ring.", "bell.", "jobs.", "driver.", "source.")
 
 
 def state_version() -> str:

@@ -245,7 +245,7 @@ GMEM_API size_t gmem_malloc_usable_size(struct gmem *session, const void *at);
 #define GMEM_CAP_EXPORT_FD 0x100u
 #define GMEM_CAP_REMOTE 0x200u
 #define GMEM_CAP_SAME_VA 0x400u
-#define GMEM_CAP_OWN_FRAMES 0x2000u /* contexts are in the client's own process (cuda): not from C yet */
+#define GMEM_CAP_OWN_FRAMES 0x2000u /* contexts are in the client's own process (cuda) */
 
 struct gmem_device_info {
 	int32_t hnid;
@@ -300,6 +300,16 @@ GMEM_API int gmem_context_close(struct gmem_context *context);
 GMEM_API int gmem_acquire(struct gmem_context *context, const struct gmem_range *ranges, size_t count,
 			  uint32_t flags);
 GMEM_API int gmem_release(struct gmem_context *context, const struct gmem_range *ranges, size_t count);
+
+/* On a GPU (driver cuda) the context is this process's primary context there, and programs launch their kernels with CUDA,
+ * between gmem_acquire() and gmem_release_after(): that lets 1 to 64 ranges go once everything that is on the stream (a CUstream;
+ * NULL: the legacy default stream) by now is done, and does not wait for it. gmem_release() lets go at once, whatever runs.
+ * Such a context needs regions with pages of 2 MiB, and its session opened after the device was attached and before
+ * anything else is mapped in its address window. */
+GMEM_API int gmem_release_after(struct gmem_context *context, void *stream, const struct gmem_range *ranges, size_t count);
+/* Until all that was given to gmem_release_after() by now has been let go. -ETIMEDOUT; -EIO, -EOWNERDEAD: work has failed,
+ * or the context is lost. */
+GMEM_API int gmem_context_synchronize(struct gmem_context *context, uint64_t timeout_ns);
 
 #define GMEM_FOREVER UINT64_MAX
 

@@ -311,9 +311,14 @@ struct gmem_agent_shared {
  * order; each batch is answered by struct gmem_channel_done, in order. A batch carries one descriptor for each of its
  * IMPORT steps. Whoever does not answer in time loses the context; when the socket ends, the process removes every
  * translation that it has made.
+ *
+ * A gmemd that has taken over from one that was killed has the same socket, but not what was said on it. Its first batch is
+ * one step, LIST, with a number that no other batch has: the process says what it has imported and mapped in any number of
+ * struct gmem_channel_list, each with that number and at least one frame, and then answers as always. What is in the socket
+ * before that is answers to the predecessor's batches. Numbers begin with 1 again.
  */
 #define GMEM_CHANNEL_MAGIC 0x4e414843u /* "CHAN" */
-#define GMEM_CHANNEL_VERSION 1u
+#define GMEM_CHANNEL_VERSION 2u
 #define GMEM_CHANNEL_STEPS 64u
 
 enum gmem_channel_op {
@@ -322,6 +327,7 @@ enum gmem_channel_op {
 	GMEM_CHANNEL_MAP,        /* frame, va, writable */
 	GMEM_CHANNEL_UNMAP,      /* frame, va */
 	GMEM_CHANNEL_PROTECT,    /* frame, va, writable */
+	GMEM_CHANNEL_LIST,       /* alone in its batch: what is there? */
 };
 
 struct gmem_channel_hello {
@@ -347,6 +353,17 @@ struct gmem_channel_done {
 	uint64_t sequence;
 	int32_t status; /* 0 or -errno */
 	int32_t error;  /* the device's own word for it */
+};
+
+struct gmem_channel_frame {
+	uint32_t frame, writable;
+	uint64_t va; /* 0: it is not mapped */
+};
+
+struct gmem_channel_list { /* as many frames as it says */
+	uint64_t sequence;
+	uint32_t count, reserved;
+	struct gmem_channel_frame frames[GMEM_CHANNEL_STEPS];
 };
 
 #endif

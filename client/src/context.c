@@ -156,8 +156,11 @@ static int check_open(const struct gmem *session, const char *device, const stru
 
 static int start(struct gmem_context *context, const struct gmem_context_options *options)
 {
-	int err = start_process(context, options);
+	int err;
 
+	if (context->device.caps & GMEM_CAP_OWN_FRAMES)
+		return gmem_gpu_open(context);
+	err = start_process(context, options);
 	if (err)
 		return err;
 	err = greet(context);
@@ -197,6 +200,25 @@ static void delist(struct gmem_context *context)
 	gmem_session_count_contexts(session, -1);
 }
 
+static void free_held(struct gmem_held *held)
+{
+	while (held) {
+		struct gmem_held *next = held->next;
+
+		free(held);
+		held = next;
+	}
+}
+
+static void free_context(struct gmem_context *context)
+{
+	delist(context);
+	pthread_cond_destroy(&context->progress);
+	pthread_mutex_destroy(&context->lock);
+	free_held(context->held);
+	free(context);
+}
+
 int gmem_context_open(struct gmem *session, const char *device, const struct gmem_context_options *options,
 		      struct gmem_context **ret)
 {
@@ -219,8 +241,6 @@ int gmem_context_open(struct gmem *session, const char *device, const struct gme
 	err = gmem_device_find(session, device, &context->device);
 	if (!err && !(context->device.caps & GMEM_CAP_COMPUTE))
 		err = gmem_fail(-EOPNOTSUPP, "device: %s has no contexts", device);
-	if (!err && (context->device.caps & GMEM_CAP_OWN_FRAMES))
-		err = gmem_fail(-EOPNOTSUPP, "device: %s is a GPU, whose contexts only the Python package opens", device);
 	/* What is adopted meanwhile would be known neither to its process nor here. */
 	pthread_rwlock_rdlock(&session->mapping);
 	if (!err)
@@ -238,16 +258,6 @@ int gmem_context_open(struct gmem *session, const char *device, const struct gme
 	return 0;
 }
 
-static void free_held(struct gmem_held *held)
-{
-	while (held) {
-		struct gmem_held *next = held->next;
-
-		free(held);
-		held = next;
-	}
-}
-
 int gmem_context_close(struct gmem_context *context)
 {
 	if (!context)
@@ -261,10 +271,17 @@ int gmem_context_close(struct gmem_context *context)
 				break;
 			}
 		pthread_mutex_unlock(&context->session->lock);
-		close(context->channel);
-		close(context->child.pidfd);
+		if (!context->gpu) {
+			close(context->channel);
+			close(context->child.pidfd);
+		}
 		free_held(context->held);
 		free(context);
+		return 0;
+	}
+	if (context->gpu) {
+		gmem_gpu_close(context);
+		free_context(context);
 		return 0;
 	}
 	pthread_mutex_lock(&context->lock);
@@ -277,12 +294,14 @@ int gmem_context_close(struct gmem_context *context)
 	shutdown(context->channel, SHUT_RDWR);
 	pthread_join(context->reader, NULL);
 	close(context->channel);
-	delist(context);
-	pthread_cond_destroy(&context->progress);
-	pthread_mutex_destroy(&context->lock);
-	free_held(context->held);
-	free(context);
+	free_context(context);
 	return 0;
+}
+
+/* A GPU maps page by page what it is asked to; there is nothing to be prepared in it. */
+static bool has_process(const struct gmem_context *context)
+{
+	return context->owner == getpid() && !context->gpu;
 }
 
 int gmem_contexts_cover(struct gmem *session, uint64_t va, uint64_t bytes)
@@ -290,7 +309,7 @@ int gmem_contexts_cover(struct gmem *session, uint64_t va, uint64_t bytes)
 	const uint64_t args[3] = { va, bytes, 0 };
 
 	for (struct gmem_context *context = session->contexts; context; context = context->next) {
-		int value = 0, err = context->owner == getpid() ? gmem_context_ask(context, GMEM_LAUNCH_COVER, args, &value) : 0;
+		int value = 0, err = has_process(context) ? gmem_context_ask(context, GMEM_LAUNCH_COVER, args, &value) : 0;
 
 		if (!err && value) /* no kernel is to run in it that would find something else there */
 			shutdown(context->channel, SHUT_RDWR);
@@ -340,6 +359,11 @@ static struct gmem_held *take_held(struct gmem_context *context, const struct gm
 		*at = held->next;
 	pthread_mutex_unlock(&context->lock);
 	return held;
+}
+
+void gmem_context_forget(struct gmem_context *context, const struct gmem_range *range)
+{
+	free(take_held(context, range));
 }
 
 /* The ring takes one range at a time; several are to be held together or not at all. */
@@ -440,7 +464,10 @@ int gmem_acquire(struct gmem_context *context, const struct gmem_range *ranges, 
 
 	if (!err && (flags & ~GMEM_ACQUIRE_WRITE))
 		err = gmem_fail(-EINVAL, "flags: 0x%x are not known", flags & ~GMEM_ACQUIRE_WRITE);
-	return err ? err : gmem_context_hold(context, ranges, count, flags & GMEM_ACQUIRE_WRITE);
+	if (err)
+		return err;
+	return context->gpu ? gmem_gpu_acquire(context, ranges, count, flags & GMEM_ACQUIRE_WRITE) :
+			      gmem_context_hold(context, ranges, count, flags & GMEM_ACQUIRE_WRITE);
 }
 
 int gmem_release(struct gmem_context *context, const struct gmem_range *ranges, size_t count)
@@ -485,14 +512,14 @@ int gmem_contexts_map(struct gmem *session, uint64_t va, uint64_t bytes, uint64_
 	if (!bytes)
 		return 0;
 	for (struct gmem_context *at = session->contexts; !err && at; at = at->next) {
-		err = at->owner == getpid() ? map_in(at, va, bytes, offset) : 0;
+		err = has_process(at) ? map_in(at, va, bytes, offset) : 0;
 		failed = err ? at : NULL;
 	}
 	if (!err)
 		return 0;
 	snprintf(why, sizeof(why), "%s", gmem_last_error());
 	for (struct gmem_context *at = session->contexts; at != failed; at = at->next)
-		if (at->owner == getpid())
+		if (has_process(at))
 			gmem_context_ask(at, GMEM_LAUNCH_UNMAP, args, &value);
 	return gmem_fail(err, "%s", why);
 }

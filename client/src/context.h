@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * A device context seen from its client: a process (gmem-context.c), a socket to it, and a thread that reads what it says
+ * A device context seen from its client. On a GPU it is in this process (gpu.c). Else: a process (gmem-context.c), a socket to it, and a thread that reads what it says
  * and watches the clock. Launches wait in a list; the first SENT_MAX of them are with the process already, so that it goes
  * from one kernel to the next without us, and the socket never fills up.
  */
@@ -8,6 +8,7 @@
 #define GMEM_CLIENT_CONTEXT_H
 
 #include <pthread.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 
 #include "fence.h"
@@ -50,6 +51,9 @@ struct gmem_context {
 	uint64_t completed;
 	struct gmem_held *held;
 	struct gmem_context *next; /* session->lock; of all that are open */
+	struct gmem_cuda *gpu;     /* (C) one on a GPU, in this process: no child, no channel, no reader; NULL: it is none */
+	struct gmem_link *gpu_link; /* (C) */
+	_Atomic uint64_t last_ticket, done_ticket; /* (A) of what was let go of with a stream; how many are known to be done */
 	int ended;            /* 0, or -errno: why nothing can be launched any more */
 	char message[384];
 };
@@ -68,6 +72,15 @@ int gmem_contexts_map(struct gmem *session, uint64_t va, uint64_t bytes, uint64_
 /* Every open context maps the pool at va over its window, or with bytes the window there again; the caller holds
  * session->mapping to write. Waits for the kernels that run. A context that can't has ended. */
 int gmem_contexts_cover(struct gmem *session, uint64_t va, uint64_t bytes);
+
+/* A range that is let go of elsewhere. */
+void gmem_context_forget(struct gmem_context *context, const struct gmem_range *range);
+
+/* ---- gpu.c ---- */
+
+int gmem_gpu_open(struct gmem_context *context);
+void gmem_gpu_close(struct gmem_context *context);
+int gmem_gpu_acquire(struct gmem_context *context, const struct gmem_range *ranges, size_t count, bool write);
 
 /* ---- launch.c ---- */
 

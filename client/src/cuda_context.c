@@ -20,6 +20,7 @@
 #include <gmem_cuda_api.h>
 
 #include "cuda.h"
+#include "cuda_maps.h"
 #include "link.h"
 #include "ring.h"
 
@@ -32,6 +33,7 @@
 struct frame {
 	CUmemhandle handle; /* 0: not imported */
 	uint64_t va;        /* 0: not mapped */
+	uint32_t writable;
 };
 
 struct waiting {
@@ -113,7 +115,7 @@ static CUresult extend(struct gmem_cuda *cuda, struct run *run, const struct gme
 
 static CUresult take_away(struct gmem_cuda *cuda, struct frame *frame)
 {
-	CUresult r = cuda->cu->unmap(frame->va, cuda->frame_bytes);
+	CUresult r = gmem_cuda_maps_remove(cuda->cu, cuda->device, frame->va, cuda->frame_bytes, frame->writable);
 
 	frame->va = 0;
 	return r;
@@ -134,6 +136,7 @@ static CUresult do_step(struct gmem_cuda *cuda, struct run *run, const struct gm
 {
 	const struct gmem_cuda_api *cu = cuda->cu;
 	struct frame *frame = step->frame < cuda->frame_count ? &cuda->frames[step->frame] : NULL;
+	bool access;
 	CUresult r;
 
 	if (!frame)
@@ -145,13 +148,16 @@ static CUresult do_step(struct gmem_cuda *cuda, struct run *run, const struct gm
 		return cu->import_fd(&frame->handle, (void *)(intptr_t)fds[(*fds_used)++],
 				     CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR);
 	case GMEM_CHANNEL_MAP:
-		r = cu->map(step->va, cuda->frame_bytes, 0, frame->handle, 0);
+		r = gmem_cuda_maps_add(cu, cuda->device, step->va, cuda->frame_bytes, frame->handle, step->writable, &access);
 		if (r)
 			return r;
 		frame->va = step->va;
-		return extend(cuda, run, step);
+		frame->writable = step->writable;
+		return access ? extend(cuda, run, step) : CUDA_SUCCESS;
 	case GMEM_CHANNEL_PROTECT:
-		return extend(cuda, run, step);
+		access = gmem_cuda_maps_change(cuda->device, step->va, frame->writable, step->writable);
+		frame->writable = step->writable;
+		return access ? extend(cuda, run, step) : CUDA_SUCCESS;
 	case GMEM_CHANNEL_UNMAP:
 		r = give_access(cuda, run);
 		return r || frame->va != step->va ? (r ? r : CUDA_ERROR_INVALID_VALUE) : take_away(cuda, frame);
@@ -163,15 +169,46 @@ static CUresult do_step(struct gmem_cuda *cuda, struct run *run, const struct gm
 	}
 }
 
+static bool send_list(struct gmem_cuda *cuda, struct gmem_channel_list *list)
+{
+	size_t bytes = offsetof(struct gmem_channel_list, frames) + list->count * sizeof(list->frames[0]);
+	bool sent = !list->count || send(cuda->context->channel, list, bytes, MSG_NOSIGNAL) == (ssize_t)bytes;
+
+	list->count = 0;
+	return sent;
+}
+
+/* For a gmemd that has taken over, and does not know what its predecessor has asked for. */
+static CUresult list_frames(struct gmem_cuda *cuda, uint64_t sequence)
+{
+	struct gmem_channel_list list = { .sequence = sequence };
+	bool sent = true;
+
+	for (uint32_t n = 0; sent && n < cuda->frame_count; n++) {
+		const struct frame *frame = &cuda->frames[n];
+
+		if (!frame->handle)
+			continue;
+		list.frames[list.count++] = (struct gmem_channel_frame){ n, frame->writable, frame->va };
+		if (list.count == GMEM_CHANNEL_STEPS)
+			sent = send_list(cuda, &list);
+	}
+	return sent && send_list(cuda, &list) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+}
+
 static CUresult do_batch(struct gmem_cuda *cuda, const struct gmem_channel_batch *batch, int *fds, size_t fd_count)
 {
 	struct run run = { 0, 0, 0 };
 	CUresult r = CUDA_SUCCESS, last;
 	size_t used = 0;
 
+	if (batch->count == 1 && batch->steps[0].op == GMEM_CHANNEL_LIST)
+		return list_frames(cuda, batch->sequence);
+	gmem_cuda_maps_lock();
 	for (uint32_t i = 0; !r && i < batch->count; i++)
 		r = do_step(cuda, &run, &batch->steps[i], fds, fd_count, &used);
 	last = give_access(cuda, &run);
+	gmem_cuda_maps_unlock();
 	return r ? r : last;
 }
 
@@ -206,9 +243,11 @@ static bool receive(struct gmem_cuda *cuda, struct gmem_channel_batch *batch, in
 /* Whatever a kernel touches from here on is a fault, and not what was there once. */
 static void unmap_everything(struct gmem_cuda *cuda)
 {
+	gmem_cuda_maps_lock();
 	for (uint32_t i = 0; i < cuda->frame_count; i++)
 		if (cuda->frames[i].handle)
 			let_go(cuda, &cuda->frames[i]);
+	gmem_cuda_maps_unlock();
 }
 
 static void *mapper_thread(void *arg)

@@ -89,6 +89,9 @@ static int check_launch(const struct gmem_context *context, const char *library,
 		return gmem_fail(-EINVAL, "%s: is NULL", context ? "ret" : "context");
 	if (context->owner != getpid())
 		return gmem_fail(-ECANCELED, "context: belongs to the parent process; open one of your own");
+	if (context->gpu)
+		return gmem_fail(-EOPNOTSUPP, "context: kernels on %s are launched with CUDA, between gmem_acquire() and "
+				 "gmem_release_after()", context->device.name);
 	if (!library || !*library)
 		return gmem_fail(-EINVAL, "library: is NULL or empty");
 	if (!symbol || !*symbol || strlen(symbol) >= GMEM_LAUNCH_SYMBOL_BYTES)

@@ -279,6 +279,16 @@ bool gmem_link_is_lost(const struct gmem_link *link)
 	return n == 0 || (errno != EAGAIN && errno != EWOULDBLOCK);
 }
 
+static bool any_in(const struct gmem_link_region *regions, size_t count, uint64_t va, uint64_t bytes)
+{
+	for (size_t i = 0; i < count; i++)
+		if (va < regions[i].va + regions[i].bytes && regions[i].va < va + bytes)
+			return true;
+	return false;
+}
+
+/* What was left mapped for the next region counts: a gmemd that has taken over knows nothing of that, offers the range again,
+ * and would take the end of the old mapping for the new one's. */
 bool gmem_link_any_maps(uint64_t va, uint64_t bytes)
 {
 	bool found = false;
@@ -286,8 +296,7 @@ bool gmem_link_any_maps(uint64_t va, uint64_t bytes)
 	pthread_mutex_lock(&links_lock);
 	for (struct gmem_link *link = links; link && !found; link = link->next) {
 		pthread_mutex_lock(&link->lock);
-		for (size_t i = 0; i < link->region_count && !found; i++)
-			found = va < link->regions[i].va + link->regions[i].bytes && link->regions[i].va < va + bytes;
+		found = any_in(link->regions, link->region_count, va, bytes) || any_in(link->kept, link->kept_count, va, bytes);
 		pthread_mutex_unlock(&link->lock);
 	}
 	pthread_mutex_unlock(&links_lock);

@@ -73,8 +73,9 @@ static const char *meaning(uint32_t op, const struct gmem_ring_cqe *cqe)
 			return "more than the host and all devices together could hold, or the window has room for";
 		return "there is no room: what is there is pinned or acquired, or too much was asked for";
 	case -EOPNOTSUPP:
-		return op == GMEM_RING_HMEMCPY ? "this device can't be copied to directly" :
-						 "this advice is not supported yet";
+		return op == GMEM_RING_HMEMCPY	? "this device can't be copied to directly" :
+		       op == GMEM_RING_PREFETCH ? "the device does not take such memory: a GPU has pages of 2 MiB of gmem's own" :
+						  "this advice is not supported yet";
 	case -EEXIST:
 		return "some of it is managed already";
 	case -EAGAIN:

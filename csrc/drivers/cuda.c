@@ -62,11 +62,14 @@ void gmem_cuda_unref(struct gmem_device *gpu)
 {
 	if (atomic_fetch_sub(&gpu->refs, 1) != 1)
 		return;
+	if (gpu->ctx)
+		gmem_cuda_enter(gpu);
 	gmem_cuda_frames_end(gpu);
 	if (gpu->ctx)
 		gpu->cu.primary_release(gpu->id);
 	gmem_mutex_deinit(&gpu->lock);
 	pthread_cond_destroy(&gpu->wanted);
+	pthread_cond_destroy(&gpu->arrived);
 	free(gpu);
 }
 
@@ -168,6 +171,8 @@ static int choose_capacity(const struct gmem_driver_config *config, struct gmem_
 		return refuse(config, -EINVAL, "capacity: the device has less memory than that%s", "");
 	if (gpu->capacity < GMEM_CUDA_BYTES)
 		return refuse(config, -EINVAL, "capacity: smaller than one page of 2 MiB%s", "");
+	gpu->frame_limit = (uint32_t)(gpu->capacity >> GMEM_CUDA_SHIFT);
+	gpu->frame_max = (uint32_t)(total >> GMEM_CUDA_SHIFT); /* a successor's capacity may be another one */
 	return 0;
 }
 
@@ -196,11 +201,13 @@ static int cuda_probe(const struct gmem_driver_config *config, struct gmem_devic
 	if (!gpu)
 		return -ENOMEM;
 	gpu->refs = 1;
+	gpu->held.keep = config->keep;
 	gpu->reserve = RESERVE_BYTES;
 	gpu->threads = default_threads();
 	gpu->patience_ms = PATIENCE_MS;
 	gmem_mutex_init(&gpu->lock, GMEM_RANK_DRIVER);
 	pthread_cond_init(&gpu->wanted, NULL);
+	pthread_cond_init(&gpu->arrived, NULL);
 	const struct gmem_driver_option options[] = {
 		{ "device", &ordinal, false, NULL },
 		{ "capacity", &gpu->capacity, false, NULL },
@@ -270,4 +277,5 @@ const struct gmem_driver_ops gmem_cuda_ops = {
 	.mem_free = gmem_cuda_mem_free, .mem_at = gmem_cuda_mem_at, .copy = gmem_cuda_copy,
 	.pmap_open = gmem_cuda_pmap_open, .pmap_destroy = gmem_cuda_pmap_destroy, .pmap_map = gmem_cuda_pmap_map,
 	.pmap_release = gmem_cuda_pmap_release, .pmap_protect = gmem_cuda_pmap_protect, .pmap_flush = gmem_cuda_pmap_flush,
+	.pmap_adopt = gmem_cuda_pmap_adopt, .settle = gmem_cuda_settle,
 };

@@ -52,7 +52,7 @@ struct gmem_cuda_copier {
 
 static bool on_device(const struct gmem_device *gpu, const void *at)
 {
-	return (uintptr_t)at - gpu->alias < gpu->capacity;
+	return (uintptr_t)at - gpu->alias < gmem_cuda_alias_bytes(gpu);
 }
 
 static CUdeviceptr device_ptr(const void *at)

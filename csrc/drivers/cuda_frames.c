@@ -1,13 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Frames of a GPU, and which of them are whose. Making one takes half a millisecond, nearly all of it for the descriptor
- * that another process imports it by; so a thread makes some ahead, and those that a session gives back wait for that
+ * that another process, or a successor of this one, imports it by; so a thread makes some ahead, and those that a session gives back wait for that
  * session: what its processes have imported once must not come to another one. They count as the session's until the device
  * runs short, or they have not been needed for a while.
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <unistd.h>
 
 #include <gmem/sparse.h>
@@ -22,7 +24,7 @@
 
 /* ---- lists ---- */
 
-static void push_locked(struct gmem_device *gpu, struct gmem_cuda_list *list, uint32_t frame)
+void gmem_cuda_push(struct gmem_device *gpu, struct gmem_cuda_list *list, uint32_t frame)
 {
 	gpu->frames[frame].next = list->count ? list->first : GMEM_CUDA_NONE;
 	list->first = frame;
@@ -42,11 +44,21 @@ static uint32_t pop_locked(struct gmem_device *gpu, struct gmem_cuda_list *list)
 
 static uint32_t take_number_locked(struct gmem_device *gpu)
 {
-	uint32_t frame = pop_locked(gpu, &gpu->unused);
+	uint32_t frame = GMEM_CUDA_NONE;
 
+	if (gpu->made >= gpu->frame_limit)
+		return frame;
+	frame = pop_locked(gpu, &gpu->unused);
 	if (frame == GMEM_CUDA_NONE && gpu->bumped < gpu->frame_max)
 		frame = gpu->bumped++;
+	gpu->made += frame != GMEM_CUDA_NONE;
 	return frame;
+}
+
+static void give_number_locked(struct gmem_device *gpu, uint32_t frame)
+{
+	gpu->made--;
+	gmem_cuda_push(gpu, &gpu->unused, frame);
 }
 
 /* ---- making and ending frames ---- */
@@ -90,6 +102,22 @@ static int map_alias(struct gmem_device *gpu, uint32_t frame)
 	return r ? gmem_cuda_failed(gpu, "cuMemSetAccess", r) : 0;
 }
 
+/* Else it is with us alone: a successor would not find it. */
+static void put_away(struct gmem_device *gpu, uint32_t number, int fd)
+{
+	int err = gmem_cuda_note_made(gpu, number, fd);
+
+	if (!err) {
+		close(fd);
+		return;
+	}
+	gmem_mutex_lock(&gpu->lock);
+	gpu->frames[number].fd = fd;
+	snprintf(gpu->error, sizeof(gpu->error), "a frame would not outlive gmemd: its descriptor can't be put away: %s",
+		 strerror(-err));
+	gmem_mutex_unlock(&gpu->lock);
+}
+
 /* Of zeros: what is in a handle that was just made, nobody says. */
 static int make_frame(struct gmem_device *gpu, uint32_t number)
 {
@@ -100,8 +128,10 @@ static int make_frame(struct gmem_device *gpu, uint32_t number)
 
 	gmem_cuda_enter(gpu);
 	r = gpu->cu.create(&frame->handle, GMEM_CUDA_BYTES, &prop, 0);
-	if (r)
+	if (r) {
+		frame->handle = 0;
 		return gmem_cuda_failed(gpu, "cuMemCreate", r);
+	}
 	r = gpu->cu.export_fd(&fd, frame->handle, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0);
 	err = r ? gmem_cuda_failed(gpu, "cuMemExportToShareableHandle", r) : map_alias(gpu, number);
 	if (!err) {
@@ -115,44 +145,54 @@ static int make_frame(struct gmem_device *gpu, uint32_t number)
 		if (fd >= 0)
 			close(fd);
 		gpu->cu.release(frame->handle);
+		frame->handle = 0;
 		return err;
 	}
-	frame->fd = fd;
+	frame->fd = -1;
 	frame->clean = true;
 	frame->foreign = false;
 	frame->imports = NULL;
+	put_away(gpu, number, fd);
 	return 0;
 }
 
-/* In no list, and no context has it any more. */
+/* No context has it any more. */
 static void end_frame(struct gmem_device *gpu, uint32_t number)
 {
 	struct gmem_cuda_frame *frame = &gpu->frames[number];
 
-	gmem_cuda_enter(gpu);
+	gmem_cuda_note_ended(gpu, number);
 	gpu->cu.unmap(gmem_cuda_alias(gpu, number), GMEM_CUDA_BYTES);
 	gpu->cu.release(frame->handle);
+	frame->handle = 0;
 	if (frame->fd >= 0)
 		close(frame->fd);
 	frame->fd = -1;
-	gmem_mutex_lock(&gpu->lock);
-	push_locked(gpu, &gpu->unused, number);
-	gmem_mutex_unlock(&gpu->lock);
 }
 
-static void end_frames(struct gmem_device *gpu, const uint32_t *frames, size_t count)
+void gmem_cuda_end_frames(struct gmem_device *gpu, const uint32_t *frames, size_t count)
 {
 	gmem_cuda_revoke(gpu, frames, count, true);
+	gmem_cuda_enter(gpu);
 	for (size_t i = 0; i < count; i++)
 		end_frame(gpu, frames[i]);
+	gmem_boxes_drop(gpu->boxes, frames, count); /* as long as it is there, so is the memory */
+	gmem_mutex_lock(&gpu->lock);
+	for (size_t i = 0; i < count; i++)
+		give_number_locked(gpu, frames[i]);
+	gmem_mutex_unlock(&gpu->lock);
 }
 
 int gmem_cuda_frame_fd(struct gmem_device *gpu, uint32_t number, int *ret_fd)
 {
 	struct gmem_cuda_frame *frame = &gpu->frames[number];
-	int fd;
+	int fd = -1;
 	CUresult r;
 
+	if (!gmem_boxes_get(gpu->boxes, number, &fd)) {
+		*ret_fd = fd;
+		return 0;
+	}
 	gmem_mutex_lock(&gpu->lock);
 	fd = frame->fd;
 	frame->fd = -1;
@@ -176,7 +216,7 @@ static uint32_t reserve_frames(const struct gmem_device *gpu)
 
 static bool wants_frame_locked(const struct gmem_device *gpu)
 {
-	return gpu->fresh.count < reserve_frames(gpu) && (gpu->unused.count || gpu->bumped < gpu->frame_max) &&
+	return gpu->fresh.count < reserve_frames(gpu) && gpu->made < gpu->frame_limit && gpu->settled &&
 	       !atomic_load(&gpu->lost);
 }
 
@@ -186,10 +226,16 @@ static bool make_one_locked(struct gmem_device *gpu)
 	uint32_t number = take_number_locked(gpu);
 	int err;
 
+	gpu->making = true;
 	gmem_mutex_unlock(&gpu->lock);
 	err = make_frame(gpu, number);
 	gmem_mutex_lock(&gpu->lock);
-	push_locked(gpu, err ? &gpu->unused : &gpu->fresh, number);
+	gpu->making = false;
+	pthread_cond_broadcast(&gpu->arrived);
+	if (err)
+		give_number_locked(gpu, number);
+	else
+		gmem_cuda_push(gpu, &gpu->fresh, number);
 	return !err;
 }
 
@@ -219,7 +265,7 @@ static void *maker_thread(void *arg)
 		count = take_idle_locked(gpu, idle, CHUNK);
 		if (count) {
 			gmem_mutex_unlock(&gpu->lock);
-			end_frames(gpu, idle, count);
+			gmem_cuda_end_frames(gpu, idle, count);
 			gmem_mutex_lock(&gpu->lock);
 		} else if (!gpu->stop) {
 			gmem_mutex_wait(&gpu->lock, &gpu->wanted, LOOK_NS);
@@ -235,17 +281,24 @@ int gmem_cuda_frames_start(struct gmem_device *gpu)
 	int err;
 
 	gmem_cuda_enter(gpu);
-	gpu->frame_max = (uint32_t)(gpu->capacity >> GMEM_CUDA_SHIFT);
 	gpu->frames = gmem_sparse_map(gpu->frame_max * sizeof(*gpu->frames));
 	if (!gpu->frames)
 		return -ENOMEM;
 	r = gpu->cu.stream_create(&gpu->scrub, CU_STREAM_NON_BLOCKING);
 	if (r)
 		return gmem_cuda_failed(gpu, "cuStreamCreate", r);
-	r = gpu->cu.reserve(&gpu->alias, gpu->capacity, GMEM_CUDA_BYTES, 0, 0);
-	if (r)
+	r = gpu->cu.reserve(&gpu->alias, gmem_cuda_alias_bytes(gpu), GMEM_CUDA_BYTES, 0, 0);
+	if (r) {
+		gpu->alias = 0;
 		return gmem_cuda_failed(gpu, "cuMemAddressReserve", r);
-	err = -pthread_create(&gpu->maker, NULL, maker_thread, gpu);
+	}
+	err = gmem_cuda_notes_open(gpu);
+	if (!err)
+		err = gmem_boxes_create(gpu->held.keep, gpu->frame_max, gmem_cuda_notes_boxes(gpu), &gpu->boxes);
+	if (!err)
+		err = gmem_cuda_adopt(gpu);
+	if (!err)
+		err = -pthread_create(&gpu->maker, NULL, maker_thread, gpu);
 	return err;
 }
 
@@ -258,20 +311,29 @@ void gmem_cuda_frames_stop(struct gmem_device *gpu)
 	pthread_join(gpu->maker, NULL);
 }
 
+static size_t take_fresh(struct gmem_device *gpu, uint32_t *frames)
+{
+	size_t count = 0;
+
+	gmem_mutex_lock(&gpu->lock);
+	while (count < CHUNK && gpu->fresh.count)
+		frames[count++] = pop_locked(gpu, &gpu->fresh);
+	gmem_mutex_unlock(&gpu->lock);
+	return count;
+}
+
 void gmem_cuda_frames_end(struct gmem_device *gpu)
 {
-	uint32_t frame;
+	uint32_t frames[CHUNK];
+	size_t count;
 
-	if (gpu->ctx)
-		gmem_cuda_enter(gpu);
-	while (gpu->fresh.count) {
-		gmem_mutex_lock(&gpu->lock);
-		frame = pop_locked(gpu, &gpu->fresh);
-		gmem_mutex_unlock(&gpu->lock);
-		end_frame(gpu, frame);
-	}
+	while ((count = take_fresh(gpu, frames)))
+		gmem_cuda_end_frames(gpu, frames, count);
+	gmem_cuda_end_unclaimed(gpu);
+	gmem_boxes_destroy(gpu->boxes);
+	gmem_cuda_notes_close(gpu);
 	if (gpu->alias)
-		gpu->cu.unreserve(gpu->alias, gpu->capacity);
+		gpu->cu.unreserve(gpu->alias, gmem_cuda_alias_bytes(gpu));
 	if (gpu->scrub)
 		gpu->cu.stream_destroy(gpu->scrub);
 	gmem_sparse_unmap(gpu->frames, gpu->frame_max * sizeof(*gpu->frames));
@@ -279,13 +341,13 @@ void gmem_cuda_frames_end(struct gmem_device *gpu)
 
 /* ---- mems ---- */
 
-int gmem_cuda_mem_create(struct gmem_device *gpu, uint64_t owner, uint64_t bytes, struct gmem_mem **ret)
+int gmem_cuda_mem_create(struct gmem_device *gpu, uint64_t owner, enum gmem_class class_, uint64_t bytes, struct gmem_mem **ret)
 {
 	struct gmem_mem *mem = calloc(1, sizeof(*mem));
 
 	if (!mem)
 		return -ENOMEM;
-	*mem = (struct gmem_mem){ .gpu = gpu, .owner = owner, .pages = bytes >> GMEM_CUDA_SHIFT };
+	*mem = (struct gmem_mem){ .gpu = gpu, .owner = owner, .class_ = class_, .pages = bytes >> GMEM_CUDA_SHIFT };
 	mem->frame_of = gmem_sparse_map(mem->pages * sizeof(*mem->frame_of));
 	if (!mem->frame_of) {
 		free(mem);
@@ -295,6 +357,7 @@ int gmem_cuda_mem_create(struct gmem_device *gpu, uint64_t owner, uint64_t bytes
 	gmem_mutex_lock(&gpu->lock);
 	mem->next = gpu->mems;
 	gpu->mems = mem;
+	gmem_cuda_claim_locked(mem);
 	gmem_mutex_unlock(&gpu->lock);
 	*ret = mem;
 	return 0;
@@ -325,7 +388,7 @@ void gmem_cuda_mem_destroy(struct gmem_mem *mem)
 	gmem_mutex_unlock(&gpu->lock);
 	gmem_cuda_mem_free(mem, 0, mem->pages << GMEM_CUDA_SHIFT);
 	while ((count = take_cached(gpu, mem, frames, CHUNK)))
-		end_frames(gpu, frames, count);
+		gmem_cuda_end_frames(gpu, frames, count);
 	gmem_sparse_unmap(mem->frame_of, mem->pages * sizeof(*mem->frame_of));
 	free(mem);
 	gmem_cuda_unref(gpu);
@@ -353,8 +416,21 @@ static bool shrink_others(struct gmem_device *gpu)
 		frame = pop_locked(gpu, &oldest->cached);
 	gmem_mutex_unlock(&gpu->lock);
 	if (frame != GMEM_CUDA_NONE)
-		end_frames(gpu, &frame, 1);
+		gmem_cuda_end_frames(gpu, &frame, 1);
 	return frame != GMEM_CUDA_NONE;
+}
+
+/* What the maker is at may be the last one there can be. False: it makes none. */
+static bool await_maker(struct gmem_device *gpu)
+{
+	bool made;
+
+	gmem_mutex_lock(&gpu->lock);
+	made = gpu->making;
+	while (gpu->making)
+		gmem_mutex_wait(&gpu->lock, &gpu->arrived, 0);
+	gmem_mutex_unlock(&gpu->lock);
+	return made;
 }
 
 static int take_frame(struct gmem_mem *mem, uint32_t *ret)
@@ -385,9 +461,9 @@ static int take_frame(struct gmem_mem *mem, uint32_t *ret)
 			return 0;
 		}
 		gmem_mutex_lock(&gpu->lock);
-		push_locked(gpu, &gpu->unused, frame);
+		give_number_locked(gpu, frame);
 		gmem_mutex_unlock(&gpu->lock);
-	} while (err == -ENOSPC && shrink_others(gpu));
+	} while (err == -ENOSPC && (shrink_others(gpu) || await_maker(gpu)));
 	return err;
 }
 
@@ -403,10 +479,12 @@ static int put_frame(struct gmem_mem *mem, uint64_t page, bool zeroed, bool *scr
 		err = scrub(gpu, frame);
 		*scrubs = true;
 	}
+	if (!err)
+		gmem_cuda_note_placed(gpu, frame, mem, page);
 	gmem_mutex_lock(&gpu->lock);
 	gpu->frames[frame].clean = false;
 	if (err) {
-		push_locked(gpu, &mem->cached, frame);
+		gmem_cuda_push(gpu, &mem->cached, frame);
 	} else {
 		mem->frame_of[page] = frame + 1;
 		mem->used++;
@@ -467,15 +545,16 @@ int gmem_cuda_mem_free(struct gmem_mem *mem, uint64_t offset, uint64_t bytes)
 		for (size_t i = 0; i < count; i++) {
 			bool foreign;
 
+			gmem_cuda_note_left(gpu, frames[i]);
 			gmem_mutex_lock(&gpu->lock);
 			mem->frame_of[pages[i]] = 0;
 			mem->used--;
 			foreign = gpu->frames[frames[i]].foreign;
 			if (!foreign)
-				push_locked(gpu, &mem->cached, frames[i]);
+				gmem_cuda_push(gpu, &mem->cached, frames[i]);
 			gmem_mutex_unlock(&gpu->lock);
 			if (foreign) /* another session's processes could reach it as long as it is there */
-				end_frames(gpu, &frames[i], 1);
+				gmem_cuda_end_frames(gpu, &frames[i], 1);
 		}
 	}
 	return 0;

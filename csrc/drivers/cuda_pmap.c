@@ -16,32 +16,17 @@
 #include <gmem/sparse.h>
 #include <gmem/stats.h>
 
-#include "cuda.h"
+#include "cuda_pmap.h"
 
-#define VA_END (1ull << 47)
 #define IN_FLIGHT_MAX 16 /* batches: their answers always fit the socket */
 
-struct gmem_pmap {
-	atomic_uint refs;                 /* (A) its owner's, and one for each import */
-	struct gmem_device *gpu;          /* (C) referenced */
-	uint64_t as_id;                   /* (C) */
-	int fd;                           /* (C) */
-	struct gmem_mutex lock;
-	bool dead;                        /* lock */
-	uint64_t sent, answered;          /* lock */
-	struct gmem_channel_batch batch;  /* lock; steps not sent */
-	int fds[GMEM_CHANNEL_STEPS];      /* lock; of the batch's imports */
-	size_t fd_count;                  /* lock */
-	uint32_t *frame_at;               /* lock; by address, mapped sparse; number + 1 */
-	struct gmem_cuda_import *imports; /* device lock */
-};
-
-static void unref(struct gmem_pmap *pmap)
+void gmem_cuda_pmap_unref(struct gmem_pmap *pmap)
 {
 	if (atomic_fetch_sub(&pmap->refs, 1) != 1)
 		return;
-	close(pmap->fd);
-	gmem_sparse_unmap(pmap->frame_at, (VA_END >> GMEM_CUDA_SHIFT) * sizeof(*pmap->frame_at));
+	if (pmap->fd >= 0)
+		close(pmap->fd);
+	gmem_sparse_unmap(pmap->frame_at, (GMEM_CUDA_VA_END >> GMEM_CUDA_SHIFT) * sizeof(*pmap->frame_at));
 	gmem_mutex_deinit(&pmap->lock);
 	gmem_cuda_unref(pmap->gpu);
 	free(pmap);
@@ -49,7 +34,7 @@ static void unref(struct gmem_pmap *pmap)
 
 /* ---- imports ---- */
 
-static struct gmem_cuda_import *find_import(struct gmem_pmap *pmap, uint32_t frame)
+struct gmem_cuda_import *gmem_cuda_find_import(struct gmem_pmap *pmap, uint32_t frame)
 {
 	struct gmem_device *gpu = pmap->gpu;
 	struct gmem_cuda_import *import;
@@ -61,7 +46,7 @@ static struct gmem_cuda_import *find_import(struct gmem_pmap *pmap, uint32_t fra
 	return import;
 }
 
-static struct gmem_cuda_import *add_import(struct gmem_pmap *pmap, uint32_t frame, uint64_t owner)
+struct gmem_cuda_import *gmem_cuda_add_import(struct gmem_pmap *pmap, uint32_t frame, uint64_t owner)
 {
 	struct gmem_cuda_import *import = malloc(sizeof(*import));
 	struct gmem_device *gpu = pmap->gpu;
@@ -73,7 +58,10 @@ static struct gmem_cuda_import *add_import(struct gmem_pmap *pmap, uint32_t fram
 	gmem_mutex_lock(&gpu->lock);
 	import->next = gpu->frames[frame].imports;
 	gpu->frames[frame].imports = import;
-	gpu->frames[frame].foreign |= pmap->as_id != owner;
+	if (pmap->as_id != owner) {
+		gpu->frames[frame].foreign = true;
+		gmem_cuda_note_foreign(gpu, frame);
+	}
 	import->behind = pmap->imports;
 	if (pmap->imports)
 		pmap->imports->before = import;
@@ -117,7 +105,7 @@ static void close_fds_locked(struct gmem_pmap *pmap)
 }
 
 /* From here on every op says so. */
-static int fail_locked(struct gmem_pmap *pmap)
+int gmem_cuda_pmap_fail_locked(struct gmem_pmap *pmap)
 {
 	if (!pmap->dead) {
 		pmap->dead = true;
@@ -154,16 +142,16 @@ static int take_answer_locked(struct gmem_pmap *pmap)
 
 	if (!wait_for(pmap, POLLIN)) {
 		gmem_cuda_say(pmap->gpu, "a context's process did not answer", 0);
-		return fail_locked(pmap);
+		return gmem_cuda_pmap_fail_locked(pmap);
 	}
 	n = recv(pmap->fd, &done, sizeof(done), MSG_DONTWAIT);
 	if (n < 0 && (errno == EAGAIN || errno == EINTR))
 		return 0;
 	if (n != sizeof(done) || done.sequence != pmap->answered + 1)
-		return fail_locked(pmap);
+		return gmem_cuda_pmap_fail_locked(pmap);
 	if (done.status) {
 		gmem_cuda_say(pmap->gpu, "a context's process", done.error);
-		return fail_locked(pmap);
+		return gmem_cuda_pmap_fail_locked(pmap);
 	}
 	pmap->answered++;
 	return 0;
@@ -199,7 +187,7 @@ static int send_batch_locked(struct gmem_pmap *pmap)
 		if (errno == EINTR)
 			continue;
 		if (errno != EAGAIN || !wait_for(pmap, POLLOUT))
-			return fail_locked(pmap);
+			return gmem_cuda_pmap_fail_locked(pmap);
 	}
 	pmap->sent++;
 	pmap->batch.count = 0;
@@ -216,7 +204,7 @@ static int flush_locked(struct gmem_pmap *pmap)
 	return err;
 }
 
-static int queue_locked(struct gmem_pmap *pmap, enum gmem_channel_op op, uint32_t frame, uint64_t va, bool writable)
+int gmem_cuda_pmap_queue_locked(struct gmem_pmap *pmap, enum gmem_channel_op op, uint32_t frame, uint64_t va, bool writable)
 {
 	int err = pmap->dead ? -EOWNERDEAD : 0;
 
@@ -230,25 +218,20 @@ static int queue_locked(struct gmem_pmap *pmap, enum gmem_channel_op op, uint32_
 
 /* ---- mapping ---- */
 
-static uint32_t *at(struct gmem_pmap *pmap, uint64_t va)
-{
-	return &pmap->frame_at[va >> GMEM_CUDA_SHIFT];
-}
-
 static int unmap_locked(struct gmem_pmap *pmap, struct gmem_cuda_import *import)
 {
 	uint64_t va = import->va;
 
-	*at(pmap, va) = 0;
+	*gmem_cuda_pmap_at(pmap, va) = 0;
 	import->va = 0;
-	return queue_locked(pmap, GMEM_CHANNEL_UNMAP, import->frame, va, false);
+	return gmem_cuda_pmap_queue_locked(pmap, GMEM_CHANNEL_UNMAP, import->frame, va, false);
 }
 
 static struct gmem_cuda_import *mapped_at(struct gmem_pmap *pmap, uint64_t va)
 {
-	uint32_t frame = *at(pmap, va);
+	uint32_t frame = *gmem_cuda_pmap_at(pmap, va);
 
-	return frame ? find_import(pmap, frame - 1) : NULL;
+	return frame ? gmem_cuda_find_import(pmap, frame - 1) : NULL;
 }
 
 static int import_locked(struct gmem_pmap *pmap, uint32_t frame, uint64_t owner, struct gmem_cuda_import **ret)
@@ -257,14 +240,14 @@ static int import_locked(struct gmem_pmap *pmap, uint32_t frame, uint64_t owner,
 
 	if (err)
 		return err;
-	err = queue_locked(pmap, GMEM_CHANNEL_IMPORT, frame, 0, false);
+	err = gmem_cuda_pmap_queue_locked(pmap, GMEM_CHANNEL_IMPORT, frame, 0, false);
 	if (err) {
 		close(fd);
 		return err;
 	}
 	pmap->fds[pmap->fd_count++] = fd;
-	*ret = add_import(pmap, frame, owner);
-	return *ret ? 0 : fail_locked(pmap);
+	*ret = gmem_cuda_add_import(pmap, frame, owner);
+	return *ret ? 0 : gmem_cuda_pmap_fail_locked(pmap);
 }
 
 static int map_locked(struct gmem_pmap *pmap, uint64_t va, struct gmem_mem *mem, uint64_t offset, bool writable)
@@ -275,7 +258,7 @@ static int map_locked(struct gmem_pmap *pmap, uint64_t va, struct gmem_mem *mem,
 
 	if (frame == GMEM_CUDA_NONE)
 		return -ENOENT;
-	import = find_import(pmap, frame);
+	import = gmem_cuda_find_import(pmap, frame);
 	if (other && other == import && (import->writable || !writable))
 		return 0;
 	if (other && other != import)
@@ -285,18 +268,18 @@ static int map_locked(struct gmem_pmap *pmap, uint64_t va, struct gmem_mem *mem,
 	if (!err && !import)
 		err = import_locked(pmap, frame, mem->owner, &import);
 	if (!err)
-		err = queue_locked(pmap, import->va ? GMEM_CHANNEL_PROTECT : GMEM_CHANNEL_MAP, frame, va, writable);
+		err = gmem_cuda_pmap_queue_locked(pmap, import->va ? GMEM_CHANNEL_PROTECT : GMEM_CHANNEL_MAP, frame, va, writable);
 	if (err)
 		return err;
 	import->va = va;
 	import->writable = writable;
-	*at(pmap, va) = frame + 1;
+	*gmem_cuda_pmap_at(pmap, va) = frame + 1;
 	return 0;
 }
 
 static int check_range(struct gmem_range range)
 {
-	return (range.va | range.bytes) & (GMEM_CUDA_BYTES - 1) || range.va >= VA_END || range.bytes > VA_END - range.va ?
+	return (range.va | range.bytes) & (GMEM_CUDA_BYTES - 1) || range.va >= GMEM_CUDA_VA_END || range.bytes > GMEM_CUDA_VA_END - range.va ?
 		       -EOPNOTSUPP : 0;
 }
 
@@ -320,7 +303,7 @@ static int take_away_locked(struct gmem_pmap *pmap, struct gmem_range range, boo
 	uint64_t va = range.va & ~(GMEM_CUDA_BYTES - 1), end = range.va + range.bytes;
 	int err = pmap->dead ? -EOWNERDEAD : 0;
 
-	for (; !err && va < end && va < VA_END; va += GMEM_CUDA_BYTES) {
+	for (; !err && va < end && va < GMEM_CUDA_VA_END; va += GMEM_CUDA_BYTES) {
 		struct gmem_cuda_import *import = mapped_at(pmap, va);
 
 		if (import && (all || import->writable))
@@ -388,12 +371,12 @@ static void revoke_in(struct gmem_pmap *pmap, const uint32_t *frames, size_t cou
 
 	gmem_mutex_lock(&pmap->lock);
 	for (size_t i = 0; !err && i < count; i++) {
-		struct gmem_cuda_import *import = find_import(pmap, frames[i]);
+		struct gmem_cuda_import *import = gmem_cuda_find_import(pmap, frames[i]);
 
 		if (import && import->va)
 			err = unmap_locked(pmap, import);
 		if (import && !err && forget) {
-			err = queue_locked(pmap, GMEM_CHANNEL_FORGET, frames[i], 0, false);
+			err = gmem_cuda_pmap_queue_locked(pmap, GMEM_CHANNEL_FORGET, frames[i], 0, false);
 			if (!err)
 				drop_import(pmap, import);
 		}
@@ -408,7 +391,7 @@ void gmem_cuda_revoke(struct gmem_device *gpu, const uint32_t *frames, size_t co
 
 	while (last = pmap, (pmap = next_pmap(gpu, frames, count, last))) {
 		revoke_in(pmap, frames, count, forget);
-		unref(pmap); /* its address is still good to go on from */
+		gmem_cuda_pmap_unref(pmap); /* its address is still good to go on from */
 	}
 }
 
@@ -423,26 +406,17 @@ static int say_hello(struct gmem_pmap *pmap)
 	return send(pmap->fd, &hello, sizeof(hello), MSG_NOSIGNAL | MSG_DONTWAIT) < 0 ? -errno : 0;
 }
 
-int gmem_cuda_pmap_open(struct gmem_device *gpu, uint64_t as_id, int channel, struct gmem_pmap **ret)
+int gmem_cuda_pmap_make(struct gmem_device *gpu, uint64_t as_id, int channel, struct gmem_pmap **ret)
 {
 	struct gmem_pmap *pmap = calloc(1, sizeof(*pmap));
-	int err = 0;
 
 	if (!pmap)
 		return -ENOMEM;
-	pmap->refs = 1;
-	pmap->gpu = gpu;
-	pmap->as_id = as_id;
-	pmap->fd = channel;
-	pmap->frame_at = gmem_sparse_map((VA_END >> GMEM_CUDA_SHIFT) * sizeof(*pmap->frame_at));
-	if (!pmap->frame_at)
-		err = -ENOMEM;
-	if (!err)
-		err = say_hello(pmap);
-	if (err) {
-		gmem_sparse_unmap(pmap->frame_at, (VA_END >> GMEM_CUDA_SHIFT) * sizeof(*pmap->frame_at));
+	*pmap = (struct gmem_pmap){ .refs = 1, .gpu = gpu, .as_id = as_id, .fd = channel };
+	pmap->frame_at = gmem_sparse_map((GMEM_CUDA_VA_END >> GMEM_CUDA_SHIFT) * sizeof(*pmap->frame_at));
+	if (!pmap->frame_at) {
 		free(pmap);
-		return err;
+		return -ENOMEM;
 	}
 	gmem_mutex_init(&pmap->lock, GMEM_RANK_CHANNEL);
 	gmem_cuda_ref(gpu);
@@ -450,10 +424,32 @@ int gmem_cuda_pmap_open(struct gmem_device *gpu, uint64_t as_id, int channel, st
 	return 0;
 }
 
+/* The channel stays the caller's. */
+void gmem_cuda_pmap_unmake(struct gmem_pmap *pmap)
+{
+	pmap->fd = -1;
+	gmem_cuda_pmap_unref(pmap);
+}
+
+int gmem_cuda_pmap_open(struct gmem_device *gpu, uint64_t as_id, int channel, struct gmem_pmap **ret)
+{
+	struct gmem_pmap *pmap;
+	int err = gmem_cuda_pmap_make(gpu, as_id, channel, &pmap);
+
+	if (err)
+		return err;
+	err = say_hello(pmap);
+	if (err)
+		gmem_cuda_pmap_unmake(pmap);
+	else
+		*ret = pmap;
+	return err;
+}
+
 void gmem_cuda_pmap_destroy(struct gmem_pmap *pmap)
 {
 	gmem_mutex_lock(&pmap->lock);
-	fail_locked(pmap);
+	gmem_cuda_pmap_fail_locked(pmap);
 	gmem_mutex_unlock(&pmap->lock);
-	unref(pmap);
+	gmem_cuda_pmap_unref(pmap);
 }

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Kills a supervised gmemd under load, at random instants and at every crash point, and checks every word.
 
-usage: kill.py [--seconds S | --kills N] [--seed SEED]. Ends with one line, `kills=N lost=0 longest_stall_s=X`; exit
-status 1 if a word was lost, a client failed or something was blocked for too long; also, if each crash point has had
-several turns, if one was never come by. As root it sees to it that there are huge pages, as long as it runs.
+usage: kill.py [--gpu] [--seconds S | --kills N] [--seed SEED]. --gpu: with a GPU's memory in the traffic, which is the
+double's of tests/gpu/double.c. Ends with one line, `kills=N lost=0 longest_stall_s=X`; exit status 1 if a word was
+lost, a client failed or something was blocked for too long; also, if each crash point has had several turns, if one was
+never come by. As root it sees to it that there are huge pages, as long as it runs.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ KINDS = ("touch", "compute", "churn", "share")
 PATIENCE_S = 0.8  # a point that nobody comes by in this time is given up for a kill at a random instant
 STALL_MAX_S = 2.0  # from the start of a daemon to the end of what was blocked, or to that daemon's own end
 STALL_IMPORTS = 6  # on a machine that is busy with something else: so many times what importing gmemd takes there
+GPU_KINDS = ("touch_gpu", "compute_gpu", "churn_gpu", "churn")
+GPU_DEVICE = "cuda0:driver=cuda,capacity=12M,reserve=4M,threads=2"
+DOUBLE = ROOT / "build" / "gpu" / "libcuda-double.so"
 DEVICES = (
     "simgpu0:capacity=6M",
     "name=squeezed,driver=zstd,capacity=12M,ratio=1,tier=1",
@@ -47,16 +51,21 @@ DEVICES = (
 )
 
 
-def crash_points() -> list[str]:
+def crash_points(gpu: bool = False) -> list[str]:
     text = POINTS_H.read_text()
-    body = text[text.index("#define GMEM_CRASH_POINTS") : text.index("enum gmem_crash_point")]
-    return re.findall(r"X\((\w+)\)", body.partition("\n")[2])
+    names = ["GMEM_CRASH_GPU_POINTS"] if gpu else []
+    found = []
+    for name in [*names, "GMEM_CRASH_POINTS"]:
+        body = re.search(rf"#define {name}\(X\)(.*?[^\\])\n", text, re.S)
+        assert body is not None
+        found += re.findall(r"X\((\w+)\)", body[1])
+    return found
 
 
 class Target:
     """The daemon and its supervisor."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, gpu: bool = False) -> None:
         self.directory = directory
         self.spec = directory / "crash"
         self.spec.write_text("")
@@ -64,9 +73,10 @@ class Target:
         ready, ready_end = os.pipe()
         command = [sys.executable, "-m", "gmemd", "run", "--supervised", "--runtime-dir", str(directory / "run"),
                    "--ready-fd", str(ready_end), "--set", "host.limit=10M", "--log-level", "info"]  # fmt: skip
-        for device in DEVICES:
+        for device in (*DEVICES, *([GPU_DEVICE] if gpu else [])):
             command += ["--device", device.format(directory=directory)]
-        environ = {**os.environ, "GMEM_CRASH_FILE": str(self.spec)}
+        self.environ = {"GMEM_LIBCUDA": str(DOUBLE)} if gpu else {}
+        environ = {**os.environ, **self.environ, "GMEM_CRASH_FILE": str(self.spec)}
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
                 command, cwd=ROOT, env=environ, stderr=log, stdout=log, pass_fds=[ready_end]
@@ -127,7 +137,7 @@ class Worker:
         self.kind = kind
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "worker.py"), kind, target.socket, str(seed)], stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(HERE)},
+            stdout=subprocess.PIPE, text=True, env={**os.environ, **target.environ, "PYTHONPATH": str(HERE)},
         )  # fmt: skip
         assert self.process.stdout is not None
         self.ready = self.process.stdout.readline() == "ready\n"
@@ -165,14 +175,16 @@ def next_spec(rng: random.Random, points: list[str], kills: int) -> str:
     return f"{point}:{1 if point.startswith('RECOVER') else rng.choice((1, 2, 5, 20, 60))}"
 
 
-def kill_once(target: Target, rng: random.Random, points: list[str], kills: int, where: Counter[str]) -> None:
-    """Sees the life that runs now to its end; the next one gets its own point."""
+def kill_once(
+    target: Target, rng: random.Random, points: list[str], kills: int, where: Counter[str], start_s: float
+) -> None:
+    """Sees the life that runs now to its end; the next one gets its own point. start_s: what a start may take."""
     if not wait_for(target.child, 30):
         raise RuntimeError("gmemd was not started again")
     pid = target.child() or -1  # 0 would be ourselves
     spec = target.spec.read_text()
     target.spec.write_text(next_spec(rng, points, kills))
-    patience = PATIENCE_S if spec else rng.uniform(0, 0.4)
+    patience = start_s + PATIENCE_S if spec.startswith("RECOVER") else PATIENCE_S if spec else rng.uniform(0, 0.4)
     if wait_for(lambda: target.child() != pid, patience):
         where[spec.partition(":")[0]] += 1
     elif pid > 0:
@@ -181,39 +193,43 @@ def kill_once(target: Target, rng: random.Random, points: list[str], kills: int,
         wait_for(lambda: target.child() != pid, 5)
 
 
-def run(seconds: float, most: int, seed: int) -> int:
+def run(seconds: float, most: int, seed: int, gpu: bool) -> int:
     rng = random.Random(seed)
     pace = Pace()
     with contextlib.ExitStack() as stack:  # whatever happens, nobody is left behind
         if not stack.enter_context(overcommit(HUGE_PAGES)):
             print("without huge pages: as root there are some")
-        target = Target(Path(tempfile.mkdtemp(prefix="gmem-kill-")))
+        target = Target(Path(tempfile.mkdtemp(prefix="gmem-kill-")), gpu)
         stack.callback(target.kill)
         workers = []
-        for n, kind in enumerate(KINDS):
+        for n, kind in enumerate(GPU_KINDS if gpu else KINDS):
             workers.append(Worker(kind, target, seed * 100 + n))
             stack.callback(workers[-1].kill)
-        return kill_often(target, workers, rng, seconds, most, seed, pace)
+        return kill_often(target, workers, rng, seconds, most, seed, pace, crash_points(gpu))
 
 
 def kill_often(
-    target: Target, workers: list[Worker], rng: random.Random, seconds: float, most: int, seed: int, pace: Pace
+    target: Target, workers: list[Worker], rng: random.Random, seconds: float, most: int, seed: int, pace: Pace,
+    points: list[str],
 ) -> int:
-    points, where, kills = crash_points(), Counter(), 0
+    where, kills = Counter(), 0
     until = time.monotonic() + seconds
     failed = [worker.kind for worker in workers if not worker.ready]
     while not failed and kills < most and time.monotonic() < until:
         lives = target.lives()
-        kill_once(target, rng, points, kills, where)
+        start_s = max(0.5, STALL_IMPORTS * pace.last())
+        kill_once(target, rng, points, kills, where, start_s)
         kills += 1
         if not target.spec.read_text().startswith("RECOVER"):
-            wait_for(lambda lives=lives: target.lives() > lives, 0.5)  # or it comes by the point as it starts
+            # or it comes by the point as it starts
+            wait_for(lambda lives=lives: target.lives() > lives, start_s)
         failed = [worker.kind for worker in workers if worker.process.poll() is not None]
     target.spec.write_text("")
     results = [worker.finish() for worker in workers]
     results.append({"kind": "gmemd", "steps": kills, "slow": [], "wrong": target.left()})
     status = target.stop()
-    missed = [] if kills < TURNS * len(points) * 4 // 3 else [point for point in points if not where[point]]
+    few = target.environ or kills < TURNS * len(points) * 4 // 3  # or there is a GPU: not all of them are for that
+    missed = [] if few else [point for point in points if not where[point]]
     return report(results, where, missed, status, target, seed, max(STALL_MAX_S, STALL_IMPORTS * pace.worst()))
 
 
@@ -232,6 +248,9 @@ class Pace:
             subprocess.run([sys.executable, "-c", "import gmemd.service"], cwd=ROOT, check=True)
             self._seconds.append(time.monotonic() - began)
             self._stop.wait(3)
+
+    def last(self) -> float:
+        return self._seconds[-1] if self._seconds else 0.0
 
     def worst(self) -> float:
         self._stop.set()
@@ -276,8 +295,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--kills", type=int, default=1 << 30)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--gpu", action="store_true")
     args = parser.parse_args()
-    return run(args.seconds, args.kills, args.seed)
+    return run(args.seconds, args.kills, args.seed, args.gpu)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import select
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 WORDS = {"4K": 1 << 17, "64K": 1 << 18, "2M": 1 << 20}  # 1, 2 and 8 MiB
+GPU_WORDS = 1 << 18  # a page of 2 MiB
+GPU_ARRAYS = 10  # more than the device has
 CHURN_WORDS = 1 << 16
 SLOW_S = 0.2
 
@@ -146,6 +148,148 @@ def churn(book, rng):
         book.check(f"at the end, {size}", managed, known)
 
 
+class Gpu:
+    """Kernels of a CUDA device, on arrays of whole pages."""
+
+    def __init__(self, book, rng, count=GPU_ARRAYS):
+        sys.path.append(str(Path(__file__).resolve().parent.parent / "integration"))
+        from cuda import Cuda
+
+        self.book, self.rng, self.cuda = book, rng, Cuda()
+        self.streams = [0, self.cuda.stream()]
+        self.managed = [gmem.zeros(GPU_WORDS, np.int64, page_size="2M") for _ in range(count)]
+        self.known = [np.zeros(GPU_WORDS, np.int64) for _ in range(count)]
+        self.total = gmem.zeros(GPU_WORDS, np.int64, page_size="2M")
+
+    def pick(self):
+        return int(self.rng.integers(0, len(self.managed)))
+
+    @contextmanager
+    def acquired(self, *arrays, mode="rw", stream=0):
+        began = time.time()
+        with gmem.acquire("cuda0", *arrays, mode=mode, stream=stream) as views:
+            if time.time() - began > SLOW_S:
+                self.book.slow.append(("acquire", began, time.time()))
+            self.book.steps += 1
+            yield views
+
+    def bump(self, n, add):
+        stream = self.streams[n % 2]
+        with self.acquired(self.managed[n], stream=stream) as view:
+            if self.rng.integers(0, 4) == 0:  # so that it is held for a while
+                self.cuda.spin(0.02, stream)
+            self.cuda.bump(view, add, stream)
+        self.known[n] += add
+
+    def fill(self, n, value):
+        stream = self.streams[n % 2]
+        with self.acquired(self.managed[n], mode="w", stream=stream) as view:
+            self.cuda.fill(view, value, stream)
+        self.known[n] = value + np.arange(GPU_WORDS)
+
+    def sum(self, n):
+        self.total[0] = 0
+        stream = self.streams[n % 2]
+        with (
+            self.acquired(self.managed[n], mode="r", stream=stream) as view,
+            self.acquired(self.total, stream=stream) as out,
+        ):
+            self.cuda.launch("sum", view, GPU_WORDS, out.ptr, stream)
+        got, expected = int(self.book.step("read a sum", lambda: self.total[0])), int(self.known[n].sum())
+        if got != expected:
+            self.book.wrong.append(f"kernel: the sum of {n} is {got}, not {expected}")
+
+    def check(self, n):
+        self.book.check(f"array {n}", self.book.step("read", np.copy, self.managed[n]), self.known[n])
+
+    def check_all(self):
+        for n in range(len(self.managed)):
+            self.check(n)
+
+
+def until_free(function, *args):
+    """What a kernel has is moved when it is through."""
+    while True:
+        try:
+            return function(*args)
+        except gmem.Busy:
+            time.sleep(0.001)
+
+
+def compute_gpu(book, rng):
+    """Kernels on more memory than the device has; what they leave is read by others."""
+    gpu = Gpu(book, rng)
+    while not over():
+        n, choice = gpu.pick(), rng.integers(0, 10)
+        if choice < 5:
+            gpu.bump(n, int(rng.integers(1, 1000)))
+        elif choice < 6:
+            gpu.fill(n, int(rng.integers(1, 1000)))
+        elif choice < 8:
+            gpu.sum(n)
+        else:
+            gpu.check(n)
+    gpu.check_all()
+
+
+def touch_gpu(book, rng):
+    """The CPU writes what kernels write, too, pages are sent to and fro, and some come afresh."""
+    gpu = Gpu(book, rng, 4)
+    while not over():
+        n, choice = gpu.pick(), rng.integers(0, 10)
+        if choice < 3:
+            at = int(rng.integers(0, GPU_WORDS - 1000))
+            add = int(rng.integers(1, 1000))
+            book.step("write", increase, gpu.managed[n][at : at + 1000], add)
+            gpu.known[n][at : at + 1000] += add
+        elif choice < 6:
+            gpu.bump(n, int(rng.integers(1, 1000)))
+        elif choice < 8:
+            book.step("prefetch", until_free, gmem.prefetch, gpu.managed[n], ("cuda0", "host")[choice % 2])
+        elif choice < 9:
+            gpu.check(n)
+        else:
+            book.step("discard", until_free, gmem.discard, gpu.managed[n])
+            gpu.known[n][:] = 0
+    gpu.check_all()
+
+
+def churn_gpu(book, rng):
+    """Arrays and sessions come and go, and with them frames: of processes that end with what they have, too."""
+    gpu = Gpu(book, rng, 1)
+    command = [sys.executable, str(Path(__file__).resolve()), "visit_gpu", sys.argv[2]]
+    while not over():
+        if len(gpu.managed) > 1 and rng.integers(0, 2):
+            n = gpu.pick()
+            gpu.check(n)
+            book.step("munmap", gpu.managed.pop, n)
+            gpu.known.pop(n)
+        elif len(gpu.managed) < 5:
+            gpu.managed.append(book.step("mmap", partial(gmem.zeros, GPU_WORDS, np.int64, page_size="2M")))
+            gpu.known.append(np.zeros(GPU_WORDS, np.int64))
+            gpu.bump(len(gpu.managed) - 1, 1)
+        else:
+            done = subprocess.run([*command, str(rng.integers(1 << 30))], capture_output=True, text=True)
+            if done.stdout != "ready\nfine\n":
+                book.wrong.append(f"a visitor: {done.returncode}, {done.stdout}{done.stderr}")
+        gpu.bump(gpu.pick(), 3)
+    gpu.check_all()
+
+
+def visit_gpu(book, rng):
+    """Memory that nobody else has had; half of the time it is left as it is."""
+    gpu = Gpu(book, rng, 2)
+    gpu.sum(0)
+    gpu.fill(0, 7)
+    gpu.bump(1, 5)
+    gpu.sum(1)
+    gpu.check_all()
+    if not book.wrong:
+        print("fine", flush=True)
+    if rng.integers(0, 2):
+        os._exit(0)
+
+
 class Reader:
     """Another process that opens pools by name, to read only, and compares."""
 
@@ -248,8 +392,12 @@ def main():
     book = Book()
     session = gmem.connect(socket)
     print("ready", flush=True)
-    {"touch": touch, "compute": compute, "churn": churn, "share": share}[kind](book, np.random.default_rng(int(seed)))
+    kinds = {"touch": touch, "compute": compute, "churn": churn, "share": share, "touch_gpu": touch_gpu,
+             "compute_gpu": compute_gpu, "churn_gpu": churn_gpu, "visit_gpu": visit_gpu}  # fmt: skip
+    kinds[kind](book, np.random.default_rng(int(seed)))
     session.close()
+    if kind == "visit_gpu":
+        return
     print(json.dumps({"kind": kind, **vars(book)}), flush=True)
 
 

@@ -428,78 +428,259 @@ def test_detach_brings_everything_home(program):
     """)
 
 
-def test_killed_clients_and_daemons(program):
-    """A client's end frees its frames. A daemon's end takes what only the GPU had: SIGBUS, never zeros."""
-    program("""
-        directory = tempfile.mkdtemp()
-        command = [sys.executable, "-m", "gmemd", "run", "--supervised", "--runtime-dir", directory,
-                   "--device", "cuda0:driver=cuda,capacity=16M,reserve=4M"]
-        parent = subprocess.Popen(command)
-        try:
-            path = f"{directory}/gmemd.sock"
-            for _ in range(1000):
-                if os.path.exists(path):
-                    break
-                time.sleep(0.02)
-            session = gmem.connect(path)
-            cuda = Cuda()
-            code = '''
-        import sys, time
-        sys.path.insert(0, "tests/integration")
-        import numpy as np, gmem
-        from cuda import Cuda
-        session = gmem.connect()
-        a = gmem.zeros(1 << 20, np.int64)
-        a[:] = 1
-        with gmem.acquire("cuda0", a) as view:
-            print("there", flush=True)
-            time.sleep(60)
-        '''
-            other = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "GMEM_SOCKET": path},
-                                     stdout=subprocess.PIPE, text=True)
-            assert other.stdout.readline() == "there\\n" and hnode(session)["used_bytes"] == 8 * MIB
-            other.kill()
-            other.wait()
-            until = time.monotonic() + 10
-            while hnode(session)["used_bytes"]:
-                assert time.monotonic() < until, "a killed client's frames are not free"
-                time.sleep(0.02)
-            mine, both, lost = (gmem.zeros(MIB // 4, np.int64) for _ in range(3))
-            mine[:] = 1
-            both[:] = 2
-            context = gmem.device("cuda0").context()
-            context.launch(lambda x: cuda.fill(x, 3), lost).wait(10)
-            with gmem.acquire(context, both, mode="r"):
-                pass
-            context.synchronize()
-            with open(f"/proc/{parent.pid}/task/{parent.pid}/children") as children:
-                daemon = int(children.read().split()[0])
-            os.kill(daemon, signal.SIGKILL)
-            assert (mine == 1).all() and (both == 2).all(), "the host's copies stay"
-            mine[:] = 4
+SUPERVISED = """
+import contextlib
+
+@contextlib.contextmanager
+def supervised(*options):
+    directory = tempfile.mkdtemp()
+    command = [sys.executable, "-m", "gmemd", "run", "--supervised", "--runtime-dir", directory, *options]
+    parent = subprocess.Popen(command)
+    try:
+        until = time.monotonic() + 30
+        while not os.path.exists(f"{directory}/gmemd.sock"):
+            assert time.monotonic() < until and parent.poll() is None
+            time.sleep(0.02)
+        yield parent, f"{directory}/gmemd.sock"
+    finally:
+        parent.terminate()
+        parent.wait()
+
+def child(parent):
+    with open(f"/proc/{parent.pid}/task/{parent.pid}/children") as children:
+        return int((children.read().split() or ["0"])[0])
+
+def kill(parent):
+    "The daemon; there is another one when it returns."
+    daemon = child(parent)
+    os.kill(daemon, signal.SIGKILL)
+    while child(parent) in (0, daemon):
+        time.sleep(0.005)
+"""
+
+
+def test_a_killed_client_frees_its_frames(program):
+    program(SUPERVISED + """
+with supervised("--device", "cuda0:driver=cuda,capacity=16M,reserve=4M") as (parent, path):
+    session = gmem.connect(path)
+    cuda = Cuda()
+    code = '''
+import sys, time
+sys.path.insert(0, "tests/integration")
+import numpy as np, gmem
+from cuda import Cuda
+session = gmem.connect()
+a = gmem.zeros(1 << 20, np.int64)
+a[:] = 1
+with gmem.acquire("cuda0", a) as view:
+    print("there", flush=True)
+    time.sleep(60)
+'''
+    for killed in (False, True):
+        other = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "GMEM_SOCKET": path},
+                                 stdout=subprocess.PIPE, text=True)
+        assert other.stdout.readline() == "there\\n" and hnode(session)["used_bytes"] == 8 * MIB
+        if killed:  # and the daemon hears of it when it takes over
+            os.kill(child(parent), signal.SIGSTOP)
+        other.kill()
+        other.wait()
+        if killed:
+            kill(parent)
+        until = time.monotonic() + 20
+        while hnode(session)["used_bytes"]:
+            assert time.monotonic() < until, "a killed client's frames are not free"
+            time.sleep(0.02)
+print("ok")
+""")
+
+
+def test_memory_of_the_gpu_outlives_gmemd(program):
+    """What only the GPU has is there after each kill, also under a kernel that runs meanwhile; contexts go on."""
+    program(SUPERVISED + """
+with supervised("--device", "cuda0:driver=cuda,capacity=16M,reserve=4M") as (parent, path):
+    session = gmem.connect(path)
+    cuda = Cuda()
+    stream = cuda.stream()
+    mine, both, gpus, held, gone = (gmem.zeros(MIB // 4, np.int64) for _ in range(5))
+    mine[:] = 1
+    both[:] = 2
+    context = gmem.device("cuda0").context()
+    context.launch(lambda x: cuda.fill(x, 3), gpus).wait(10)
+    with gmem.acquire(context, both, mode="r"):
+        pass
+    context.synchronize()
+    del gone  # its addresses stay mapped, of which the next one knows nothing
+    for turn in range(1, 4):
+        with gmem.acquire(context, held, stream=stream) as view:
+            cuda.spin(1.0, stream)
+            cuda.bump(view, 1, stream)  # it is still to run when gmemd is killed
+        kill(parent)
+        fresh = gmem.zeros(MIB // 4, np.int64)
+        assert (fresh == 0).all()
+        assert (mine == turn).all() and (both == 2).all(), "the host's copies stay"
+        assert on(gpus) == [2] and (held == turn).all()
+        mine += 1
+        with gmem.acquire(context, gpus) as view:
+            cuda.bump(view, 1)
+        del fresh
+    assert (gpus == np.arange(MIB // 4) + 6).all()
+    arrays = [gmem.zeros(MIB // 4, np.int64) for _ in range(12)]  # more than it has
+    for turn in (1, 2):
+        for n, a in enumerate(arrays):
+            context.launch(lambda x: cuda.bump(x, n), a)
+        if turn == 1:
+            kill(parent)
+    context.synchronize()
+    for n, a in enumerate(arrays):
+        assert (a == 2 * n).all(), n
+    assert hnode(session)["health"] == 0 and hnode(session)["errors"] == 0
+    context.close()
+    until = time.monotonic() + 20
+    while hnode(session)["contexts"]:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+print("ok")
+""")
+
+
+@double_only
+def test_what_the_gpu_alone_had_is_sigbus_if_it_is_lost(program):
+    """A frame that can't be had again: SIGBUS, never zeros, and nothing else is hurt."""
+    program(SUPERVISED + """
+words = os.environ["GMEM_CUDA_DOUBLE"]
+# the daemon imports in later lives alone
+os.environ["GMEM_CUDA_DOUBLE"] = words + " once=cuMemImportFromShareableHandle:1:1"
+with supervised("--device", "cuda0:driver=cuda,capacity=16M,reserve=0") as (parent, path):
+    os.environ["GMEM_CUDA_DOUBLE"] = words
+    session = gmem.connect(path)
+    cuda = Cuda()
+    arrays = [gmem.zeros(MIB // 4, np.int64) for _ in range(4)]
+    both = gmem.full(MIB // 4, 9, np.int64)
+    context = gmem.device("cuda0").context()
+    with gmem.acquire(context, *arrays) as views:
+        for n, view in enumerate(views):
+            cuda.fill(view, 100 * n)
+    with gmem.acquire(context, both, mode="r"):
+        pass
+    context.synchronize()
+    kill(parent)
+    states = [gmem.STATES[gmem.where(a)[0]["state"]] for a in arrays]
+    assert states.count("POISONED") == 1 and (both == 9).all(), states
+    for n, a in enumerate(arrays):
+        if states[n] == "POISONED":
             pid = os.fork()
             if not pid:
                 signal.signal(signal.SIGBUS, signal.SIG_DFL)
-                lost[0]
+                a[0]
                 os._exit(0)
-            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-            assert status == -signal.SIGBUS, status
-            deadline = time.monotonic() + 20
-            while True:
-                try:
-                    context.launch(print, mine)
-                except gmem.ContextLost:
-                    break
-                except gmem.GmemError:
-                    assert time.monotonic() < deadline
-                    time.sleep(0.05)
-            context.close()
-            with gmem.device("cuda0").context() as again:  # a new one works
-                again.launch(lambda x: cuda.fill(x, 9), mine).wait(20)
-            assert mine[0] == 9
-        finally:
-            parent.terminate()
-            parent.wait()
+            assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGBUS
+            refused(gmem.Poisoned, errno.EIO, lambda: gmem.acquire(context, a).__enter__())
+        else:
+            with gmem.acquire(context, a) as view:
+                cuda.bump(view, 1)
+            assert (a == np.arange(MIB // 4) + 100 * n + 1).all()
+print("ok")
+""")
+
+
+def test_contexts_of_one_process_share_its_address_space(program):
+    """Two on one GPU: what both map is mapped once, written by whoever may, and there until the last one lets go."""
+    program("""
+        session = connect()
+        cuda = Cuda()
+        device = gmem.device("cuda0")
+        one, two = device.context(), device.context()
+        a, b = gmem.zeros(MIB // 4, np.int64), gmem.zeros(MIB // 4, np.int64)
+        a[:] = 1
+        with gmem.acquire(one, a) as x, gmem.acquire(two, a) as y:
+            assert x.ptr == y.ptr
+            cuda.bump(x, 1)
+            cuda.bump(y, 1)
+        assert (a == 3).all()
+        with gmem.acquire(one, a, mode="r"), gmem.acquire(two, a) as y:  # the reader does not keep it from writing
+            cuda.bump(y, 1)
+        with gmem.acquire(two, a, mode="r"):
+            with gmem.acquire(one, a) as x:
+                cuda.bump(x, 1)
+        assert (a == 5).all()
+        with gmem.acquire(two, a, b) as (y, z):
+            with gmem.acquire(one, a, b):
+                pass
+            one.close()
+            cuda.bump(y, 1)
+            cuda.fill(z, 7)
+        two.synchronize()
+        assert (a == 6).all() and (b == np.arange(MIB // 4) + 7).all()
+        more = [gmem.zeros(MIB // 4, np.int64) for _ in range(10)]
+        with device.context() as three:
+            for turn in range(1, 4):
+                for n, m in enumerate(more):
+                    (two, three)[(n + turn) % 2].launch(lambda v: cuda.bump(v, turn), m)
+            for m in more:
+                assert (m == 6).all()
+        two.close()
+        assert hnode(session)["contexts"] == 0 or time.sleep(1) or hnode(session)["contexts"] == 0
+        print("ok")
+    """)
+
+
+def test_what_a_gpu_does_not_take_is_refused_and_stays(program):
+    """Small pages, pools, files and adopted memory: each is said, and is as it was; so is what lies beside."""
+    program("""
+        session = connect()
+        cuda = Cuda()
+        device = gmem.device("cuda0")
+        file = tempfile.NamedTemporaryFile()
+        file.write(np.arange(4 * MIB // 8).tobytes())
+        file.flush()
+        plain = np.arange(4 * MIB // 8)
+        arrays = {
+            "4K": gmem.empty(4 * MIB // 8, np.int64, page_size="4K"),
+            "64K": gmem.empty(4 * MIB // 8, np.int64, page_size="64K"),
+            "pool": gmem.pool("table", size=4 * MIB).array(np.int64),
+            "file": gmem.from_file(file.name, np.int64),
+        }
+        gmem.adopt(plain)
+        arrays["adopted"] = plain
+        for name, a in arrays.items():
+            if name not in ("file", "adopted"):
+                a[:] = np.arange(a.size)
+            text = refused(gmem.NotSupported, errno.EOPNOTSUPP, lambda: gmem.acquire(device, a).__enter__())
+            assert text.startswith("array: a CUDA device takes"), text
+            text = refused(gmem.NotSupported, errno.EOPNOTSUPP, lambda: gmem.prefetch(a, device))
+            assert "the device does not take such memory" in text, text
+            assert all(page == 1 for page in on(a)), (name, on(a))
+            gmem.advise(a, "preferred", device)  # where it would be best; nothing goes there that can't
+            assert (a == np.arange(a.size)).all(), name
+        good = gmem.zeros(MIB // 4, np.int64)
+        refused(gmem.NotSupported, errno.EOPNOTSUPP, lambda: gmem.acquire(device, good, arrays["4K"]).__enter__())
+        good[:] = 3  # it is not held
+        with gmem.acquire(device, good) as view:
+            cuda.bump(view, 1)
+        assert (good == 4).all() and hnode(session)["used_bytes"] <= 2 * MIB
+        print("ok")
+    """)
+
+
+@double_only
+def test_access_is_given_to_runs_of_pages(program):
+    """Calls of cuMemSetAccess in the client for 256 MiB: not one for each page."""
+    program("""
+        import ctypes
+        session = connect("capacity=264M,reserve=0")
+        cuda = Cuda()
+        calls = cuda.api.gmem_double_calls
+        calls.restype = ctypes.c_ulong
+        a = gmem.zeros(256 * MIB // 8, np.int64)
+        for turn in range(2):
+            a[::512] = turn
+            before = calls(b"cuMemSetAccess"), calls(b"cuMemMap")
+            with gmem.acquire("cuda0", a):
+                pass
+            gmem.device("cuda0")
+            print(turn, calls(b"cuMemSetAccess") - before[0], calls(b"cuMemMap") - before[1])
+            assert calls(b"cuMemMap") - before[1] == 128
+            assert calls(b"cuMemSetAccess") - before[0] <= 16
         print("ok")
     """)
 

@@ -6,9 +6,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from cuda import PTX, build_double
 from helpers import eventually
 from programs import EXAMPLES, SOURCES, TIMEOUT_S, Builder, Daemon, jemalloc, run_ok
 
@@ -60,6 +62,22 @@ def test_acquire_without_a_ring(builder: Builder, daemon: Daemon) -> None:
     kernels, environment = builder.kernels(SOURCES / "kernels.c"), {**daemon.environment, "GMEM_RING": "0"}
     run_ok([builder.program(SOURCES / "acquire.c"), "simgpu1", kernels], env=environment)
     assert daemon.process.poll() is None, daemon.log()
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
+    """A gmemd with a GPU, the double of libcuda, which its clients have, too."""
+    monkeypatch.setenv("GMEM_LIBCUDA", build_double())
+    started = Daemon(["name=cuda0,driver=cuda,capacity=16M,reserve=4M", "name=simgpu0,driver=simgpu,capacity=8M"])
+    yield started
+    started.close()
+
+
+@pytest.mark.parametrize("source", [SOURCES / "cuda.c", EXAMPLES / "cuda.c"], ids=["test", "example"])
+def test_a_gpu(builder: Builder, gpu: Daemon, source: Path) -> None:
+    run_ok([builder.program(source), PTX], env=gpu.environment)
+    assert gpu.process.poll() is None, gpu.log()
+    assert '"level": "error"' not in gpu.log()
 
 
 @pytest.mark.skipif(not jemalloc(), reason="no libjemalloc")

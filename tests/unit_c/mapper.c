@@ -63,6 +63,34 @@ static void do_step_locked(struct mapper *mapper, const struct gmem_channel_step
 	}
 }
 
+static void send_list(struct mapper *mapper, struct gmem_channel_list *list)
+{
+	size_t bytes = offsetof(struct gmem_channel_list, frames) + list->count * sizeof(list->frames[0]);
+
+	if (list->count)
+		send(mapper->fd, list, bytes, MSG_NOSIGNAL);
+	list->count = 0;
+}
+
+/* What it has, in messages that are not full, so that there are several. */
+static void list_locked(struct mapper *mapper, uint64_t sequence)
+{
+	struct gmem_channel_list list = { .sequence = sequence };
+
+	for (uint32_t n = 0; n < mapper->hello.frame_count; n++) {
+		if (!mapper->frames[n].memory)
+			continue;
+		list.frames[list.count++] = (struct gmem_channel_frame){ n, mapper->frames[n].writable, mapper->frames[n].va };
+		if (mapper->mood == MAPPER_LIES)
+			list.frames[list.count - 1].va += 4096;
+		if (list.count == 3)
+			send_list(mapper, &list);
+	}
+	send_list(mapper, &list);
+	mapper->counts.lists++;
+	mapper->counts.batches = 0; /* they are counted from 1 again */
+}
+
 /* One batch and its descriptors; false: the other end has gone. */
 static bool receive(struct mapper *mapper, struct gmem_channel_batch *batch, int *fds, size_t *ret_count)
 {
@@ -113,10 +141,15 @@ static void *run(void *arg)
 		enum mapper_mood mood;
 
 		pthread_mutex_lock(&mapper->lock);
-		CHECK_EQ(batch.sequence, ++mapper->counts.batches);
 		used = 0;
-		for (uint32_t i = 0; i < batch.count; i++)
-			do_step_locked(mapper, &batch.steps[i], fds, &used);
+		if (batch.steps[0].op == GMEM_CHANNEL_LIST) {
+			CHECK(batch.count == 1 && batch.sequence >> 63);
+			list_locked(mapper, batch.sequence);
+		} else {
+			CHECK_EQ(batch.sequence, ++mapper->counts.batches);
+			for (uint32_t i = 0; i < batch.count; i++)
+				do_step_locked(mapper, &batch.steps[i], fds, &used);
+		}
 		CHECK_EQ(used, count);
 		mood = mapper->mood;
 		pthread_mutex_unlock(&mapper->lock);

@@ -22,10 +22,11 @@ enum mapper_mood {
 	MAPPER_CONFUSED, /* answers something else */
 	MAPPER_CURT,     /* answers too little */
 	MAPPER_LEAVES,   /* hangs up */
+	MAPPER_LIES,     /* says that it has mapped what it has not */
 };
 
 struct mapper_counts {
-	unsigned batches, imports, forgets, maps, unmaps, protects;
+	unsigned batches, imports, forgets, maps, unmaps, protects, lists;
 };
 
 struct mapper {

@@ -8,6 +8,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <sys/mman.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -15,6 +16,7 @@
 
 #include <gmem/memfd.h>
 
+#include "fdstore.h"
 #include "harness.h"
 #include "mapper.h"
 #include "tierops.h"
@@ -109,7 +111,7 @@ static struct gmem_mem *new_mem(struct gmem_device *gpu, uint64_t owner, uint64_
 {
 	struct gmem_mem *mem;
 
-	CHECK_EQ(ops->mem_create(gpu, owner, bytes, &mem), 0);
+	CHECK_EQ(ops->mem_create(gpu, owner, GMEM_CLASS_HUGE, bytes, &mem), 0);
 	return mem;
 }
 
@@ -547,7 +549,7 @@ static void case_channel(void)
 	struct gmem_pmap *first = open_context(gpu, 1, one), *second = open_context(gpu, 1, two);
 	struct mapper_counts counts;
 
-	CHECK_EQ(one->hello.frame_count, 80);
+	CHECK_EQ(one->hello.frame_count, 512); /* of all of the device: a successor's capacity may be larger */
 	CHECK_EQ(ops->mem_alloc(mem, 0, 70 * MIB2, false), 0);
 	for (uint64_t page = 0; page < 4; page++)
 		write_page(gpu, mem, page, 1);
@@ -714,24 +716,477 @@ static void case_leaves(void)
 	check_mood(MAPPER_LEAVES, NULL);
 }
 
-/* A frame can't be exported for a context that wants it. */
+/* So many descriptors are on their way, and stay there. */
+static void fill_the_flight(int count)
+{
+	int pair[2];
+
+	CHECK(!socketpair(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0, pair));
+	for (int sent = 0, err = 0; !err; sent += !err) {
+		char byte = 0;
+		struct iovec part = { &byte, 1 };
+		union {
+			struct cmsghdr head;
+			char room[CMSG_SPACE(sizeof(int))];
+		} control = { .head = { .cmsg_len = CMSG_LEN(sizeof(int)), .cmsg_level = SOL_SOCKET, .cmsg_type = SCM_RIGHTS } };
+		struct msghdr message = { .msg_iov = &part, .msg_iovlen = 1, .msg_control = &control,
+					  .msg_controllen = sizeof(control.room) };
+
+		memcpy(CMSG_DATA(&control.head), &pair[0], sizeof(int));
+		err = sendmsg(pair[1], &message, MSG_DONTWAIT) < 0 ? errno : 0;
+		CHECK(err != EAGAIN && sent <= 2 * count);
+	}
+}
+
+/* A frame whose descriptor could not be put away: it is exported again for each context that wants it. */
 static void case_no_descriptor(void)
 {
 	struct gmem_device *gpu = tier_attached("capacity=4M reserve=0 threads=1", 0, NULL);
 	struct gmem_mem *mem = new_mem(gpu, 1, 4 * MIB);
 	struct gmem_pmap *own = open_context(gpu, 1, &mappers[0]), *other = open_context(gpu, 1, &mappers[1]);
+	const struct rlimit few = { 64, 64 };
 
+	/* the kernel lets nobody without privileges have more in flight than that: none, to begin with */
+	CHECK(!setrlimit(RLIMIT_NOFILE, &few) && !setresuid(65534, 65534, 65534));
+	fill_the_flight(64);
 	CHECK_EQ(ops->mem_alloc(mem, 0, MIB2, true), 0); /* the first export: made with the frame */
+	tier_says("put away", ops->last_error(gpu), "would not outlive gmemd");
 	CHECK_EQ(map(own, mem, 0, 1, 0, GMEM_PROT_WRITE), 0);
 	CHECK_EQ(map(other, mem, 0, 1, 0, GMEM_PROT_WRITE), -EIO); /* the second one fails */
 	tier_says("export", ops->last_error(gpu), "cuMemExportToShareableHandle");
 	CHECK_EQ(map(other, mem, 0, 1, 0, GMEM_PROT_WRITE), 0);
-	CHECK_EQ(ops->pmap_flush(own) | ops->pmap_flush(other), 0);
-	CHECK(mapper_at(&mappers[0], va_of(0), true) && mapper_at(&mappers[1], va_of(0), true));
+	CHECK_EQ(ops->health(gpu), 0);
 	close_context(own, &mappers[0]);
 	close_context(other, &mappers[1]);
 	ops->mem_destroy(mem);
 	ops->remove(gpu);
+}
+
+/* ---- a successor ----
+ *
+ * Lives of a driver, each a process that ends as by kill -9. The test holds what they have put away, and the other ends of
+ * the channels of their contexts.
+ */
+
+static struct fdstore store;
+static struct gmem_keep keep;
+static struct gmem_driver_keep driver;
+static const char *double_words; /* for the next life; NULL: as they are */
+static int channels[2]; /* the driver's ends, of mappers[] */
+
+static int take_over(const char *options, struct gmem_device **ret)
+{
+	struct gmem_kept_fd left[FDSTORE_MAX];
+
+	fdstore_copy(&store, left);
+	CHECK_EQ(gmem_keep_init(&keep, dup(store.daemons), FDSTORE_MAX, left, store.count), 0);
+	gmem_driver_keep_init(&driver, &keep, 1);
+	driver.takes_over = store.count;
+	return tier_attach(options, 0, &driver, ret);
+}
+
+static struct gmem_device *taken_over(const char *options)
+{
+	struct gmem_device *gpu;
+
+	if (take_over(options, &gpu)) {
+		fprintf(stderr, "%s: %s\n", options, tier_message);
+		exit(1);
+	}
+	return gpu;
+}
+
+static pid_t start_life(void (*fn)(void))
+{
+	pid_t pid;
+
+	fflush(NULL);
+	pid = fork();
+	CHECK(pid >= 0);
+	if (!pid) {
+		alarm(CASE_S);
+		if (double_words)
+			setenv("GMEM_CUDA_DOUBLE", double_words, 1); /* it is loaded in each life anew */
+		fn();
+		_exit(0);
+	}
+	return pid;
+}
+
+static void end_life(pid_t pid)
+{
+	int status;
+
+	while (waitpid(pid, &status, WNOHANG) != pid) {
+		fdstore_take_all(&store);
+		usleep(200);
+	}
+	fdstore_take_all(&store);
+	if (status) {
+		fprintf(stderr, "a life ended with %#x\n", (unsigned)status);
+		exit(1);
+	}
+}
+
+static void live(void (*fn)(void))
+{
+	end_life(start_life(fn));
+}
+
+static struct gmem_pmap *new_context(struct gmem_device *gpu, uint64_t session, int n)
+{
+	struct gmem_pmap *pmap;
+
+	CHECK_EQ(ops->pmap_open(gpu, session, dup(channels[n]), &pmap), 0);
+	return pmap;
+}
+
+static struct gmem_pmap *old_context(struct gmem_device *gpu, uint64_t session, int n)
+{
+	struct gmem_pmap *pmap;
+
+	CHECK_EQ(ops->pmap_adopt(gpu, session, dup(channels[n]), &pmap), 0);
+	return pmap;
+}
+
+#define OLD "capacity=32M reserve=4M threads=1"
+
+/* Mems of two sessions, one of them of two classes, with holes; contexts with pages to write, to read, and without. */
+static void life_first(void)
+{
+	struct gmem_device *gpu = taken_over(OLD);
+	struct gmem_mem *mem = new_mem(gpu, 7, 64 * MIB), *small, *other = new_mem(gpu, 8, 64 * MIB);
+	struct gmem_pmap *own = new_context(gpu, 7, 0), *foreign = new_context(gpu, 9, 1);
+
+	CHECK_EQ(ops->mem_create(gpu, 7, GMEM_CLASS_SMALL, 64 * MIB, &small), 0);
+	CHECK_EQ(ops->mem_alloc(mem, 3 * MIB2, 5 * MIB2, true), 0);
+	CHECK_EQ(ops->mem_alloc(small, 3 * MIB2, 2 * MIB2, true), 0);
+	CHECK_EQ(ops->mem_alloc(other, 0, 2 * MIB2, false), 0);
+	for (uint64_t page = 3; page < 8; page++)
+		write_page(gpu, mem, page, 1);
+	write_page(gpu, small, 3, 2);
+	write_page(gpu, other, 1, 3);
+	CHECK_EQ(map(own, mem, 3, 5, 3, GMEM_PROT_WRITE), 0);
+	CHECK_EQ(map(foreign, mem, 3, 1, 3, GMEM_PROT_READ), 0);
+	CHECK_EQ(ops->pmap_flush(own) | ops->pmap_flush(foreign), 0);
+	CHECK_EQ(ops->pmap_protect(own, pages(3, 1), GMEM_PROT_READ), 0);
+	CHECK_EQ(ops->mem_free(mem, 5 * MIB2, MIB2), 0); /* it stays with its session, and in its process */
+	CHECK_EQ(ops->pmap_release(own, pages(6, 1)), 0); /* is queued, and never said */
+}
+
+static void check_first(struct gmem_device *gpu, struct gmem_mem *mem, struct gmem_mem *small, struct gmem_mem *other)
+{
+	CHECK_EQ(pages_there(mem, 0, 32), 4);
+	CHECK(!ops->mem_at(mem, 5 * MIB2));
+	for (uint64_t page = 3; page < 8; page++)
+		CHECK(page == 5 || page_is(gpu, mem, page, 1));
+	CHECK(pages_there(small, 0, 32) == 2 && page_is(gpu, small, 3, 2) && page_is(gpu, small, 4, 0));
+	CHECK(pages_there(other, 0, 32) == 2 && page_is(gpu, other, 0, 0) && page_is(gpu, other, 1, 3));
+	CHECK_EQ(ops->health(gpu), 0);
+}
+
+/* All of it is there, and goes on as it was. */
+static void life_second(void)
+{
+	struct gmem_device *gpu = taken_over(OLD);
+	struct gmem_mem *mem = new_mem(gpu, 7, 64 * MIB), *other = new_mem(gpu, 8, 64 * MIB), *small;
+	struct gmem_pmap *own = old_context(gpu, 7, 0), *foreign = old_context(gpu, 9, 1);
+
+	CHECK(driver.restored);
+	CHECK_EQ(ops->mem_create(gpu, 7, GMEM_CLASS_SMALL, 64 * MIB, &small), 0);
+	ops->settle(gpu);
+	check_first(gpu, mem, small, other);
+	/* what was mapped is known: it is not done again, is taken away, and can be had again without an import */
+	CHECK_EQ(map(own, mem, 6, 2, 6, GMEM_PROT_WRITE), 0);
+	CHECK_EQ(ops->pmap_protect(own, pages(7, 1), GMEM_PROT_READ), 0);
+	CHECK_EQ(map(own, mem, 3, 2, 3, GMEM_PROT_READ), 0);
+	CHECK_EQ(ops->pmap_flush(own), 0);
+	/* what the other session's process could reach goes for good */
+	CHECK_EQ(ops->mem_free(mem, 3 * MIB2, MIB2), 0);
+	CHECK_EQ(ops->pmap_flush(own) | ops->pmap_flush(foreign), 0);
+	for (uint64_t page = 8; page < 16; page++) { /* and there is room for all that there can be */
+		CHECK_EQ(ops->mem_alloc(mem, page * MIB2, MIB2, true), 0);
+		CHECK(page_is(gpu, mem, page, 0));
+		write_page(gpu, mem, page, 4);
+	}
+	CHECK_EQ(ops->mem_alloc(mem, 20 * MIB2, 2 * MIB2, true), -ENOSPC);
+	CHECK_EQ(map(own, mem, 8, 8, 8, GMEM_PROT_WRITE), 0);
+	CHECK_EQ(ops->pmap_flush(own), 0);
+}
+
+/* One session is over, and another one's process: what they had is free, and nobody else's. */
+static void life_third(void)
+{
+	struct gmem_device *gpu = taken_over("capacity=40M reserve=0 threads=1");
+	struct gmem_mem *mem = new_mem(gpu, 7, 64 * MIB), *fresh = new_mem(gpu, 20, 64 * MIB);
+	struct gmem_pmap *own = old_context(gpu, 7, 0);
+
+	ops->settle(gpu);
+	CHECK_EQ(pages_there(mem, 0, 32), 11);
+	for (uint64_t page = 8; page < 16; page++)
+		CHECK(page_is(gpu, mem, page, 4));
+	CHECK_EQ(ops->mem_alloc(fresh, 0, 9 * MIB2, true), 0);
+	for (uint64_t page = 0; page < 9; page++)
+		CHECK(page_is(gpu, fresh, page, 0));
+	CHECK_EQ(ops->mem_alloc(fresh, 9 * MIB2, MIB2, true), -ENOSPC);
+	ops->pmap_destroy(own);
+	ops->mem_destroy(mem);
+	ops->mem_destroy(fresh);
+	ops->remove(gpu);
+	gmem_driver_forget(&driver);
+}
+
+static void open_channels(void)
+{
+	for (int n = 0; n < 2; n++) {
+		int pair[2];
+
+		CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, pair));
+		channels[n] = pair[0];
+		mappers[n].fd = pair[1];
+	}
+}
+
+static void close_channels(void)
+{
+	for (int n = 0; n < 2; n++) {
+		close(channels[n]);
+		CHECK(mapper_has_ended(&mappers[n]));
+		mapper_end(&mappers[n]);
+	}
+}
+
+/* The mapper reads the hello when it starts, so the first life is on its way then. */
+static void begin_lives(void (*first)(void))
+{
+	pid_t pid;
+
+	fdstore_open(&store);
+	open_channels();
+	pid = start_life(first);
+	for (int n = 0; n < 2; n++)
+		mapper_start(&mappers[n], mappers[n].fd);
+	end_life(pid);
+}
+
+static void case_successor(void)
+{
+	begin_lives(life_first);
+	CHECK(mapper_holds(&mappers[0]) == 5 && mapper_holds(&mappers[1]) == 1);
+	live(life_second);
+	CHECK_EQ(mapper_counts(&mappers[0]).lists, 1);
+	CHECK(sees(&mappers[0], 6, 6, 1) && mapper_at(&mappers[0], va_of(6), true)); /* while it was written, nobody asked */
+	CHECK(!mapper_at(&mappers[0], va_of(7), true));
+	CHECK(sees(&mappers[0], 4, 4, 1) && sees(&mappers[0], 15, 15, 4));
+	CHECK(!mapper_at(&mappers[0], va_of(3), false) && !mapper_at(&mappers[0], va_of(5), false));
+	CHECK_EQ(mapper_holds(&mappers[1]), 0);
+	CHECK_EQ(mapper_counts(&mappers[0]).imports, 5 + 8);
+	live(life_third);
+	CHECK(mapper_has_ended(&mappers[0]));
+	CHECK_EQ(store.count, 0);
+	close_channels();
+	fdstore_close(&store);
+}
+
+static void life_finds_mem(void)
+{
+	struct gmem_device *gpu = taken_over(OLD);
+	struct gmem_mem *mem = new_mem(gpu, 7, 64 * MIB), *other = new_mem(gpu, 8, 64 * MIB), *small;
+
+	CHECK_EQ(ops->mem_create(gpu, 7, GMEM_CLASS_SMALL, 64 * MIB, &small), 0);
+	ops->settle(gpu);
+	check_first(gpu, mem, small, other);
+}
+
+static void life_finds_nothing(void)
+{
+	struct gmem_device *gpu = taken_over("capacity=32M reserve=0 threads=1");
+	struct gmem_mem *mem = new_mem(gpu, 7, 64 * MIB);
+
+	ops->settle(gpu);
+	CHECK_EQ(pages_there(mem, 0, 32), 0);
+	CHECK_EQ(ops->health(gpu), 0);
+	CHECK_EQ(ops->mem_alloc(mem, 0, 16 * MIB2, true), 0);
+	for (uint64_t page = 0; page < 16; page++)
+		CHECK(page_is(gpu, mem, page, 0));
+	gmem_keep_drop_left(&keep); /* which does not take what has been made since */
+}
+
+static void life_finds_zeros(void)
+{
+	struct gmem_device *gpu = taken_over(OLD);
+	struct gmem_mem *mem = new_mem(gpu, 7, 64 * MIB);
+
+	ops->settle(gpu);
+	CHECK_EQ(pages_there(mem, 0, 32), 16);
+}
+
+static void life_refuses(void)
+{
+	struct gmem_device *gpu;
+
+	CHECK_EQ(take_over(OLD, &gpu), -EPROTONOSUPPORT);
+	tier_says("version", tier_message, "of version");
+}
+
+static void poke(off_t offset, uint32_t value)
+{
+	int fd = fdstore_find(&store, "driver.1.frames");
+
+	CHECK(fd >= 0 && pwrite(fd, &value, sizeof(value), offset) == sizeof(value));
+}
+
+/* What another version has left is left to it; what is damaged is lost, and said to be. */
+static void case_versions(void)
+{
+	size_t count;
+
+	begin_lives(life_first);
+	count = store.count;
+	poke(8, 2);
+	live(life_refuses);
+	poke(8, 1);
+	poke(12, 16);
+	live(life_refuses);
+	CHECK_EQ(store.count, count); /* nothing was given up */
+	poke(12, 24);
+	live(life_finds_mem);
+	poke(0, 0x12345678);
+	live(life_finds_nothing);
+	live(life_finds_zeros);
+	close_channels();
+	fdstore_close(&store);
+	begin_lives(life_first);
+	poke(16, 7); /* as many frames as another GPU has */
+	live(life_finds_nothing);
+	close_channels();
+	fdstore_close(&store);
+	begin_lives(life_first);
+	fdstore_forget(&store, "driver.1.frames");
+	live(life_finds_nothing);
+	close_channels();
+	fdstore_close(&store);
+	begin_lives(life_first);
+	fdstore_forget(&store, "driver.1.b0");
+	fdstore_forget(&store, "driver.1.b1"); /* of two threads that were the first */
+	live(life_finds_nothing);
+	close_channels();
+	fdstore_close(&store);
+}
+
+/* Notes that make no sense: whoever they name gets nothing that is another's. */
+static void life_finds_some(void)
+{
+	struct gmem_device *gpu = taken_over("capacity=32M reserve=0 threads=1");
+	struct gmem_mem *mem = new_mem(gpu, 7, 64 * MIB);
+
+	ops->settle(gpu);
+	for (uint64_t page = 0; page < 32; page++)
+		CHECK(!ops->mem_at(mem, page * MIB2) || page_is(gpu, mem, page, page == 5 ? 0 : 1));
+	CHECK(pages_there(mem, 0, 32) < 4);
+	CHECK_EQ(ops->mem_alloc(mem, 0, 16 * MIB2, true), 0);
+}
+
+static void life_finds_one(void)
+{
+	struct gmem_device *gpu = taken_over("capacity=32M reserve=0 threads=1");
+	struct gmem_mem *mem = new_mem(gpu, 7, 64 * MIB);
+
+	ops->settle(gpu);
+	CHECK_EQ(pages_there(mem, 0, 32), 1);
+	CHECK(ops->mem_at(mem, 3 * MIB2));
+	CHECK_EQ(ops->mem_alloc(mem, 0, 16 * MIB2, true), 0);
+}
+
+static void case_damaged_notes(void)
+{
+	const off_t note = 4096;
+
+	for (int n = 0; n < 4; n++) {
+		begin_lives(life_first);
+		for (uint32_t frame = 0; frame < 8; frame++) {
+			if (n == 0)
+				poke(note + frame * 24 + 12, 0x7fffffff); /* a place beyond */
+			if (n == 1)
+				poke(note + frame * 24 + 8, 4 << 8 | GMEM_CLASS_HUGE); /* several at one place: the first has it */
+			if (n == 2)
+				poke(note + frame * 24 + 16, 99); /* another generation */
+			if (n == 3)
+				poke(note + frame * 24 + 20, 0); /* not made */
+		}
+		live(n == 1 ? life_finds_one : life_finds_some);
+		close_channels();
+		fdstore_close(&store);
+	}
+}
+
+/* Processes that do not say what they have, or say what can't be, lose their contexts; nobody else does. */
+static void life_with_bad_context(void)
+{
+	struct gmem_device *gpu = taken_over("capacity=32M reserve=4M threads=1 patience=300");
+	struct gmem_mem *mem = new_mem(gpu, 7, 64 * MIB);
+	struct gmem_pmap *own = old_context(gpu, 7, 0), *foreign = old_context(gpu, 9, 1);
+
+	ops->settle(gpu);
+	CHECK_EQ(ops->pmap_flush(own), -EOWNERDEAD);
+	CHECK_EQ(ops->pmap_flush(foreign), 0);
+	CHECK_EQ(map(own, mem, 3, 1, 3, GMEM_PROT_READ), -EOWNERDEAD);
+	CHECK(page_is(gpu, mem, 3, 1) && page_is(gpu, mem, 4, 1));
+	CHECK_EQ(ops->mem_free(mem, 0, 64 * MIB), 0);
+	CHECK_EQ(ops->health(gpu), 0);
+}
+
+static void case_bad_contexts(void)
+{
+	static const enum mapper_mood moods[] = { MAPPER_SILENT, MAPPER_FAILS, MAPPER_CURT, MAPPER_CONFUSED, MAPPER_LEAVES,
+						  MAPPER_LIES };
+
+	for (size_t n = 0; n < sizeof(moods) / sizeof(moods[0]); n++) {
+		begin_lives(life_first);
+		mapper_set_mood(&mappers[0], moods[n]);
+		live(life_with_bad_context);
+		CHECK(mapper_has_ended(&mappers[0]));
+		CHECK_EQ(mapper_holds(&mappers[1]), 0); /* what it had was freed */
+		close_channels();
+		fdstore_close(&store);
+	}
+}
+
+/* A frame that can't be imported, or mapped, is lost alone; where access can't be given, the device is not there. */
+static void life_finds_three(void)
+{
+	struct gmem_device *gpu = taken_over(OLD);
+	struct gmem_mem *mem = new_mem(gpu, 7, 64 * MIB), *other = new_mem(gpu, 8, 64 * MIB), *small;
+	unsigned there;
+
+	tier_says("takeover", ops->last_error(gpu), failing->why);
+	CHECK_EQ(ops->mem_create(gpu, 7, GMEM_CLASS_SMALL, 64 * MIB, &small), 0);
+	ops->settle(gpu);
+	there = pages_there(mem, 0, 32) + pages_there(small, 0, 32) + pages_there(other, 0, 32);
+	CHECK_EQ(there, 7);
+	CHECK_EQ(ops->health(gpu), 0);
+	for (uint64_t page = 3; page < 8; page++)
+		CHECK(!ops->mem_at(mem, page * MIB2) || page_is(gpu, mem, page, 1));
+	CHECK_EQ(ops->mem_alloc(mem, 0, 10 * MIB2, true), 0);
+}
+
+static const struct failing failing_takeovers[] = {
+	{ "", 0, "cuMemImportFromShareableHandle" },
+	{ "", 1, "cuMemMap" },
+};
+
+static void case_failing_takeover(void)
+{
+	static const char *const words[] = { "once=cuMemImportFromShareableHandle:4:1", "once=cuMemMap:4:1" };
+	char text[256];
+
+	begin_lives(life_first);
+	snprintf(text, sizeof(text), "used=%s %s", used_path, words[failing->err]);
+	double_words = text;
+	live(life_finds_three);
+	double_words = NULL;
+	close_channels();
+	fdstore_close(&store);
 }
 
 /* ---- cases ---- */
@@ -772,6 +1227,7 @@ int main(void)
 	int fd = mkstemp(used_path);
 
 	CHECK(fd >= 0);
+	CHECK(!fchmod(fd, 0666)); /* one case goes on without privileges */
 	close(fd);
 	setenv("GMEM_LIBCUDA", DOUBLE, 1);
 	ops = tier_ops = gmem_driver_builtin("cuda");
@@ -800,6 +1256,11 @@ int main(void)
 	CASE(curt, "");
 	CASE(leaves, "");
 	CASE(no_descriptor, "once=cuMemExportToShareableHandle:2:1");
+	CASE(successor, "");
+	CASE(versions, "");
+	CASE(damaged_notes, "");
+	CASE(bad_contexts, "");
+	EACH(failing_takeovers, failing_takeover);
 	unlink(used_path);
 	printf("cuda: ok\n");
 	return 0;

@@ -5,6 +5,7 @@
  * a kernel would.
  */
 #define _GNU_SOURCE
+#include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <setjmp.h>
@@ -19,15 +20,16 @@
 
 #define DOUBLE "build/gpu/libcuda-double.so"
 #define PAGES 8
+#define MANY 128 /* pages: 256 MiB */
 #define DEVICE 1
 #define LOST UINT64_MAX
 
-enum order { IDLE, WRITE, CHECK_ALL, TOUCH, LEAVE };
+enum order { IDLE, WRITE, CHECK_ALL, TOUCH, WRITE_MANY, CHECK_MANY, LEAVE };
 
 /* What a client is told to do. page: PAGES: all of them. */
 struct puppet {
 	_Atomic int order;
-	uint64_t va, small_va;
+	uint64_t va, small_va, many_va[2];
 	uint64_t page, result;
 	uint64_t version[PAGES]; /* 0: zeros; LOST: not to be touched */
 	uint64_t owner;          /* so that two have nothing in common */
@@ -74,6 +76,28 @@ static uint64_t count_right(const struct puppet *puppet)
 	return right;
 }
 
+static uint64_t *word_of_many(const struct puppet *puppet, uint64_t page)
+{
+	return (uint64_t *)(puppet->many_va[0] + page * MIB2 + page * 64);
+}
+
+static void write_many(struct client *client, struct puppet *puppet)
+{
+	for (int i = 0; i < 2 && !puppet->many_va[i]; i++)
+		puppet->many_va[i] = (uint64_t)client_mmap(client, MANY * MIB2, MIB2, GMEM_FORK_SHARE);
+	for (uint64_t page = 0; page < MANY; page++)
+		*word_of_many(puppet, page) = page + 1;
+}
+
+static uint64_t count_many(const struct puppet *puppet)
+{
+	uint64_t right = 0;
+
+	for (uint64_t page = 0; page < MANY; page++)
+		right += *word_of_many(puppet, page) == page + 1;
+	return right;
+}
+
 /* Which signal it gets; 0: none. */
 static int touch(const struct puppet *puppet)
 {
@@ -104,6 +128,12 @@ static int play(struct client *client, void *arg)
 			break;
 		case TOUCH:
 			puppet->result = (uint64_t)touch(puppet);
+			break;
+		case WRITE_MANY:
+			write_many(client, puppet);
+			break;
+		case CHECK_MANY:
+			puppet->result = count_many(puppet);
 			break;
 		default:
 			return 0;
@@ -376,6 +406,101 @@ static void case_lost(void)
 	gmem_core_destroy(core);
 }
 
+/* ---- what moving 256 MiB costs, in calls ---- */
+
+static unsigned long calls_of(const char *symbol)
+{
+	static unsigned long (*said)(const char *);
+
+	if (!said)
+		*(void **)&said = dlsym(dlopen(DOUBLE, RTLD_NOW | RTLD_NOLOAD), "gmem_double_calls");
+	CHECK(said);
+	return said(symbol);
+}
+
+/* Of the daemon, and of the context's process. */
+struct cost {
+	unsigned long copies, waits, creates, exports, accesses, maps, unmaps, batches;
+};
+
+static struct cost cost_now(void)
+{
+	return (struct cost){
+		.copies = calls_of("cuMemcpyHtoDAsync_v2") + calls_of("cuMemcpyDtoHAsync_v2") + calls_of("cuMemcpyDtoDAsync_v2"),
+		.waits = calls_of("cuEventSynchronize") + calls_of("cuStreamSynchronize"),
+		.creates = calls_of("cuMemCreate"), .exports = calls_of("cuMemExportToShareableHandle"),
+		.accesses = calls_of("cuMemSetAccess"), .maps = mapper_counts(&mappers[0]).maps,
+		.unmaps = mapper_counts(&mappers[0]).unmaps, .batches = mapper_counts(&mappers[0]).batches,
+	};
+}
+
+#define WITHIN(name)                                                                                                    \
+	do {                                                                                                            \
+		if (cost.name > most.name) {                                                                            \
+			fprintf(stderr, "%s: %lu " #name ", at most %lu\n", what, cost.name, most.name);                \
+			exit(1);                                                                                        \
+		}                                                                                                       \
+	} while (0)
+
+static struct cost before;
+
+static void at_most(const char *what, struct cost most)
+{
+	struct cost now = cost_now();
+	struct cost cost = { now.copies - before.copies, now.waits - before.waits, now.creates - before.creates,
+			     now.exports - before.exports, now.accesses - before.accesses, now.maps - before.maps,
+			     now.unmaps - before.unmaps, now.batches - before.batches };
+
+	WITHIN(copies);
+	WITHIN(waits);
+	WITHIN(creates);
+	WITHIN(exports);
+	WITHIN(accesses);
+	WITHIN(maps);
+	WITHIN(unmaps);
+	WITHIN(batches);
+	before = cost_now();
+}
+
+static void hold(struct gmem_core *core, uint64_t context, struct gmem_range range)
+{
+	CHECK_EQ(gmem_acquire(core, context, &range, 1, true, 0), 0);
+	CHECK_EQ(gmem_release(core, context, &range, 1), 0);
+}
+
+static void case_calls(void)
+{
+	struct gmem_core *core = begin("", "capacity=280M reserve=0 threads=2");
+	struct puppet *puppet = start(core, 0);
+	uint64_t session = puppet->client->session, context;
+	struct gmem_range many, more;
+
+	tell(puppet, WRITE_MANY, 0);
+	many = (struct gmem_range){ puppet->many_va[0], MANY * MIB2 };
+	more = (struct gmem_range){ puppet->many_va[1], MANY * MIB2 };
+	context = open_context(core, puppet, &mappers[0]);
+	before = cost_now();
+	CHECK_EQ(gmem_prefetch(core, session, DEVICE, many.va, many.bytes), 0);
+	at_most("prefetch to the device, frames made for it", (struct cost){ .copies = 128, .waits = 264, .creates = 128, .exports = 128, .accesses = 128, .maps = 128, .batches = 6 });
+	hold(core, context, many);
+	at_most("acquire of what is there", (struct cost){ 0 });
+	hold(core, context, many);
+	at_most("acquire again", (struct cost){ 0 });
+	CHECK_EQ(gmem_prefetch(core, session, GMEM_HOST, many.va, many.bytes), 0);
+	at_most("prefetch to the host", (struct cost){ .copies = 128, .waits = 136, .unmaps = 128, .batches = 64 });
+	CHECK_EQ(tell(puppet, CHECK_MANY, 0), MANY);
+	hold(core, context, many);
+	at_most("acquire of what the host has", (struct cost){ .copies = 128, .waits = 136, .maps = 128, .batches = 4 });
+	hold(core, context, more);
+	at_most("acquire, for which as much has to leave", (struct cost){ .copies = 128, .waits = 160, .creates = 12, .exports = 12, .accesses = 12, .maps = 128, .unmaps = 128,
+								 .batches = 16 });
+	CHECK_EQ(tell(puppet, CHECK_MANY, 0), MANY);
+	leave(puppet);
+	CHECK(mapper_has_ended(&mappers[0]));
+	mapper_end(&mappers[0]);
+	gmem_core_destroy(core);
+}
+
 /* Contexts of the two kinds are opened in two ways. */
 static void case_refusals(void)
 {
@@ -434,6 +559,7 @@ int main(void)
 	in_process("deaf", case_deaf);
 	in_process("lost", case_lost);
 	in_process("refusals", case_refusals);
+	in_process("calls", case_calls);
 	printf("devmem: ok\n");
 	return 0;
 }

@@ -19,9 +19,10 @@
 #include <gmem/crash.h>
 #include <gmem/keep.h>
 
+#include "fdstore.h"
+
 #define PAGES 24
 #define WRITERS 2 /* the CPU, the device */
-#define KEPT_MAX 256
 #define LIVES 4
 #define LIFE_MS 120 /* then it is killed wherever it is */
 #define PATIENCE_MS 20000
@@ -38,12 +39,6 @@ struct shared {
 struct parties {
 	pid_t pids[WRITERS];
 	int ours[WRITERS], theirs[WRITERS]; /* sockets: the daemon's ends, the parties' */
-};
-
-struct store {
-	int ours, daemons;
-	struct gmem_kept_fd kept[KEPT_MAX];
-	size_t count;
 };
 
 static struct shared *shared;
@@ -157,7 +152,7 @@ static void end_sessions(struct gmem_core *core)
 		CHECK_EQ(hnodes[i].used_bytes, 0);
 }
 
-static _Noreturn void live(int number, const struct parties *parties, struct store *store)
+static _Noreturn void live(int number, const struct parties *parties, struct fdstore *store)
 {
 	char capacity[32];
 	struct gmem_core *core;
@@ -167,7 +162,7 @@ static _Noreturn void live(int number, const struct parties *parties, struct sto
 	close(store->ours);
 	core = core_start((struct gmem_core_config){
 		.host_limit_bytes = shared->page_bytes < 65536 ? 2 << 20 : PAGES / 2 * shared->page_bytes,
-		.event_fork = true, .keep_socket = store->daemons, .keep_max_fds = KEPT_MAX, .kept = store->kept,
+		.event_fork = true, .keep_socket = store->daemons, .keep_max_fds = FDSTORE_MAX, .kept = store->kept,
 		.kept_count = store->count });
 	CHECK_EQ(gmem_core_recovers(core), number > 1);
 	snprintf(capacity, sizeof(capacity), "%lu", shared->page_bytes * PAGES / 4);
@@ -187,41 +182,6 @@ static _Noreturn void live(int number, const struct parties *parties, struct sto
 
 /* ---- the manager ---- */
 
-static void forget(struct store *store, const char *name)
-{
-	for (size_t i = 0; i < store->count; i++)
-		if (!strcmp(store->kept[i].name, name)) {
-			close(store->kept[i].fd);
-			store->kept[i--] = store->kept[--store->count];
-		}
-}
-
-/* One message of sd_notify's; false: there is none. */
-static bool take_message(struct store *store)
-{
-	char text[256] = "", control[CMSG_SPACE(sizeof(int))] = { 0 }, name[GMEM_KEEP_NAME] = "";
-	struct iovec iov = { text, sizeof(text) - 1 };
-	struct msghdr message = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = control,
-				  .msg_controllen = sizeof(control) };
-	struct cmsghdr *c;
-	const char *at;
-
-	if (recvmsg(store->ours, &message, MSG_DONTWAIT | MSG_CMSG_CLOEXEC) <= 0)
-		return false;
-	at = strstr(text, "FDNAME=");
-	if (at)
-		sscanf(at, "FDNAME=%63[^\n]", name);
-	if (strstr(text, "FDSTOREREMOVE=1"))
-		forget(store, name);
-	c = CMSG_FIRSTHDR(&message);
-	if (c) {
-		CHECK(store->count < KEPT_MAX && at);
-		strcpy(store->kept[store->count].name, name);
-		memcpy(&store->kept[store->count++].fd, CMSG_DATA(c), sizeof(int));
-	}
-	return true;
-}
-
 static void tell(const char *point, int passes)
 {
 	FILE *file = fopen(crash_file, "w");
@@ -234,14 +194,14 @@ static void tell(const char *point, int passes)
 
 /* Until it has ended, by itself or after some time; true: it died at the point that it was told. first: which, once it has
  * come far enough. */
-static bool outlive(pid_t daemon, struct store *store, const char *first, int passes, bool until_served)
+static bool outlive(pid_t daemon, struct fdstore *store, const char *first, int passes, bool until_served)
 {
 	uint64_t before[WRITERS] = { shared->steps[0], shared->steps[1] }, start = now_ns();
 	bool killed = false;
 	int status;
 
 	while (first && !shared->told)
-		if (!take_message(store))
+		if (!fdstore_take(store))
 			usleep(200);
 	if (first) {
 		tell(first, passes);
@@ -252,7 +212,7 @@ static bool outlive(pid_t daemon, struct store *store, const char *first, int pa
 	for (;;) {
 		uint64_t ms = (now_ns() - start) / 1000000;
 
-		while (take_message(store))
+		while (fdstore_take(store))
 			;
 		if (waitpid(daemon, &status, WNOHANG) == daemon)
 			break;
@@ -264,26 +224,21 @@ static bool outlive(pid_t daemon, struct store *store, const char *first, int pa
 		}
 		usleep(200);
 	}
-	while (take_message(store))
+	while (fdstore_take(store))
 		;
 	CHECK(until_served ? !status : WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL);
 	return !killed && !until_served;
 }
 
-static void open_store(struct store *store, struct parties *parties, uint64_t page_bytes)
+static void open_store(struct fdstore *store, struct parties *parties, uint64_t page_bytes)
 {
-	int pair[2];
-
-	*store = (struct store){ .count = 0 };
+	fdstore_open(store);
 	memset(shared, 0, sizeof(*shared));
 	shared->page_bytes = page_bytes;
-	CHECK(!socketpair(AF_UNIX, SOCK_DGRAM, 0, pair));
-	store->ours = pair[0];
-	store->daemons = pair[1];
 	start_parties(parties);
 }
 
-static void close_store(struct store *store, struct parties *parties)
+static void close_store(struct fdstore *store, struct parties *parties)
 {
 	for (int i = 0, status; i < WRITERS; i++) {
 		CHECK(waitpid(parties->pids[i], &status, 0) == parties->pids[i] || errno == ECHILD);
@@ -292,11 +247,10 @@ static void close_store(struct store *store, struct parties *parties)
 	}
 	CHECK_EQ(shared->bad, 0);
 	CHECK_EQ(store->count, 0); /* it has ended in order, and had everything given up */
-	close(store->ours);
-	close(store->daemons);
+	fdstore_close(store);
 }
 
-static pid_t start_life(int number, const struct parties *parties, struct store *store)
+static pid_t start_life(int number, const struct parties *parties, struct fdstore *store)
 {
 	pid_t daemon;
 
@@ -312,7 +266,7 @@ static pid_t start_life(int number, const struct parties *parties, struct store 
 static bool kill_at(const char *point, int passes, uint64_t page_bytes)
 {
 	struct parties parties;
-	struct store store;
+	struct fdstore store;
 	bool died = false;
 
 	open_store(&store, &parties, page_bytes);
@@ -326,13 +280,12 @@ static bool kill_at(const char *point, int passes, uint64_t page_bytes)
 
 /* ---- another version ---- */
 
-static int kept(const struct store *store, const char *name)
+static int kept(const struct fdstore *store, const char *name)
 {
-	for (size_t i = 0; i < store->count; i++)
-		if (!strcmp(store->kept[i].name, name))
-			return store->kept[i].fd;
-	fprintf(stderr, "%s is not held\n", name);
-	exit(1);
+	int fd = fdstore_find(store, name);
+
+	CHECK(fd >= 0);
+	return fd;
 }
 
 /* Of all that is in a sparse file. */
@@ -354,7 +307,7 @@ static uint64_t sum_of(int fd)
 }
 
 /* A daemon of other code, as far as it can see: with that, it refuses, and all is as it was. Its clients wait. */
-static void check_refusal(struct store *store)
+static void check_refusal(struct fdstore *store)
 {
 	int state = kept(store, "state"), lpt = kept(store, "lpt"), status;
 	uint64_t state_sum = sum_of(state), lpt_sum = sum_of(lpt);
@@ -366,7 +319,7 @@ static void check_refusal(struct store *store)
 	CHECK(daemon >= 0);
 	if (!daemon) {
 		struct gmem_core_config config = { .feature_mask = ~0ull, .event_fork = true, .keep_socket = store->daemons,
-						   .keep_max_fds = KEPT_MAX, .kept = store->kept, .kept_count = store->count };
+						   .keep_max_fds = FDSTORE_MAX, .kept = store->kept, .kept_count = store->count };
 		struct gmem_core *core = NULL;
 
 		CHECK_EQ(gmem_core_create(&config, &core), -EPROTO);
@@ -375,13 +328,13 @@ static void check_refusal(struct store *store)
 	}
 	CHECK(waitpid(daemon, &status, 0) == daemon);
 	CHECK_EQ(status, 0);
-	CHECK(!take_message(store)); /* nothing was given up, and nothing added */
+	CHECK(!fdstore_take(store)); /* nothing was given up, and nothing added */
 	CHECK_EQ(store->count, count);
 	CHECK(sum_of(state) == state_sum && sum_of(lpt) == lpt_sum);
 }
 
 /* The value of a field of the header is another one for one life. */
-static void refuse_with(struct store *store, off_t offset, uint64_t value, size_t bytes)
+static void refuse_with(struct fdstore *store, off_t offset, uint64_t value, size_t bytes)
 {
 	int state = kept(store, "state");
 	uint64_t was = 0;
@@ -399,7 +352,7 @@ static void refuse_other_versions(void)
 {
 	uint64_t steps[WRITERS];
 	struct parties parties;
-	struct store store;
+	struct fdstore store;
 
 	open_store(&store, &parties, 4096);
 	tell(NULL, 0);

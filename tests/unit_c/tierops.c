@@ -102,7 +102,7 @@ void tier_hold(struct tier_held *held, const struct gmem_kept_fd *left, size_t c
 
 	CHECK_EQ(socketpair(AF_UNIX, SOCK_DGRAM, 0, pair), 0);
 	CHECK_EQ(gmem_keep_init(&held->keep, pair[0], 100, left, count), 0);
-	held->driver = (struct gmem_driver_keep){ .keep = &held->keep, .hnid = 3 };
+	gmem_driver_keep_init(&held->driver, &held->keep, 3);
 	held->manager = pair[1];
 }
 
@@ -131,5 +131,6 @@ size_t tier_held_fds(struct tier_held *held, struct gmem_kept_fd *ret)
 void tier_let_go(struct tier_held *held)
 {
 	close(held->manager);
+	gmem_driver_keep_deinit(&held->driver);
 	gmem_keep_deinit(&held->keep);
 }

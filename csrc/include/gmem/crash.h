@@ -15,6 +15,11 @@
 	X(FAR_LEASED) X(FAR_INTENDED) X(FAR_SENT) X(FAR_WRITTEN) X(FAR_LISTED) X(FAR_MOVED)                            \
 	X(FAR_MARKED) X(FAR_FILLED) X(FAR_MADE) X(FAR_IMPORTED) X(FAR_NOTED) X(FAR_RECOVERED) X(FAR_FORGOTTEN)
 
+/* Of memory of a GPU, which nobody comes by who has none: as frames are made, used and ended, and taken over. */
+#define GMEM_CRASH_GPU_POINTS(X)                                                                                       \
+	X(BOX_PUT) X(BOX_REQUEUED) X(BOX_DROPPED) X(FRAME_NOTED) X(FRAME_PLACED) X(FRAME_LEFT)           \
+	X(FRAME_ENDED) X(RECOVER_BOXES) X(RECOVER_FRAME) X(RECOVER_CHANNEL) X(RECOVER_LISTED)
+
 #define GMEM_CRASH_POINTS(X)                                                                                           \
 	X(MARK) X(DOWNGRADE) X(FRAME) X(FILL) X(COPY_FIRST) X(COPY) X(ARRIVED) X(OWN) X(RELEASE) X(MAP) X(MAPPED)      \
 	X(COMMIT) X(COMMITTED) X(FORGET) X(RUN_MOVED) X(RUN_OWN) X(RUN_RELEASE) X(RUN_MAP) X(RUN_MAPPED)               \
@@ -29,7 +34,8 @@ enum gmem_crash_point {
 #define GMEM_CRASH_ENUM(name) GMEM_CRASH_##name,
 	GMEM_CRASH_POINTS(GMEM_CRASH_ENUM)
 	GMEM_CRASH_NEAR_COUNT,
-	GMEM_CRASH_FAR_FIRST_ = GMEM_CRASH_NEAR_COUNT - 1, /* so that numbers go on without a gap */
+	GMEM_CRASH_GPU_FIRST_ = GMEM_CRASH_NEAR_COUNT - 1, /* so that numbers go on without a gap */
+	GMEM_CRASH_GPU_POINTS(GMEM_CRASH_ENUM)
 	GMEM_CRASH_FAR_POINTS(GMEM_CRASH_ENUM)
 #undef GMEM_CRASH_ENUM
 	GMEM_CRASH_COUNT,

@@ -59,6 +59,8 @@ struct gmem_driver_config {
  * is left as it is: probe returns -EPROTONOSUPPORT, and the daemon leaves all of it to one that knows it. */
 int gmem_driver_keep_fd(const struct gmem_driver_config *config, const char *name, int fd);
 int gmem_driver_kept_fd(const struct gmem_driver_config *config, const char *name);
+/* It is not held any more: what it was is damaged, or of no use. */
+void gmem_driver_drop_fd(const struct gmem_driver_config *config, const char *name);
 
 /* For drivers: options a driver knows, and where their values go. Numbers may have a suffix (48M, 2G). */
 struct gmem_driver_option {
@@ -173,8 +175,10 @@ struct gmem_driver_ops {
 	 * in pages of the device's. How much of it may be there at a time is counted by the core.
 	 *
 	 * owner names the session whose memory it is: what one session's contexts could once reach is never given to
-	 * another session. It may be destroyed after remove. */
-	int (*mem_create)(struct gmem_device *device, uint64_t owner, uint64_t bytes, struct gmem_mem **ret);
+	 * another session. With the page class it names the mem, also for a successor, which finds there what its
+	 * predecessor has left, if the driver can do that. It may be destroyed after remove. */
+	int (*mem_create)(struct gmem_device *device, uint64_t owner, enum gmem_class class_, uint64_t bytes,
+			  struct gmem_mem **ret);
 	void (*mem_destroy)(struct gmem_mem *mem);
 	/* Makes the frames of a range that are not there: of zeros, or (zeroed false: they are about to be written whole) of
 	 * anything that no other session had. -ENOSPC: others have the device's memory; nothing was made. */
@@ -205,6 +209,12 @@ struct gmem_driver_ops {
 			 size_t count);
 	/* Forgets whatever is stored of pages [first, first + count); present and checks may be NULL. */
 	int (*pool_drop)(struct gmem_device *device, const struct gmem_pool_version *version, uint64_t first, uint64_t count);
+
+	/* Devices that make their own frames, when a predecessor's state is taken over: a channel of that one's, whose process
+	 * goes on with what it has mapped. What that is need not be known before settle, which comes when all mems and contexts
+	 * that there are have been asked for; what the driver has of others is nobody's. NULL: such contexts end. */
+	int (*pmap_adopt)(struct gmem_device *device, uint64_t as_id, int channel, struct gmem_pmap **ret);
+	void (*settle)(struct gmem_device *device);
 };
 
 #endif

@@ -9,7 +9,7 @@
  * reader that comes at any instant finds the one or the other.
  *
  * Names of descriptors: state, lpt; file.SESSION.HNID.CLASS; uffd.SESSION.CONTEXT, pid.SESSION.CONTEXT,
- * agent.SESSION.CONTEXT (context 0: the process itself); ring.SESSION, bell.SESSION, jobs.SESSION; driver.HNID.NAME.
+ * agent.SESSION.CONTEXT (context 0: the process itself), or chan.SESSION.CONTEXT; ring.SESSION, bell.SESSION, jobs.SESSION; driver.HNID.NAME.
  */
 #ifndef GMEM_KEEP_H
 #define GMEM_KEEP_H
@@ -22,7 +22,7 @@
 
 #define GMEM_KEEP_NAME 64
 #define GMEM_STATE_MAGIC 0x45544154534d4547ull /* "GEMSTATE" */
-#define GMEM_STATE_VERSION 3                   /* of this file, and of the words of lpt.h */
+#define GMEM_STATE_VERSION 4                   /* of this file, and of the words of lpt.h */
 
 enum gmem_record_kind {
 	GMEM_RECORD_FREE,
@@ -123,16 +123,22 @@ struct gmem_keep {
 	size_t left_count;              /* lock */
 };
 
-#define GMEM_DRIVER_FDS 16
+#define GMEM_DRIVER_NAME 16
 
 /* What one driver has held. */
 struct gmem_driver_keep {
-	struct gmem_keep *keep;
-	int hnid, count;
-	bool restored; /* it has got its predecessor's */
-	char names[GMEM_DRIVER_FDS][16];
+	struct gmem_keep *keep; /* (C) */
+	int hnid;               /* (C) */
+	bool takes_over;        /* (C) a predecessor's state is being taken over: settle will come */
+	struct gmem_mutex lock;
+	bool restored;          /* lock; it has got its predecessor's */
+	size_t count, capacity; /* lock */
+	char (*names)[GMEM_DRIVER_NAME]; /* lock */
 };
 
+void gmem_driver_keep_init(struct gmem_driver_keep *driver, struct gmem_keep *keep, int hnid);
+void gmem_driver_keep_deinit(struct gmem_driver_keep *keep); /* NULL is allowed */
+/* Has all of it given up; NULL is allowed. */
 void gmem_driver_forget(struct gmem_driver_keep *keep);
 
 static inline bool gmem_keeps(const struct gmem_keep *keep) { return keep->socket >= 0; }

@@ -30,10 +30,12 @@ enum gmem_rank {
 	GMEM_RANK_WATCH,       /* what each thread is doing */
 	GMEM_RANK_TRACE,       /* beginning, reading and ending a trace */
 	GMEM_RANK_EVENT,       /* event ring */
+	GMEM_RANK_DRIVER_KEEP, /* names of what a driver has held */
 	GMEM_RANK_KEEP,        /* what outlives the process */
 	GMEM_RANK_TIER,        /* of zstd: slabs of one size class, or a stripe of its entries */
 	GMEM_RANK_TIER_SPANS,  /* of zstd: file offsets that are free */
 	GMEM_RANK_CHANNEL,     /* of cuda: what is said to one client's process */
+	GMEM_RANK_BOXES,       /* of cuda: descriptors of frames that are held elsewhere */
 	GMEM_RANK_DRIVER,      /* a built-in driver's own: its ops are called with any of the above held */
 };
 

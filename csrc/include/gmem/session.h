@@ -50,9 +50,10 @@ int gmem_session_view(struct gmem_session *session, int hnid, uint64_t context, 
 /* The same, kept and watched: from here on its faults are served. */
 int gmem_session_watch(struct gmem_session *session, int hnid, uint64_t context, int uffd, int pidfd, pid_t pid,
 		       bool events, struct gmem_view **ret);
-/* The view of a context in the client's own process, known to movers; takes the pmap over on success. */
+/* The view of a context in the client's own process, known to movers; takes the pmap over on success. channel: the driver's, to
+ * be held for a successor. ret: NULL is allowed. */
 int gmem_session_view_pmap(struct gmem_session *session, struct gmem_hnode *hnode, uint64_t context, struct gmem_pmap *pmap,
-			   pid_t pid);
+			   int channel, pid_t pid, struct gmem_view **ret);
 void gmem_session_unwatch(struct gmem_session *session, struct gmem_view *view);
 /* Discards what nobody maps any more; the callback of gmem_as_remove. */
 void gmem_session_release_piece(struct gmem_object *object, uint64_t offset, uint64_t bytes, void *arg);
