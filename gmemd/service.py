@@ -133,8 +133,8 @@ def _listen(runtime: RuntimeDir, keep: Keep) -> tuple[socket.socket, bool]:
 
 
 def _raise_file_limit() -> None:
-    """Every session is some descriptors; the soft limit is meant for programs that use select(). OSError if there are not
-    even those that gmemd itself needs: libzmq ends the process, or never ends, where it gets none."""
+    """Every session is some descriptors; the soft limit is meant for programs that use select(). OSError if there are
+    not even those that gmemd itself needs: libzmq ends the process, or never ends, where it gets none."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

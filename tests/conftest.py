@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("gmem", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("gmem")
 
-# A daemon counts on the huge pages that it sees when it maps memory. So there are as many from the first test to the last: what
-# one test took back at its end was missing in the middle of another one's fault.
+# A daemon counts on the huge pages that it sees when it maps memory. So there are as many from the first test to the
+# last: what one test took back at its end was missing in the middle of another one's fault.
 HUGE_PAGES = 1024
 OVERCOMMIT = Path("/proc/sys/vm/nr_overcommit_hugepages")
 OVERCOMMIT_BEFORE = pytest.StashKey[int]()

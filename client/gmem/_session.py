@@ -258,11 +258,11 @@ class Session:
         return adoption.va, adoption.bytes
 
     def stays(self, va: int, nbytes: int) -> None:
-        """Adopted memory that nobody unmaps or moves before disown(): so idle pages of it can be told from used ones."""
+        """Adopted memory that nobody unmaps or moves before disown(): its idle pages can be told from used ones."""
         lib.gmem_link_stays(self._link, va, nbytes)
 
     def disown(self, va: int, nbytes: int = 0, low: int = 0, high: int = 0) -> None:
-        """Forgets what was adopted at va. nbytes: it is ordinary memory from now on; [low, high): without its content."""
+        """Forgets what was adopted at va. nbytes: it is ordinary memory again; [low, high): without its content."""
         with _ending:
             if self.adopted.pop(va, None) is not None and nbytes and not self.closed:
                 lib.gmem_link_disown(self._link, va, nbytes, low, high)

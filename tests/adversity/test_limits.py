@@ -104,7 +104,8 @@ def test_address_space(make_arena, spare_mib):
 @pytest.mark.parametrize("descriptors", [20, 24, 63])
 def test_a_limit_that_is_too_low_to_start_is_said(tmp_path, descriptors):
     done = subprocess.run(
-        ["prlimit", f"--nofile={descriptors}:{descriptors}", sys.executable, "-m", "gmemd", "run", "--runtime-dir", str(tmp_path / "r")],
+        ["prlimit", f"--nofile={descriptors}:{descriptors}", sys.executable, "-m", "gmemd", "run",
+         "--runtime-dir", str(tmp_path / "r")],
         capture_output=True, text=True, timeout=30,
     )  # fmt: skip
     assert done.returncode == 1 and done.stderr.strip(), done
