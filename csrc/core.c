@@ -76,6 +76,11 @@ static int probe(struct gmem_core *core, const struct gmem_core_config *config)
 		if (core->hugepages)
 			gmem_file_unref(file);
 	}
+	if (core->hugepages) { /* it opens files that stay open: now, and not for who happens to map first */
+		uint64_t have, unused;
+
+		gmem_hugepages(&have, &unused);
+	}
 	f->hugepages = core->hugepages;
 	return 0;
 }
