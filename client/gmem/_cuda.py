@@ -8,6 +8,7 @@ the same pointer, described to them by `__cuda_array_interface__` and DLPack.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -137,6 +138,9 @@ class DeviceView:
         return f"<gmem.DeviceView {self.shape} {self.dtype} at 0x{self.ptr:x}>"
 
 
+_OPENINGS = 4
+
+
 class CudaContext:
     """This process's primary context on a GPU, for arrays of unified memory. Usable from several threads."""
 
@@ -148,7 +152,7 @@ class CudaContext:
         self._cuda = ffi.NULL
         self._check_process()
         with session._layout:  # so that the context that is new there is ours
-            self._open()
+            self._open_again_if_killed()
         self.ordinal: int = lib.gmem_cuda_ordinal(self._cuda)
         self._fences: deque[tuple[int, Fence, Any]] = deque()
         self._changed = threading.Condition()
@@ -167,6 +171,13 @@ class CudaContext:
             context["context"] for context in self._session.request("contexts")["contexts"]
             if context["pid"] == self.pid and context["hnid"] == self.device.hnid
         }  # fmt: skip
+
+    def _open_again_if_killed(self) -> None:
+        """What was being opened when gmemd was killed may be nothing that its successor knows of."""
+        for _ in range(_OPENINGS - 1):
+            with contextlib.suppress(ContextLost):
+                return self._open()
+        return self._open()
 
     def _open(self) -> None:
         message = ffi.new("char[]", lib.GMEM_WIRE_MESSAGE_BYTES)
