@@ -104,8 +104,7 @@ static int greet(struct gmem_context *context)
 	return 0;
 }
 
-/* gmemd's number of the context that our child has opened. */
-static int find_id(struct gmem_context *context)
+int gmem_context_newest(const struct gmem_context *context, pid_t pid, uint64_t *ret)
 {
 	struct gmem_request request;
 	struct gmem_reply reply;
@@ -116,17 +115,27 @@ static int find_id(struct gmem_context *context)
 	err = gmem_rpc_call(context->session->rpc, &request, &reply);
 	if (err)
 		return err;
-	err = gmem_fail(-EOWNERDEAD, "device: gmemd has lost the context already");
+	*ret = 0;
 	list = gmem_map_get(gmem_reply_root(&reply), "contexts");
 	for (uint32_t i = 0; list && list->type == MSGPACK_OBJECT_ARRAY && i < list->via.array.size; i++) {
 		const msgpack_object *row = &list->via.array.ptr[i];
-		uint64_t pid;
+		uint64_t its_pid, hnid, id;
 
-		if (!gmem_map_uint(row, "pid", &pid) && pid == (uint64_t)context->child.pid &&
-		    !gmem_map_uint(row, "context", &context->id))
-			err = 0;
+		if (!gmem_map_uint(row, "pid", &its_pid) && !gmem_map_uint(row, "hnid", &hnid) &&
+		    !gmem_map_uint(row, "context", &id) && its_pid == (uint64_t)pid &&
+		    hnid == (uint64_t)context->device.hnid && id > *ret)
+			*ret = id;
 	}
 	gmem_reply_deinit(&reply);
+	return 0;
+}
+
+int gmem_context_find_id(struct gmem_context *context, pid_t pid, uint64_t before)
+{
+	int err = gmem_context_newest(context, pid, &context->id);
+
+	if (!err && context->id <= before)
+		err = gmem_fail(-EOWNERDEAD, "device: gmemd has lost the context already");
 	return err;
 }
 
@@ -165,7 +174,7 @@ static int start(struct gmem_context *context, const struct gmem_context_options
 		return err;
 	err = greet(context);
 	if (!err)
-		err = find_id(context);
+		err = gmem_context_find_id(context, context->child.pid, 0);
 	if (!err)
 		err = start_reader(context);
 	if (err)

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
- * A device context seen from its client. On a GPU it is in this process (gpu.c). Else: a process (gmem-context.c), a socket to it, and a thread that reads what it says
- * and watches the clock. Launches wait in a list; the first SENT_MAX of them are with the process already, so that it goes
+ * A device context seen from its client. On a GPU it is in this process (gpu.c). Else: a process (gmem-context.c), a socket
+ * to it, and a thread that reads what it says and watches the clock. Launches wait in a list; the first SENT_MAX of them are with the process already, so that it goes
  * from one kernel to the next without us, and the socket never fills up.
  */
 #ifndef GMEM_CLIENT_CONTEXT_H
@@ -75,6 +75,11 @@ int gmem_contexts_cover(struct gmem *session, uint64_t va, uint64_t bytes);
 
 /* A range that is let go of elsewhere. */
 void gmem_context_forget(struct gmem_context *context, const struct gmem_range *range);
+
+/* gmemd's number of the newest context of that process on the device, as numbers only rise; 0: there is none. */
+int gmem_context_newest(const struct gmem_context *context, pid_t pid, uint64_t *ret);
+/* The same of this one, which that process has just opened. -EOWNERDEAD: there is none newer than before. */
+int gmem_context_find_id(struct gmem_context *context, pid_t pid, uint64_t before);
 
 /* ---- gpu.c ---- */
 

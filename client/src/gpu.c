@@ -14,6 +14,7 @@
 #include "error.h"
 
 #define TRIES_MAX 200
+#define OPENINGS 4
 #define LOOK_NS 1000000000ull
 
 static pthread_mutex_t opening = PTHREAD_MUTEX_INITIALIZER; /* so that the context that is new there is ours */
@@ -24,43 +25,20 @@ __attribute__((constructor)) static void enable(void)
 	gmem_cuda_enable();
 }
 
-/* The newest of this process on the device: numbers only rise. */
-static int find_id(struct gmem_context *context)
-{
-	struct gmem_request request;
-	struct gmem_reply reply;
-	const msgpack_object *list;
-	int err;
-
-	gmem_request_init(&request, "contexts", 0);
-	err = gmem_rpc_call(context->session->rpc, &request, &reply);
-	if (err)
-		return err;
-	list = gmem_map_get(gmem_reply_root(&reply), "contexts");
-	for (uint32_t i = 0; list && list->type == MSGPACK_OBJECT_ARRAY && i < list->via.array.size; i++) {
-		const msgpack_object *row = &list->via.array.ptr[i];
-		uint64_t pid, hnid, id;
-
-		if (!gmem_map_uint(row, "pid", &pid) && !gmem_map_uint(row, "hnid", &hnid) &&
-		    !gmem_map_uint(row, "context", &id) && pid == (uint64_t)getpid() &&
-		    hnid == (uint64_t)context->device.hnid && id > context->id)
-			context->id = id;
-	}
-	gmem_reply_deinit(&reply);
-	return context->id ? 0 : gmem_fail(-EOWNERDEAD, "device: gmemd has lost the context already");
-}
-
 static int open_locked(struct gmem_context *context)
 {
 	struct gmem_link *link = context->session->link;
 	char message[GMEM_WIRE_MESSAGE_BYTES] = "";
 	int err = gmem_cuda_check(message);
+	uint64_t before = 0;
 
+	if (!err && (err = gmem_context_newest(context, getpid(), &before)))
+		return err;
 	if (!err)
 		err = gmem_link_open_context(link->path, gmem_link_token(link), context->device.name, &context->gpu_link, message);
 	if (err)
 		return gmem_fail(err, "%s", message[0] ? message : strerror(-err));
-	err = find_id(context);
+	err = gmem_context_find_id(context, getpid(), before);
 	if (!err && (err = gmem_cuda_open(link, context->gpu_link, context->id, &context->gpu, message)))
 		gmem_fail(err, "%s", message[0] ? message : strerror(-err));
 	if (err)
@@ -68,12 +46,14 @@ static int open_locked(struct gmem_context *context)
 	return err;
 }
 
+/* What was being opened when gmemd was killed may be nothing that its successor knows of. */
 int gmem_gpu_open(struct gmem_context *context)
 {
-	int err;
+	int err = -EOWNERDEAD;
 
 	pthread_mutex_lock(&opening);
-	err = open_locked(context);
+	for (int n = 0; err == -EOWNERDEAD && n < OPENINGS; n++)
+		err = open_locked(context);
 	pthread_mutex_unlock(&opening);
 	return err;
 }
