@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0
  *
  * Frames of a GPU, and which of them are whose. Making one takes half a millisecond, nearly all of it for the descriptor
- * that another process, or a successor of this one, imports it by; so a thread makes some ahead, and those that a session gives back wait for that
- * session: what its processes have imported once must not come to another one. They count as the session's until the device
- * runs short, or they have not been needed for a while.
+ * that another process, or a successor of this one, imports it by; so a thread makes some ahead, and those that a session
+ * gives back wait for that session: what its processes have imported once must not come to another one. They count as the
+ * session's until the device runs short, or they have not been needed for a while.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -311,13 +311,13 @@ void gmem_cuda_frames_stop(struct gmem_device *gpu)
 	pthread_join(gpu->maker, NULL);
 }
 
-static size_t take_fresh(struct gmem_device *gpu, uint32_t *frames)
+static size_t take_from(struct gmem_device *gpu, struct gmem_cuda_list *list, uint32_t *frames)
 {
 	size_t count = 0;
 
 	gmem_mutex_lock(&gpu->lock);
-	while (count < CHUNK && gpu->fresh.count)
-		frames[count++] = pop_locked(gpu, &gpu->fresh);
+	while (count < CHUNK && list->count)
+		frames[count++] = pop_locked(gpu, list);
 	gmem_mutex_unlock(&gpu->lock);
 	return count;
 }
@@ -327,7 +327,7 @@ void gmem_cuda_frames_end(struct gmem_device *gpu)
 	uint32_t frames[CHUNK];
 	size_t count;
 
-	while ((count = take_fresh(gpu, frames)))
+	while ((count = take_from(gpu, &gpu->fresh, frames)))
 		gmem_cuda_end_frames(gpu, frames, count);
 	gmem_cuda_end_unclaimed(gpu);
 	gmem_boxes_destroy(gpu->boxes);
@@ -363,17 +363,6 @@ int gmem_cuda_mem_create(struct gmem_device *gpu, uint64_t owner, enum gmem_clas
 	return 0;
 }
 
-static size_t take_cached(struct gmem_device *gpu, struct gmem_mem *mem, uint32_t *frames, size_t most)
-{
-	size_t count = 0;
-
-	gmem_mutex_lock(&gpu->lock);
-	while (count < most && mem->cached.count)
-		frames[count++] = pop_locked(gpu, &mem->cached);
-	gmem_mutex_unlock(&gpu->lock);
-	return count;
-}
-
 void gmem_cuda_mem_destroy(struct gmem_mem *mem)
 {
 	struct gmem_device *gpu = mem->gpu;
@@ -387,7 +376,7 @@ void gmem_cuda_mem_destroy(struct gmem_mem *mem)
 	*at = mem->next;
 	gmem_mutex_unlock(&gpu->lock);
 	gmem_cuda_mem_free(mem, 0, mem->pages << GMEM_CUDA_SHIFT);
-	while ((count = take_cached(gpu, mem, frames, CHUNK)))
+	while ((count = take_from(gpu, &mem->cached, frames)))
 		gmem_cuda_end_frames(gpu, frames, count);
 	gmem_sparse_unmap(mem->frame_of, mem->pages * sizeof(*mem->frame_of));
 	free(mem);

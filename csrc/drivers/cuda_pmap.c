@@ -120,19 +120,24 @@ int gmem_cuda_pmap_fail_locked(struct gmem_pmap *pmap)
 	return -EOWNERDEAD;
 }
 
-static bool wait_for(struct gmem_pmap *pmap, short events)
+bool gmem_cuda_pmap_wait(struct gmem_pmap *pmap, short events, uint64_t until)
 {
 	struct pollfd socket = { .fd = pmap->fd, .events = events };
-	uint64_t now = gmem_now_ns(), until = now + pmap->gpu->patience_ms * 1000000;
-	int n = 0;
+	uint64_t now = gmem_now_ns();
+	int n;
 
-	while (now < until && !n) {
-		n = poll(&socket, 1, (int)((until - now) / 1000000) + 1);
+	do { /* what is there already is, however late it is */
+		n = poll(&socket, 1, now < until ? (int)((until - now) / 1000000) + 1 : 0);
 		if (n < 0 && errno == EINTR)
 			n = 0;
 		now = gmem_now_ns();
-	}
+	} while (!n && now < until);
 	return n > 0;
+}
+
+static bool wait_for(struct gmem_pmap *pmap, short events)
+{
+	return gmem_cuda_pmap_wait(pmap, events, gmem_now_ns() + pmap->gpu->patience_ms * 1000000);
 }
 
 static int take_answer_locked(struct gmem_pmap *pmap)

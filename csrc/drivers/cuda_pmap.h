@@ -39,6 +39,8 @@ static inline uint32_t *gmem_cuda_pmap_at(struct gmem_pmap *pmap, uint64_t va)
 }
 struct gmem_cuda_import *gmem_cuda_find_import(struct gmem_pmap *pmap, uint32_t frame);
 struct gmem_cuda_import *gmem_cuda_add_import(struct gmem_pmap *pmap, uint32_t frame, uint64_t owner);
+/* Until its socket can be read, or written to; false: not in that time. */
+bool gmem_cuda_pmap_wait(struct gmem_pmap *pmap, short events, uint64_t until);
 /* The context is over: -EOWNERDEAD. */
 int gmem_cuda_pmap_fail_locked(struct gmem_pmap *pmap);
 int gmem_cuda_pmap_queue_locked(struct gmem_pmap *pmap, enum gmem_channel_op op, uint32_t frame, uint64_t va, bool writable);

@@ -40,14 +40,6 @@ static int listed_locked(struct gmem_pmap *pmap, const struct gmem_channel_frame
 	return 0;
 }
 
-static bool hears(struct gmem_pmap *pmap, uint64_t until)
-{
-	struct pollfd socket = { .fd = pmap->fd, .events = POLLIN };
-	uint64_t now = gmem_now_ns();
-
-	return poll(&socket, 1, now < until ? (int)((until - now) / 1000000) + 1 : 0) > 0 || (errno == EINTR && now < until);
-}
-
 /* One message: 1: it has said all; 0: there is more to come; else it is over. Answers to the predecessor are in front. */
 static int hear_locked(struct gmem_pmap *pmap, uint64_t until)
 {
@@ -59,7 +51,7 @@ static int hear_locked(struct gmem_pmap *pmap, uint64_t until)
 	ssize_t n;
 	int err = 0;
 
-	if (!hears(pmap, until)) {
+	if (!gmem_cuda_pmap_wait(pmap, POLLIN, until)) {
 		gmem_cuda_say(pmap->gpu, "a context's process did not say what it has", 0);
 		return gmem_cuda_pmap_fail_locked(pmap);
 	}
