@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import re
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -423,19 +422,8 @@ def _check_ends(args: Mapping[str, Any]) -> None:
             raise _refuse("bytes", f"{name} + {size} is beyond the address space")
 
 
-class _Packer(threading.local):
-    """One a thread: to make one for each reply takes longer than the reply."""
-
-    def __init__(self) -> None:
-        self.pack = msgpack.Packer().pack
-
-
-_packer = _Packer()
-
-
 def encode_reply(request_id: int, reply: Mapping[str, Any]) -> bytes:
-    packed: bytes = _packer.pack({"id": request_id, "ok": True, **reply})
-    return packed
+    return msgpack.packb({"id": request_id, "ok": True, **reply})
 
 
 def encode_error(request_id: int, error: RequestError) -> bytes:
