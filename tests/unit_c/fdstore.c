@@ -4,11 +4,38 @@
 
 #include <fcntl.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
 #include "harness.h"
+
+static char crash_file[] = "/tmp/gmem-crash-XXXXXX";
+
+void crash_open(void)
+{
+	int fd = mkstemp(crash_file);
+
+	CHECK(fd >= 0);
+	close(fd);
+	CHECK(!setenv("GMEM_CRASH_FILE", crash_file, 1));
+}
+
+void crash_at(const char *point, int passes)
+{
+	FILE *file = fopen(crash_file, "w");
+
+	CHECK(file);
+	if (point)
+		fprintf(file, "%s:%d\n", point, passes);
+	fclose(file);
+}
+
+void crash_close(void)
+{
+	unlink(crash_file);
+}
 
 void fdstore_open(struct fdstore *store)
 {

@@ -32,4 +32,10 @@ void fdstore_replace(struct fdstore *store, const char *name, int fd);
 /* Duplicates of all, for a daemon's next life, which takes them over. */
 void fdstore_copy(const struct fdstore *store, struct gmem_kept_fd *ret);
 
+/* Once: the file in which daemons that are started from here on read where they are to end. */
+void crash_open(void);
+void crash_close(void);
+/* The passes-th time that one comes by the point; NULL: nowhere. */
+void crash_at(const char *point, int passes);
+
 #endif

@@ -33,7 +33,6 @@ static struct shared {
 	int seen[MOST];
 } *shared;
 static struct fdstore store;
-static char crash_file[] = "/tmp/gmem-crash-XXXXXX";
 
 /* ---- a life ---- */
 
@@ -153,16 +152,6 @@ static struct gmem_boxes *take_over(gmem_box_fn fn)
 
 /* ---- the manager ---- */
 
-static void tell(const char *point, int passes)
-{
-	FILE *file = fopen(crash_file, "w");
-
-	CHECK(file);
-	if (point)
-		fprintf(file, "%s:%d\n", point, passes);
-	fclose(file);
-}
-
 /* Runs it to its end, in order or killed; true: killed. */
 static bool live(void (*fn)(void))
 {
@@ -184,7 +173,7 @@ static bool live(void (*fn)(void))
 		usleep(100);
 	}
 	fdstore_take_all(&store);
-	tell(NULL, 0);
+	crash_at(NULL, 0);
 	if (WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL)
 		return true;
 	if (status)
@@ -323,10 +312,10 @@ static void test_crashes(void)
 			bool died;
 
 			open_store();
-			tell(points[p], p == 3 ? 1 + passes % 2 : passes);
+			crash_at(points[p], p == 3 ? 1 + passes % 2 : passes);
 			died = live(life_works);
 			CHECK(died || passes > 100);
-			tell(points[p], 1 + passes % 5);
+			crash_at(points[p], 1 + passes % 5);
 			live(life_refuses);
 			CHECK(!live(life_looks));
 			CHECK(!live(life_drops_all));
@@ -514,11 +503,7 @@ static void test_bounds(void)
 
 int main(void)
 {
-	int fd = mkstemp(crash_file);
-
-	CHECK(fd >= 0);
-	close(fd);
-	setenv("GMEM_CRASH_FILE", crash_file, 1);
+	crash_open();
 	shared = shared_bytes(sizeof(*shared));
 	test_lives();
 	test_crashes();
@@ -526,7 +511,7 @@ int main(void)
 	test_empty_message();
 	test_no_writer();
 	test_bounds();
-	unlink(crash_file);
+	crash_close();
 	printf("boxes: ok\n");
 	return 0;
 }

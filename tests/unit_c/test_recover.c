@@ -42,7 +42,6 @@ struct parties {
 };
 
 static struct shared *shared;
-static char crash_file[] = "/tmp/gmem-crash-XXXXXX";
 
 /* ---- those who write ---- */
 
@@ -182,16 +181,6 @@ static _Noreturn void live(int number, const struct parties *parties, struct fds
 
 /* ---- the manager ---- */
 
-static void tell(const char *point, int passes)
-{
-	FILE *file = fopen(crash_file, "w");
-
-	CHECK(file);
-	if (point)
-		fprintf(file, "%s:%d\n", point, passes);
-	fclose(file);
-}
-
 /* Until it has ended, by itself or after some time; true: it died at the point that it was told. first: which, once it has
  * come far enough. */
 static bool outlive(pid_t daemon, struct fdstore *store, const char *first, int passes, bool until_served)
@@ -204,7 +193,7 @@ static bool outlive(pid_t daemon, struct fdstore *store, const char *first, int 
 		if (!fdstore_take(store))
 			usleep(200);
 	if (first) {
-		tell(first, passes);
+		crash_at(first, passes);
 		start = now_ns();
 		shared->told = false;
 	}
@@ -271,7 +260,7 @@ static bool kill_at(const char *point, int passes, uint64_t page_bytes)
 
 	open_store(&store, &parties, page_bytes);
 	for (int life = 1; life <= LIVES; life++) {
-		tell(life == 1 || life == LIVES ? NULL : point, 1 + passes % 3);
+		crash_at(life == 1 || life == LIVES ? NULL : point, 1 + passes % 3);
 		died |= outlive(start_life(life, &parties, &store), &store, life == 1 ? point : NULL, passes, life == LIVES);
 	}
 	close_store(&store, &parties);
@@ -355,7 +344,7 @@ static void refuse_other_versions(void)
 	struct fdstore store;
 
 	open_store(&store, &parties, 4096);
-	tell(NULL, 0);
+	crash_at(NULL, 0);
 	outlive(start_life(1, &parties, &store), &store, gmem_crash_name(1), 40, false);
 	REFUSE_WITH(&store, version, GMEM_STATE_VERSION + 1);
 	REFUSE_WITH(&store, version, GMEM_STATE_VERSION - 1);
@@ -366,7 +355,7 @@ static void refuse_other_versions(void)
 	/* both writers wait, or write what they have */
 	for (int i = 0; i < WRITERS; i++)
 		steps[i] = shared->steps[i];
-	tell(NULL, 0);
+	crash_at(NULL, 0);
 	outlive(start_life(LIVES, &parties, &store), &store, NULL, 0, true);
 	for (int i = 0; i < WRITERS; i++)
 		CHECK(shared->steps[i] > steps[i]);
@@ -376,17 +365,15 @@ static void refuse_other_versions(void)
 int main(void)
 {
 	static const uint64_t sizes[] = { 4096, 65536, 2 << 20 };
-	int died = 0, fd = mkstemp(crash_file);
 	const char *name;
+	int died = 0;
 
-	CHECK(fd >= 0);
-	close(fd);
-	setenv("GMEM_CRASH_FILE", crash_file, 1);
+	crash_open();
 	shared = shared_bytes(sizeof(*shared));
 	refuse_other_versions();
 	for (unsigned point = 1; point < GMEM_CRASH_NEAR_COUNT && (name = gmem_crash_name(point)); point++)
 		died += kill_at(name, 1 + (int)(point * 7 % 40), sizes[point % 3]);
-	unlink(crash_file);
+	crash_close();
 	printf("recover: killed at %d of %d points, nothing lost\n", died, GMEM_CRASH_NEAR_COUNT - 1);
 	CHECK(died >= 12);
 	return 0;

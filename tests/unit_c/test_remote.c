@@ -706,20 +706,31 @@ static void redirected_batches(struct gmem_device *device, struct fake_server *o
 	fake_answer(one, NULL, "", 0);
 }
 
-/* Answers to one page and to the ASKING before the next come together, while that one is still on its way. */
-static void test_asking_that_is_answered_early(void)
+/* A tier on two servers, of which the first has all slots; the other end of its control. */
+static int attach_two(const struct fake_server *one, const struct fake_server *two, const char *options,
+		      struct gmem_device **ret)
 {
-	struct fake_server *one = fake_start(), *two = fake_start();
-	struct gmem_device *device;
-	char text[256], moved[96];
+	char text[512];
 	int pair[2];
 
 	CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pair));
 	snprintf(text, sizeof(text), "topology 2\nnode %s one\nnode %s two\nslots 0 16383 0\n", one->address, two->address);
 	CHECK(send(pair[1], text, strlen(text), 0) > 0);
-	snprintf(text, sizeof(text), "control=%d timeout_ms=10000 capacity=64M", pair[0]);
-	CHECK_EQ(attach(text, &device), 0);
+	snprintf(text, sizeof(text), "control=%d %s", pair[0], options);
+	CHECK_EQ(attach(text, ret), 0);
 	close(pair[0]);
+	return pair[1];
+}
+
+/* Answers to one page and to the ASKING before the next come together, while that one is still on its way. */
+static void test_asking_that_is_answered_early(void)
+{
+	struct fake_server *one = fake_start(), *two = fake_start();
+	struct gmem_device *device;
+	char moved[96];
+	int control;
+
+	control = attach_two(one, two, "timeout_ms=10000 capacity=64M", &device);
 	atomic_store(&two->corks, true);
 	snprintf(moved, sizeof(moved), "-ASK @ %s\r\n", two->address);
 	fake_answer(one, "SET", moved, 4);
@@ -728,7 +739,7 @@ static void test_asking_that_is_answered_early(void)
 	CHECK_EQ(atomic_load(&two->connections), 1);
 	fake_answer(one, NULL, "", 0);
 	tier_ops->remove(device);
-	close(pair[1]);
+	close(control);
 	fake_stop(one);
 	fake_stop(two);
 }
@@ -738,16 +749,11 @@ static void test_replicas_of_another_server(void)
 {
 	struct fake_server *one = fake_start(), *two = fake_start();
 	struct gmem_device *device;
-	char text[256], moved[96];
-	int pair[2];
+	char moved[96];
+	int control;
 
-	CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pair));
-	snprintf(text, sizeof(text), "topology 2\nnode %s one\nnode %s two\nslots 0 16383 0\n", one->address, two->address);
-	CHECK(send(pair[1], text, strlen(text), 0) > 0);
 	atomic_store(&one->replicas, 1);
-	snprintf(text, sizeof(text), "control=%d timeout_ms=500 replicas=1 capacity=64M", pair[0]);
-	CHECK_EQ(attach(text, &device), 0);
-	close(pair[0]);
+	control = attach_two(one, two, "timeout_ms=500 replicas=1 capacity=64M", &device);
 	snprintf(moved, sizeof(moved), "-ASK @ %s\r\n", two->address);
 	fake_answer(one, "SET", moved, 4);
 	batch_ends(device, true, 0, KIB64, 4, -EIO);
@@ -756,7 +762,7 @@ static void test_replicas_of_another_server(void)
 	usleep(1100000); /* once a second it is tried */
 	batch_ends(device, true, 0, KIB64, 0, 0);
 	tier_ops->remove(device);
-	close(pair[1]);
+	close(control);
 	fake_stop(one);
 	fake_stop(two);
 }
@@ -768,15 +774,10 @@ static void test_redirections(void)
 	struct gmem_device *device;
 	struct teller teller;
 	pthread_t thread;
-	char text[512], ask[96], moved[96]; /* what a server answers is its own until the end */
-	int pair[2];
+	char ask[96], moved[96]; /* what a server answers is its own until the end */
+	int control;
 
-	CHECK(!socketpair(AF_UNIX, SOCK_SEQPACKET, 0, pair));
-	snprintf(text, sizeof(text), "topology 2\nnode %s one\nnode %s two\nslots 0 16383 0\n", one->address, two->address);
-	CHECK(send(pair[1], text, strlen(text), 0) > 0);
-	snprintf(text, sizeof(text), "control=%d timeout_ms=3000 capacity=256M", pair[0]);
-	CHECK_EQ(attach(text, &device), 0);
-	close(pair[0]);
+	control = attach_two(one, two, "timeout_ms=3000 capacity=256M", &device);
 	CHECK_EQ(push(device, 1, KIB64, 1), 0);
 	CHECK_EQ(fake_count(two), 0);
 	/* this once, and the key is there already */
@@ -791,21 +792,21 @@ static void test_redirections(void)
 	fake_answer(one, "SET", moved, -1);
 	snprintf(teller.text, sizeof(teller.text), "topology 2\nnode %s one\nnode %s two\nslots 0 16383 1\n", one->address,
 		 two->address);
-	teller.fd = pair[1];
+	teller.fd = control;
 	CHECK(!pthread_create(&thread, NULL, tell_when_asked, &teller));
 	push_batch(device, 1000, 64, 1, KIB4, 1, 0);
 	pthread_join(thread, NULL);
 	fake_answer(one, "SET", "", 0);
 	CHECK_EQ(fake_count(two), 5);
 	pull_batch(device, 1000, 64, 1, KIB4, 1);
-	redirected_batches(device, one, two, pair[1], 6400, KIB64);
-	redirected_batches(device, one, two, pair[1], 12800, MIB2);
+	redirected_batches(device, one, two, control, 6400, KIB64);
+	redirected_batches(device, one, two, control, 12800, MIB2);
 	/* a server that nobody has named is not believed */
 	fake_answer(two, "GET", "-MOVED 1 127.0.0.1:1\r\n", 2);
 	CHECK_EQ(push(device, 3, KIB64, 1), 0);
 	CHECK_EQ(pull(device, 3, KIB64, 1), 0);
 	tier_ops->remove(device);
-	close(pair[1]);
+	close(control);
 	fake_stop(one);
 	fake_stop(two);
 }
